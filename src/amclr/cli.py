@@ -1,0 +1,233 @@
+"""The command line: one function per command, no logic. Errors that a user can put right are one line."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from amclr.errors import UserError
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
+
+    from amclr.config import Config
+
+COMMANDS = {
+    "train": "train a dual encoder: with no arguments on generated scenes, in minutes on a laptop",
+    "evaluate": "retrieval and zero-shot classification with a trained model",
+    "inspect": "what is in a data set: counts, caption lengths, bad rows, a contact sheet with both views",
+}
+
+USAGE = """usage: amclr COMMAND [OPTIONS]
+
+Train your own image-text dual encoder with small batches on modest hardware.
+
+commands:
+{commands}
+
+amclr COMMAND --help shows a command's options.
+first steps:
+  amclr train                                       watch one learn on generated scenes
+  amclr inspect --data FOLDER                       look at your captioned pictures
+  amclr train --data FOLDER --objective xamclr      train on them
+  amclr evaluate runs/RUN --zeroshot CLASS_FOLDERS  measure the result"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run `amclr` and return its exit code: 0 done, 1 failed, 2 wrong usage, 128 + n stopped by signal n."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(USAGE.format(commands="\n".join(f"  {name:10} {text}" for name, text in COMMANDS.items())))
+        return 0
+    if arguments[0] in ("-V", "--version"):
+        from amclr import __version__
+
+        print(f"amclr {__version__}")
+        return 0
+    command, rest = arguments[0], arguments[1:]
+    if command not in COMMANDS:
+        import difflib
+
+        near = difflib.get_close_matches(command, COMMANDS, n=1)
+        hint = f"did you mean '{near[0]}'? " if near else ""
+        return _fail(f"unknown command '{command}': {hint}choose from {', '.join(COMMANDS)}", 2)
+    missing = [p for p in ("jsonargparse", "lightning", "timm", "transformers", "torchvision") if not find_spec(p)]
+    if missing:
+        return _fail(f"this command needs {', '.join(missing)}: pip install 'amclr[train]'", 1)
+    try:
+        return {"train": _train, "evaluate": _evaluate, "inspect": _inspect}[command](rest)
+    except UserError as error:
+        return _fail(str(error), 1)
+    except KeyboardInterrupt:
+        return _fail("stopped", 130)
+    except OSError as error:
+        if os.environ.get("AMCLR_TRACEBACK"):
+            raise
+        what = f"'{error.filename}': " if error.filename else ""
+        return _fail(f"{what}{error.strerror or error} (AMCLR_TRACEBACK=1 shows where)", 1)
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"amclr: {message}", file=sys.stderr)
+    return code
+
+
+def _train(arguments: list[str]) -> int:
+    resume, arguments = _take(arguments, "--resume")
+    if resume and not _asks_help(arguments):
+        if arguments:
+            raise UserError(f"--resume goes on with the run's own settings: leave out {' '.join(arguments)}")
+        config = None
+    else:
+        config = _configure("train", arguments)
+    import json
+
+    from amclr import engine, measure
+    from amclr.config import Config
+
+    try:
+        run = engine.train(config or Config(), resume=Path(resume) if resume else None)
+    except engine.Stopped as stopped:
+        return _fail(str(stopped), stopped.code)
+    print(measure.report(json.loads((run.folder / "results.json").read_text())))
+    print(f"\nrun folder: {run.folder}  (curves.png, gallery.png, results.json)")
+    print(f"use it:     amclr evaluate {run.folder} --zeroshot CLASS_FOLDERS, or amclr.load('{run.folder}') in Python")
+    return 0
+
+
+def _evaluate(arguments: list[str]) -> int:
+    parser = _parser("evaluate")
+    parser.add_argument("run", type=str, help="run folder")
+    parser.add_argument("--data", type=str, default="", help="data set for retrieval; empty is the run's own")
+    parser.add_argument("--split", type=str, default="val", help="train, val, test or all")
+    parser.add_argument("--zeroshot", type=str, default="", help="folder with one folder of pictures per class")
+    parser.add_argument(
+        "--classnames", type=str, default="", help="file of FOLDER<tab>NAME lines; empty finds classnames.txt"
+    )
+    parser.add_argument(
+        "--templates", type=str, default="", help="file with one prompt per line, {} for the class name"
+    )
+    parser.add_argument("--retrieval", type=bool, default=True, help="measure retrieval")
+    options = _parse(parser, arguments)
+    from amclr import measure
+
+    results = measure.evaluate_run(
+        Path(options.run), data=options.data, split=options.split, zeroshot=options.zeroshot,
+        classnames=options.classnames, templates=options.templates, retrieval=options.retrieval,
+    )  # fmt: skip
+    print(measure.report(results))
+    return 0
+
+
+def _inspect(arguments: list[str]) -> int:
+    out, arguments = _take(arguments, "--sheet")
+    config = _configure("inspect", arguments)
+    from amclr import measure
+
+    print(measure.inspect(config, Path(out or "contact-sheet.png")))
+    return 0
+
+
+def _configure(command: str, arguments: list[str]) -> Config:
+    """The recipe's settings, overlaid by a YAML file (--config) and the options given."""
+    from dataclasses import asdict
+
+    from amclr.config import Config, from_dict
+    from amclr.recipes import RECIPES
+
+    name, rest = _take(arguments, "--recipe")
+    data = _peek(rest, "--data")
+    if not name:
+        name = "scenes" if data in (None, "scenes") and not _peek(rest, "--config") else "frozen"
+    if name not in RECIPES:
+        raise UserError(f"unknown recipe '{name}': choose from {', '.join(RECIPES)}")
+    parser = _parser(command)
+    parser.add_argument("--config", action="config", help="YAML file of settings, such as a run's config.yaml")
+    parser.add_class_arguments(Config, as_group=False)
+    base = asdict(RECIPES[name]())
+    parser.set_defaults(_flat(base))
+    options = _parse(parser, rest)
+    values = options.as_dict()
+    values.pop("config", None)
+    config: Config = from_dict(values)
+    return config
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _parser(command: str) -> ArgumentParser:
+    import jsonargparse
+    from jsonargparse import ArgumentParser
+
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    epilog = ""
+    if command in ("train", "inspect"):
+        from amclr.recipes import RECIPES
+
+        summaries = "\n".join(f"  {n:10} {(f.__doc__ or '').strip().splitlines()[0]}" for n, f in RECIPES.items())
+        epilog = f"recipes (--recipe NAME): a full set of defaults; without one, scenes or, with --data, frozen\n{summaries}\n"
+        if command == "train":
+            epilog += "\n--resume RUN goes on with a run that was stopped.\n"
+        else:
+            epilog += "\n--sheet FILE names the contact sheet (contact-sheet.png).\n"
+    import argparse
+
+    class Formatter(jsonargparse.DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
+        pass
+
+    description = COMMANDS[command][0].upper() + COMMANDS[command][1:] + "."
+    return ArgumentParser(
+        prog=f"amclr {command}", description=description, epilog=epilog, exit_on_error=False, formatter_class=Formatter
+    )
+
+
+def _parse(parser: ArgumentParser, arguments: list[str]) -> Any:
+    import difflib
+    import re
+    from argparse import ArgumentError
+
+    try:
+        return parser.parse_args(arguments)
+    except (ArgumentError, ValueError, TypeError) as error:
+        message = " ".join(str(error).split())
+        if found := re.search(
+            r"(?:Unrecognized arguments|Unknown option|unrecognized arguments): (\S+)", message, re.I
+        ):
+            known = [o for action in parser._actions for o in action.option_strings]
+            option = found[1].split("=")[0]
+            near = difflib.get_close_matches(option, known, n=1)
+            message = f"unknown option '{option}': " + (f"did you mean {near[0]}? " if near else "")
+        raise UserError(f"{message.rstrip()} (amclr {parser.prog.split()[-1]} --help lists the options)") from None
+
+
+def _take(arguments: list[str], option: str) -> tuple[str | None, list[str]]:
+    """Take `option VALUE` or `option=VALUE` out of the arguments."""
+    rest = list(arguments)
+    for k, a in enumerate(rest):
+        if a == option:
+            if k + 1 == len(rest):
+                raise UserError(f"{option} needs a value")
+            value = rest[k + 1]
+            del rest[k : k + 2]
+            return value, rest
+        if a.startswith(f"{option}="):
+            del rest[k]
+            return a.partition("=")[2], rest
+    return None, rest
+
+
+def _peek(arguments: list[str], option: str) -> str | None:
+    return _take(arguments, option)[0]
+
+
+def _asks_help(arguments: list[str]) -> bool:
+    return any(a in ("-h", "--help") for a in arguments)

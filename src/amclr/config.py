@@ -1,0 +1,205 @@
+"""Every setting of a run, typed and frozen. The docstring under a field is its help text.
+
+Imports no torch, so that `amclr --help` is quick. Names on the command line are the field names:
+`amclr train --data photos --loss.temperature 0.05`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any, Literal, get_type_hints
+
+
+@dataclass(frozen=True)
+class ScenesConfig:
+    """The built-in generated data set (`--data scenes`)."""
+
+    train: int = 3000
+    """Training pictures."""
+    val: int = 500
+    """Validation pictures."""
+    test: int = 500
+    """Test pictures."""
+    zeroshot: int = 800
+    """Single-object pictures for zero-shot classification, over all classes together."""
+    size: int = 64
+    """Side of a picture in pixels."""
+    captions: int = 5
+    """Captions per picture, paraphrases of each other."""
+    seed: int = 0
+    """Seed of the scenes; the set is a function of it."""
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """Where pictures and captions are, and which of them are used."""
+
+    captions_file: str = ""
+    """Captions file inside the data folder; empty finds captions.txt, .csv or .tsv."""
+    image_column: str = ""
+    """Column with the picture's file name; empty finds `image`, `file_name`, `path` and the like."""
+    caption_column: str = ""
+    """Column with the caption; empty finds `caption`, `text`, `title` and the like."""
+    encoding: str = "utf-8"
+    """Text encoding of the captions file."""
+    captions: Literal["all", "one"] = "all"
+    """all: every visit draws one of the picture's captions. one: the first is the caption, the others
+    serve only as paraphrases for methods with a second text view."""
+    val_fraction: float = 0.05
+    """Share of the pictures held out for validation where the folder has no val.txt."""
+    max_bad: float = 0.02
+    """Abort if more than this share of rows or pictures cannot be used."""
+
+
+@dataclass(frozen=True)
+class ViewsConfig:
+    """How a picture and its caption are rendered at each visit."""
+
+    image: Literal["paper", "strong", "weak", "none"] = "paper"
+    """First image view. paper: crop, flip, RandAugment. strong: SimCLR's crop, flip, colour, grey, blur.
+    weak: mild crop, flip. none: as in evaluation."""
+    image_aug: Literal["single", "paper", "strong", "weak", "none"] = "single"
+    """Second image view (image_aug). single: one operation drawn per sample from blur, flip, noise,
+    brightness, contrast, sharpen and crop, as in the paper; or a policy of the first view."""
+    flip: bool = True
+    """Let the views mirror pictures. Turn off where captions say left and right."""
+    word_noise: float = 0.1
+    """Chance per word of a deletion or swap in the second text view of a picture that has neither
+    another caption nor a paraphrase."""
+    cached: int = 4
+    """Cached views per picture and policy where both towers are frozen."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The two towers and their projections."""
+
+    image_tower: str = "small"
+    """`small` (from scratch), `efficientnet-lite0` (needs amclr[pretrained]), a timm model name or
+    `local-dir:FOLDER`."""
+    image_pretrained: bool = True
+    """Load pretrained weights into a timm model; false starts it from scratch."""
+    image_size: int = 64
+    """Side in pixels of the pictures that the image tower sees."""
+    image_lr: float = 1.0
+    """Learning-rate factor of the image tower; 0 freezes it."""
+    text_tower: str = "small"
+    """`small` (from scratch, own tokenizer), `minilm` (needs amclr[pretrained]), a transformers model
+    name or a folder."""
+    text_pretrained: bool = True
+    """Load pretrained weights into a transformers model; false starts it from scratch."""
+    text_pooling: Literal["mean", "first"] = "mean"
+    """How token states become one vector: their mean, or the first token."""
+    text_lr: float = 1.0
+    """Learning-rate factor of the text tower; 0 freezes it."""
+    max_tokens: int = 32
+    """Captions are cut to this many tokens."""
+    head: Literal["linear", "residual"] = "linear"
+    """Projection: linear (the paper), or LayerNorm, then linear plus a two-layer GELU network."""
+    hidden: int = 1024
+    """Hidden width of the residual head."""
+    dropout: float = 0.2
+    """Dropout in the residual head."""
+    dim: int = 256
+    """Dimension of the shared space."""
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Settings of the objective; empty ones follow the method."""
+
+    temperature: float | None = None
+    """Temperature tau, or its start where it is learned."""
+    temperature_mode: Literal["fixed", "learnable", "individual"] | None = None
+    """fixed, one learnable, or one per sample and term (global objectives)."""
+    gamma: float = 0.8
+    """Weight of the batch in the running estimate; 1 keeps no memory. With cosine: its final value."""
+    gamma_schedule: Literal["constant", "cosine"] = "constant"
+    """constant, or cosine from 1 to gamma over the epochs."""
+    rho: float | None = None
+    """Strength that holds learned temperatures of global objectives up."""
+    temperature_lr: float = 1e-3
+    """Step size of individual temperatures."""
+    pairs: Literal["first", "aligned", "all"] | None = None
+    """Image-text pairs to align: first (x, t); aligned (x, t) and (x', t'); all four. Gives baselines the
+    same views as AmCLR."""
+    cross_weight: float = 1.0
+    """Weight of image-text terms."""
+    image_weight: float = 1.0
+    """Weight of image-image terms."""
+    text_weight: float = 1.0
+    """Weight of text-text terms."""
+    estimator: Literal["per-term", "reference"] = "per-term"
+    """per-term: an estimate per sample and term. reference: one per sample, as the public AmCLR code."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Optimiser and schedule."""
+
+    name: str = "adamw"
+    """adamw, adamp, adam, sgd, sgdp, radam, nadam, lamb, lion or novograd."""
+    lr: float = 1e-3
+    """Peak learning rate."""
+    weight_decay: float = 0.02
+    """Decoupled weight decay; norms, biases and temperatures are exempt."""
+    warmup: float = 0.1
+    """Share of all steps spent warming up."""
+    warmup_lr: float = 1e-5
+    """Learning rate of the first step."""
+    min_lr: float = 1e-6
+    """Learning rate of the last step."""
+    clip: float = 1.0
+    """Largest gradient norm; 0 does not clip."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """A training run."""
+
+    data: str = "scenes"
+    """A folder of captioned pictures, or `scenes`, the built-in generated set."""
+    out: str = ""
+    """Run folder; empty makes runs/DATA-OBJECTIVE-seedN."""
+    objective: str = "amclr"
+    """clip, cyclip, siglip, simclr, sogclr, isogclr, amclr, xamclr, iamclr or ixamclr."""
+    epochs: int = 10
+    """Passes over the training pictures."""
+    batch_size: int = 128
+    """Pictures per step."""
+    seed: int = 0
+    """Seed of everything random."""
+    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
+    """Arithmetic of the towers; the objective is always in float32."""
+    accelerator: str = "auto"
+    """auto, cpu, cuda or mps."""
+    workers: int = 0
+    """Processes that prepare batches; 0 prepares them in the training process."""
+    eval_every: int = 1
+    """Epochs between evaluations and checkpoints."""
+    keep: int = 2
+    """Checkpoints kept besides last and best."""
+    checkpoint_minutes: float = 10.0
+    """Also write the last checkpoint this often."""
+    ram_cache: float = 4.0
+    """Hold decoded pictures in memory where they need at most this many GB."""
+    cache: str = ""
+    """Folder of generated data and cached features; empty is $AMCLR_CACHE or ~/.cache/amclr."""
+    wandb: bool = False
+    """Also log to Weights & Biases (needs amclr[wandb])."""
+    source: SourceConfig = field(default_factory=SourceConfig)
+    scenes: ScenesConfig = field(default_factory=ScenesConfig)
+    views: ViewsConfig = field(default_factory=ViewsConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+
+
+def from_dict(values: Mapping[str, Any], cls: type[Any] = Config) -> Any:
+    """The settings that `dataclasses.asdict` wrote; what is missing keeps its default."""
+    hints = get_type_hints(cls)
+    unknown = set(values) - {f.name for f in fields(cls)}
+    if unknown:
+        raise ValueError(f"{cls.__name__} has no setting {', '.join(sorted(unknown))}")
+    return cls(**{k: from_dict(v, hints[k]) if is_dataclass(hints[k]) else v for k, v in values.items()})

@@ -1,0 +1,1 @@
+"""Data: sources become a manifest, and batches are a function of (seed, step)."""

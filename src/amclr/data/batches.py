@@ -1,0 +1,156 @@
+"""Batches as a function of (seed, step): `BatchPlan` says which samples, the data sets say what is in them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from amclr.config import Config
+from amclr.data.manifest import Sample
+from amclr.data.pictures import BadPicture, PictureStore
+from amclr.data.views import image_view, policy, text_views
+from amclr.errors import UserError
+from amclr.randomness import generator
+
+Tokenize = Callable[[list[str]], dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """Which samples make up each step: a permutation per epoch, cut into whole batches.
+
+    `plan[step]` is (epoch, ids (B,)); a pure function, so that step k needs no step before it. Up
+    to B - 1 samples sit out an epoch, others each time.
+    """
+
+    samples: int
+    batch_size: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 2:
+            raise UserError(f"--batch_size must be at least 2, got {self.batch_size}: a batch of one has no negatives")
+        if self.samples < self.batch_size:
+            raise UserError(
+                f"{self.samples} training pictures are fewer than one batch of {self.batch_size}: "
+                f"lower --batch_size (at most {self.samples})"
+            )
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps in one epoch."""
+        return self.samples // self.batch_size
+
+    def __getitem__(self, step: int) -> tuple[int, np.ndarray]:
+        """Epoch and sample ids (B,) of a step."""
+        epoch, k = divmod(step, self.steps_per_epoch)
+        order = _permutation(self.samples, self.seed, epoch)
+        return epoch, order[k * self.batch_size : (k + 1) * self.batch_size]
+
+
+@lru_cache(maxsize=2)
+def _permutation(samples: int, seed: int, epoch: int) -> np.ndarray:
+    return generator(seed, "order", epoch).permutation(samples)
+
+
+@dataclass
+class Batch:
+    """What the model and the objective need of one step.
+
+    images: uint8 (V_i * B, 3, S, S), or cached tower features (V_i * B, F), view by view.
+    tokens: token tensors of V_t * B captions, or cached features (V_t * B, F), view by view.
+    ids: (B,) int64, the samples. replaced: names of samples that could not be read, and why.
+    """
+
+    image_views: tuple[str, ...]
+    text_views: tuple[str, ...]
+    images: Tensor | None
+    tokens: dict[str, Tensor] | Tensor | None
+    ids: Tensor
+    replaced: dict[str, str] = field(default_factory=dict)
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch with its tensors on a device."""
+
+        def moved(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {k: moved(v) for k, v in value.items()}
+            return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+
+        return replace(self, images=moved(self.images), tokens=moved(self.tokens), ids=moved(self.ids))
+
+
+def split_views(required: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The image views and the text views among those that an objective needs, first view first."""
+    of = {m: tuple(v for v in (m, f"{m}_aug") if v in required) for m in ("image", "text")}
+    return of["image"], of["text"]
+
+
+class PictureBatches(Dataset[Batch]):
+    """Batches of pictures and captions, drawn and tokenised by step: `self[step]` is a whole batch."""
+
+    def __init__(
+        self,
+        samples: Sequence[Sample],
+        store: PictureStore,
+        plan: BatchPlan,
+        required_views: Sequence[str],
+        tokenize: Tokenize,
+        config: Config,
+    ) -> None:
+        self.samples, self.store, self.plan, self.tokenize = samples, store, plan, tokenize
+        self.image_views, self.text_views = split_views(required_views)
+        self.seed, self.one = config.seed, config.source.captions == "one"
+        self.noise = config.views.word_noise
+        size, flip = config.model.image_size, config.views.flip
+        self.policies: Mapping[str, torch.nn.Module] = {
+            "image": policy(config.views.image, size, flip),
+            "image_aug": policy(config.views.image_aug, size, flip),
+        }
+
+    def __getitem__(self, step: int) -> Batch:
+        """The batch of a step. A picture that cannot be read is replaced by the next sample that can."""
+        epoch, planned = self.plan[step]
+        pictures, ids, replaced = self._pictures([int(i) for i in planned])
+        images = None
+        if self.image_views:
+            images = torch.stack([
+                image_view(self.policies[view], picture, self.seed, epoch, i, view)
+                for view in self.image_views
+                for i, picture in zip(ids, pictures, strict=True)
+            ])  # fmt: skip
+        tokens = None
+        if self.text_views:
+            drawn = [
+                text_views(s.captions, s.paraphrases, self.one, self.noise, self.seed, epoch, i, "text")
+                for i, s in ((i, self.samples[i]) for i in ids)
+            ]
+            texts = {"text": [d[1] for d in drawn], "text_aug": [d[2] for d in drawn]}
+            tokens = self.tokenize([t for view in self.text_views for t in texts[view]])
+        return Batch(self.image_views, self.text_views, images, tokens, torch.tensor(ids), replaced)
+
+    def _pictures(self, ids: list[int]) -> tuple[list[Tensor], list[int], dict[str, str]]:
+        if not self.image_views:
+            return [], ids, {}
+        pictures: list[Tensor] = []
+        used: list[int] = []
+        replaced: dict[str, str] = {}
+        for wanted in ids:
+            for offset in range(len(self.store)):
+                i = (wanted + offset) % len(self.store)
+                try:
+                    pictures.append(self.store[i])
+                    used.append(i)
+                    break
+                except BadPicture as error:
+                    replaced[self.samples[i].name] = str(error)
+            else:
+                raise UserError(f"no picture can be read any more; the last: {next(reversed(replaced.values()))}")
+        return pictures, used, replaced

@@ -1,0 +1,290 @@
+"""`train`: assembly, the loop and the end of a run. The only file that knows the training engine (Lightning Fabric)."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric import Fabric
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from amclr import figures
+from amclr.config import Config
+from amclr.data import manifest as manifests
+from amclr.data.batches import Batch, BatchPlan, PictureBatches
+from amclr.data.manifest import Manifest
+from amclr.data.pictures import PictureStore
+from amclr.errors import UserError
+from amclr.features import FeatureBatches
+from amclr.measure import Evaluator, draw_gallery, measure_classes, model_reads_pictures
+from amclr.model import DualEncoder, build_tokenizer
+from amclr.objectives import Objective, build
+from amclr.optim import build_optimizer, learning_rate, set_lr
+from amclr.randomness import derive
+from amclr.run import Loggers, Run, write_atomically
+
+LOG_EVERY = 10
+
+
+class Stopped(Exception):
+    """Training stopped by a signal, after its checkpoint was written."""
+
+    def __init__(self, signum: int, folder: Path) -> None:
+        super().__init__(f"stopped, and all that was learned is kept; go on by: amclr train --resume {folder}")
+        self.code = 128 + signum
+
+
+@dataclass
+class Training:
+    """Everything that a run is made of, on its device."""
+
+    fabric: Fabric
+    config: Config
+    run: Run
+    manifest: Manifest
+    plan: BatchPlan
+    model: DualEncoder
+    """The bare model: for states, evaluation and checkpoints."""
+    wrapped: Any
+    """The model as Fabric wraps it: for the forward pass under its precision."""
+    objective: Objective
+    optimizer: Any
+    batches: Dataset[Batch]
+    evaluator: Evaluator
+    step: int = 0
+    """Steps done."""
+    best: float = -math.inf
+    """Best mean recall so far."""
+
+    @property
+    def steps(self) -> int:
+        """Steps of the whole run."""
+        return self.plan.steps_per_epoch * self.config.epochs
+
+    def save(self, *, is_best: bool = False) -> None:
+        """Write a checkpoint."""
+        state = {
+            "model": self.model.state_to_save(), "optimizer": self.optimizer.state_dict(),
+            "objective": self.objective.state_dict(), "step": self.step, "best": self.best,
+        }  # fmt: skip
+        self.run.save(state, self.step, best=is_best, keep=self.config.keep)
+
+    def restore(self) -> None:
+        """Take up the run's newest checkpoint, if it has one."""
+        state = self.run.load_last()
+        if state:
+            self.model.load_saved(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.objective.load_state_dict(state["objective"])
+            self.step, self.best = state["step"], state["best"]
+        self.run.forget_metrics_after(self.step)
+
+
+def train(config: Config, *, resume: Path | None = None, progress: bool = True) -> Run:
+    """Train a dual encoder and leave a run folder; the Python form of `amclr train`.
+
+    resume: a run folder to go on with; `config` is then its own. Raises UserError for what the user
+    can put right, and Stopped after a signal (Ctrl-C, SIGTERM), with a checkpoint written.
+    """
+    former = Run.open(resume) if resume else None
+    with kept_random_state():
+        training = assemble(former.config if former else config, former, progress)
+        if former:
+            training.restore()
+        fit(training, progress)
+        finish(training, progress)
+    return training.run
+
+
+def fit(t: Training, progress: bool) -> None:
+    """The loop: from the steps done to the last."""
+    config, per_epoch = t.config, t.plan.steps_per_epoch
+    loader = DataLoader(
+        t.batches, batch_size=None, sampler=range(t.step, t.steps), num_workers=config.workers,
+        pin_memory=t.fabric.device.type == "cuda",
+    )  # fmt: skip
+    written = time.monotonic()
+    bar = tqdm(total=t.steps, initial=t.step, desc=config.objective, unit="step", disable=not progress)
+    with bar, Loggers(t.run, config) as logs, stop_on_signals() as signals:
+        for batch in loader:
+            epoch = t.step // per_epoch
+            t.objective.start_epoch(epoch, config.epochs)
+            rate = learning_rate(config.optim, t.step, t.steps)
+            set_lr(t.optimizer, rate)
+            torch.manual_seed(derive(config.seed, "dropout", t.step))
+            t.wrapped.train()
+
+            batch = batch.to(t.fabric.device)
+            loss, metrics = t.objective(embed(t.wrapped, batch), batch.ids)
+            t.fabric.backward(loss)
+            if config.optim.clip:
+                t.fabric.clip_gradients(t.wrapped, t.optimizer, max_norm=config.optim.clip)
+            t.optimizer.step()
+            t.optimizer.zero_grad()
+
+            t.step += 1
+            bar.update()
+            for name, reason in batch.replaced.items():
+                t.run.log({"kind": "replaced", "step": t.step, "sample": name, "reason": reason})
+            if (t.step - 1) % LOG_EVERY == 0 or t.step == t.steps:
+                values = {k: float(v) for k, v in metrics.items()}
+                if not math.isfinite(values["loss"]):
+                    raise UserError(
+                        f"the loss is not finite at step {t.step}: lower --optim.lr or raise --loss.temperature; "
+                        f"{t.run.checkpoints} holds what was learned before"
+                    )
+                logs.write("train", t.step, t.step / per_epoch, {**values, "lr": rate, "gamma": t.objective.gamma})
+                bar.set_postfix(loss=f"{values['loss']:.3f}", refresh=False)
+            if t.step == t.steps or t.step % (per_epoch * config.eval_every) == 0:
+                recalls = t.evaluator()
+                is_best, t.best = recalls["r_mean"] > t.best, max(t.best, recalls["r_mean"])
+                logs.write("eval", t.step, t.step / per_epoch, recalls)
+                t.save(is_best=is_best)
+                written = time.monotonic()
+                if progress:
+                    bar.write(_recall_line(epoch + 1, config.epochs, recalls), file=sys.stderr)
+            elif signals or time.monotonic() - written > 60 * config.checkpoint_minutes:
+                t.save()
+                written = time.monotonic()
+            if signals and t.step < t.steps:
+                raise Stopped(signals[0], t.run.folder)
+
+
+def embed(model: Any, batch: Batch) -> dict[str, Tensor]:
+    """One pass per modality, its views stacked; a dict view -> (B, D) unit rows."""
+    image, text = model(batch.images, batch.tokens)
+    parts = ((batch.image_views, image), (batch.text_views, text))
+    return {v: e for views, rows in parts if views for v, e in zip(views, rows.chunk(len(views)), strict=True)}
+
+
+def assemble(config: Config, former: Run | None, progress: bool) -> Training:
+    """Put a run together from its settings. Makes its folder only once all of it fits together."""
+    try:
+        fabric = Fabric(accelerator=config.accelerator, devices=1, precision=config.precision)
+    except (ValueError, RuntimeError, TypeError) as error:
+        what = f"--accelerator {config.accelerator} --precision {config.precision}"
+        raise UserError(f"{what} will not do here: {' '.join(str(error).split())[:200]}") from None
+    folder = former.folder if former else Path(config.out or default_folder(config))
+    if not former:
+        Run.refuse_used(folder)
+    cache = manifests.cache_folder(config)
+    manifest = manifests.prepare(config, cache, progress)
+    samples, held_out = manifest.split("train"), manifest.split("val")
+    plan = BatchPlan(len(samples), config.batch_size, config.seed)
+    objective = build_objective(config, len(samples))
+    tokenizer = build_tokenizer(config.model, [t for s in samples for t in s.texts], folder / "tokenizer")
+    torch.manual_seed(derive(config.seed, "weights"))
+    model = DualEncoder(config.model, tokenizer)
+    optimizer = build_optimizer(config.optim, model, objective)
+    if config.epochs < 1:
+        raise UserError(f"--epochs must be at least 1, got {config.epochs}")
+    if not held_out:
+        raise UserError(f"{manifest.root} has no validation pictures: give it a val.txt or raise --source.val_fraction")
+
+    run = former or Run.create(folder, config)
+    if config.model.text_tower == "small" and not former:
+        tokenizer.save_pretrained(folder / "tokenizer")
+    manifests.write_rejects(manifest.rejects, folder / "rejects.jsonl")
+    if manifest.rejects and progress:
+        print(f"{len(manifest.rejects)} rows or pictures left out: {folder / 'rejects.jsonl'}", file=sys.stderr)
+    fabric.to_device(model)
+    fabric.to_device(objective)
+    paths, size, views = [s.path for s in samples], config.model.image_size, objective.required_views
+    batches: Dataset[Batch]
+    if model_reads_pictures(model):
+        store = PictureStore(paths, size, config.ram_cache, progress)
+        batches = PictureBatches(samples, store, plan, views, model.tokenize, config)
+    else:
+        batches = FeatureBatches(model, samples, PictureStore(paths, size), plan, views, config, cache, progress)
+    evaluator = Evaluator(model, held_out, config, cache, progress)
+    wrapped, optimizer = fabric.setup(model, optimizer)
+    return Training(fabric, config, run, manifest, plan, model, wrapped, objective, optimizer, batches, evaluator)
+
+
+def build_objective(config: Config, samples: int) -> Objective:
+    """The objective that the settings name. Raises UserError naming what is wrong with them."""
+    c = config.loss
+    try:
+        return build(
+            config.objective, samples, temperature=c.temperature, gamma=c.gamma, gamma_schedule=c.gamma_schedule,
+            temperature_mode=c.temperature_mode, temperature_lr=c.temperature_lr, rho=c.rho, pairs=c.pairs,
+            weights={"cross": c.cross_weight, "image": c.image_weight, "text": c.text_weight}, estimator=c.estimator,
+        )  # fmt: skip
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def default_folder(config: Config) -> Path:
+    """runs/DATA-OBJECTIVE-seedN, with a number behind it where that is taken."""
+    name = f"{Path(config.data).resolve().name}-{config.objective}-seed{config.seed}"
+    taken = (Path("runs") / f"{name}{suffix}" for suffix in ("", *(f"-{k}" for k in range(2, 10_000))))
+    return next(folder for folder in taken if not folder.exists())
+
+
+def finish(t: Training, progress: bool) -> None:
+    """Put the best weights back and leave results.json, curves.png, gallery.png and metrics.csv."""
+    best = t.run.load_best()
+    t.model.load_saved(best["model"])
+    t.model.eval()
+    images, texts = t.evaluator.embeddings()
+    results = {"split": "val", "best_step": best["step"], **t.evaluator.figures(images, texts)}
+    if t.manifest.zeroshot:
+        results |= measure_classes(t.model, t.manifest.zeroshot, progress=progress)
+    write_atomically(t.run.folder / "results.json", json.dumps(results, indent=2) + "\n")
+    title = f"{t.config.objective} on {Path(t.config.data).name}"
+    figures.curves(t.run.metrics(), t.run.folder / "curves.png", title, t.evaluator.chance())
+    draw_gallery(t.model, t.evaluator, images, texts, t.run.folder / "gallery.png", title)
+
+
+@contextmanager
+def kept_random_state() -> Iterator[None]:
+    """Leave torch's global generator as it was found."""
+    state = torch.get_rng_state()
+    try:
+        yield
+    finally:
+        torch.set_rng_state(state)
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[list[int]]:
+    """Collect the first SIGINT or SIGTERM in a list instead of dying at once; a second acts as usual."""
+    caught: list[int] = []
+    former: dict[int, Any] = {}
+
+    def put_back() -> None:
+        for number, handler in former.items():
+            signal.signal(number, handler)
+
+    def handle(signum: int, frame: Any) -> None:
+        caught.append(signum)
+        print("\nstopping after this step (once more: at once)", file=sys.stderr)
+        put_back()
+
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            former[number] = signal.signal(number, handle)
+    except ValueError:  # not in the main thread: leave signals alone
+        pass
+    try:
+        yield caught
+    finally:
+        put_back()
+
+
+def _recall_line(epoch: int, epochs: int, recalls: dict[str, float]) -> str:
+    return (
+        f"epoch {epoch}/{epochs}: text retrieval {recalls['txt_r_mean']:.1f}, "
+        f"image retrieval {recalls['img_r_mean']:.1f}, mean {recalls['r_mean']:.1f}"
+    )

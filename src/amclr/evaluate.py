@@ -1,0 +1,174 @@
+"""Retrieval and zero-shot classification from embeddings. Needs torch and numpy alone.
+
+Ranks are counted, not sorted: a query's rank is the number of candidates that score above its
+answer. Where candidates tie with the answer, the recall is the expectation over a random order of
+the tied ones, so that a collapsed model scores chance and not 100 %.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+RECALLS = (1, 5, 10)
+TOPS = (1, 3, 5, 10)
+
+TEMPLATES = (
+    "a photo of a {}.",
+    "a picture of the {}.",
+    "a blurry photo of a {}.",
+    "a close-up photo of a {}.",
+    "a photo of one {}.",
+    "a photo of a small {}.",
+    "a photo of a big {}.",
+)
+"""Prompt templates used where none are given."""
+
+Template = str | Callable[[str], str]
+
+
+class Encoder(Protocol):
+    """What zero-shot classification needs of a model."""
+
+    def encode_image(self, images: Iterable[Any]) -> Any:
+        """Pictures -> (n, D) unit rows."""
+
+    def encode_text(self, texts: Iterable[str]) -> Any:
+        """Captions -> (n, D) unit rows."""
+
+
+def retrieval(
+    image_embeddings: Any, text_embeddings: Any, image_of_text: Any, *, chunk: int = 1024
+) -> dict[str, float]:
+    """Image-text retrieval in percent: R@1/5/10, their means, and median ranks.
+
+    Args:
+        image_embeddings: (N, D) unit rows, numpy or torch.
+        text_embeddings: (T, D) unit rows; an image may have several texts.
+        image_of_text: (T,) ints, the row of each text's image.
+        chunk: queries compared at once; bounds the memory to chunk * max(N, T) scores.
+
+    Returns:
+        txt_r1, txt_r5, txt_r10 (an image asks for any of its texts), img_r1, ... (a text asks for
+        its image), txt_r_mean, img_r_mean, r_mean, and txt_median_rank, img_median_rank (1 is best).
+        Images without a text are candidates, and not queries.
+
+    Raises:
+        ValueError: for shapes that do not agree, rows out of range, NaN.
+    """
+    images, texts = _matrix("image_embeddings", image_embeddings), _matrix("text_embeddings", text_embeddings)
+    owner = torch.as_tensor(np.asarray(image_of_text)).to(images.device)
+    if images.shape[1] != texts.shape[1]:
+        raise ValueError(f"image_embeddings have {images.shape[1]} dimensions, text_embeddings {texts.shape[1]}")
+    if owner.shape != (len(texts),) or owner.is_floating_point():
+        raise ValueError(
+            f"image_of_text must be {len(texts)} ints, one per text, got {owner.dtype} {tuple(owner.shape)}"
+        )
+    owner = owner.long()
+    if len(owner) and (int(owner.min()) < 0 or int(owner.max()) >= len(images)):
+        raise ValueError(f"image_of_text must lie in [0, {len(images)}), got {int(owner.min())} to {int(owner.max())}")
+    asking = torch.unique(owner)
+    image_index = torch.arange(len(images), device=images.device)
+    for_texts = [
+        _rank(images[rows] @ texts.T, rows[:, None] == owner[None, :]) for rows in asking.split(chunk)
+    ]  # fmt: skip
+    for_images = [
+        _rank(t @ images.T, o[:, None] == image_index[None, :])
+        for t, o in zip(texts.split(chunk), owner.split(chunk), strict=True)
+    ]
+    found: dict[str, float] = {}
+    for side, ranks in (("txt", for_texts), ("img", for_images)):
+        above, ties, right = (torch.cat(parts) for parts in zip(*ranks, strict=True))
+        for k in RECALLS:
+            found[f"{side}_r{k}"] = 100 * float(_hit(above, ties, right, k).mean())
+        found[f"{side}_r_mean"] = float(np.mean([found[f"{side}_r{k}"] for k in RECALLS]))
+        found[f"{side}_median_rank"] = float((above + ties / (right + 1) + 1).median())
+    found["r_mean"] = (found["txt_r_mean"] + found["img_r_mean"]) / 2
+    return found
+
+
+def _rank(scores: Tensor, is_answer: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Per query: wrong candidates above the best answer, wrong ones equal to it, and answers equal to it. Each (Q,)."""
+    best = scores.masked_fill(~is_answer, -torch.inf).amax(dim=1, keepdim=True)
+    equal = scores == best
+    above = ((scores > best) & ~is_answer).sum(dim=1)
+    ties, right = (equal & ~is_answer).sum(dim=1), (equal & is_answer).sum(dim=1)
+    return above.double(), ties.double(), right.double()
+
+
+def _hit(above: Tensor, ties: Tensor, right: Tensor, k: int) -> Tensor:
+    """Chance that an answer is among the first k, the tied candidates being in random order. (Q,) float64."""
+    free = (k - above).clamp(min=0)
+    miss = torch.ones_like(above)
+    # All of the `free` places go to wrong ones: prod over places of (ties - i) / (ties + right - i).
+    for i in range(k):
+        step = ((ties - i) / (ties + right - i).clamp(min=1)).clamp(min=0)
+        miss = torch.where(free > i, miss * step, miss)
+    return 1 - miss
+
+
+def class_embeddings(model: Encoder, classnames: Sequence[str], templates: Sequence[Template] = TEMPLATES) -> Tensor:
+    """One unit row per class, (C, D): the mean over the templates' captions (CLIP's prompt ensemble)."""
+    if not classnames:
+        raise ValueError("classnames is empty")
+    if isinstance(templates, str) or not templates:
+        raise ValueError("templates must be a list such as ['a photo of a {}.']")
+    for t in templates:
+        if isinstance(t, str) and "{}" not in t:
+            raise ValueError(f"template {t!r} has no {{}} for the class name")
+    prompts = [t.format(c) if isinstance(t, str) else t(c) for c in classnames for t in templates]
+    rows = _matrix("text embeddings", model.encode_text(prompts))
+    means = rows.view(len(classnames), len(templates), -1).mean(dim=1)
+    return torch.nn.functional.normalize(means, dim=-1)
+
+
+def zeroshot(
+    model: Encoder,
+    images: Any,
+    labels: Sequence[int] | Tensor | np.ndarray,
+    classnames: Sequence[str],
+    templates: Sequence[Template] = TEMPLATES,
+) -> dict[str, float]:
+    """Zero-shot classification in percent: zeroshot_top1, 3, 5, 10 (as far as there are classes).
+
+    Args:
+        model: has encode_image and encode_text.
+        images: pictures that `model.encode_image` takes, or their embeddings as an (n, D) array or tensor.
+        labels: (n,) ints, rows of `classnames`.
+        classnames: names of the classes.
+        templates: prompts with {} for the name, or functions of the name.
+    """
+    ready = isinstance(images, Tensor | np.ndarray) and images.ndim == 2
+    rows = _matrix("image embeddings", images if ready else model.encode_image(images))
+    target = torch.as_tensor(np.asarray(labels)).long()
+    if target.shape != (len(rows),):
+        raise ValueError(f"labels must be {len(rows)} ints, one per image, got shape {tuple(target.shape)}")
+    if len(target) and (int(target.min()) < 0 or int(target.max()) >= len(classnames)):
+        raise ValueError(f"labels must lie in [0, {len(classnames)}), got {int(target.min())} to {int(target.max())}")
+    classes = class_embeddings(model, classnames, templates).to(rows.device)
+    return classify(rows @ classes.T, target.to(rows.device))
+
+
+def classify(scores: Tensor, labels: Tensor) -> dict[str, float]:
+    """Top-k accuracy in percent of class scores (n, C) against labels (n,), ties in expectation."""
+    answers = torch.nn.functional.one_hot(labels, scores.shape[1]).bool()
+    above, ties, right = _rank(scores, answers)
+    return {
+        f"zeroshot_top{k}": 100 * float(_hit(above, ties, right, k).mean())
+        for k in TOPS
+        if k == 1 or k <= scores.shape[1]
+    }
+
+
+def _matrix(name: str, values: Any) -> Tensor:
+    rows = torch.as_tensor(values).detach()
+    if rows.dim() != 2 or not len(rows):
+        raise ValueError(f"{name} must be a matrix (n, D) with n > 0, got shape {tuple(rows.shape)}")
+    rows = rows if rows.dtype == torch.float64 else rows.float()
+    if not bool(torch.isfinite(rows).all()):
+        raise ValueError(f"{name} hold NaN or infinite values")
+    return rows

@@ -1,0 +1,208 @@
+"""Frozen towers with cached views: tower features computed once, so that only the heads train.
+
+A cache file holds the features of one policy's views of some pictures, or of some captions. Its
+name is a hash of all that matters: the tower's weights, the pictures or captions, the policy, the
+seed. It is written in chunks, so an interrupted computation goes on where it was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from amclr.config import Config
+from amclr.data.batches import Batch, BatchPlan, split_views
+from amclr.data.manifest import Sample
+from amclr.data.pictures import PictureStore
+from amclr.data.views import image_view, policy, text_views
+from amclr.model import DualEncoder
+from amclr.randomness import generator
+
+CHUNK = 128
+FORMAT = 1
+
+
+def image_features(
+    model: DualEncoder, samples: Sequence[Sample], name: str, views: int, config: Config, cache: Path, store: PictureStore,
+    progress: bool = True,
+) -> np.ndarray:  # fmt: skip
+    """Features of `views` draws of a policy per picture, (N, V, F) float32, memory-mapped from the cache."""
+    transform = policy(name, config.model.image_size, config.views.flip)
+    draws = 1 if name == "none" else views
+    key = _key(
+        "images", _fingerprint(model.image_tower), name, config.views.flip, config.model.image_size, draws, config.seed,
+        [_stamp(s.path) for s in samples],
+    )  # fmt: skip
+
+    def chunk(start: int, stop: int) -> Tensor:
+        pictures = [
+            image_view(transform, store[i], config.seed, "cached", v, samples[i].name, name)
+            for i in range(start, stop)
+            for v in range(draws)
+        ]
+        batch = torch.stack(pictures).to(model.device)
+        return model.image_tower(batch).float().cpu().view(stop - start, draws, -1)
+
+    shape = (len(samples), draws, model.image_tower.width)
+    return _cached(cache / f"images-{key}.npy", shape, chunk, f"Features of {draws} x '{name}' views", progress)
+
+
+def caption_features(model: DualEncoder, captions: Sequence[str], cache: Path, progress: bool = True) -> np.ndarray:
+    """Features of captions, (T, F) float32, memory-mapped from the cache."""
+    key = _key("captions", _fingerprint(model.text_tower), model.config.max_tokens, list(captions))
+    # Batches of like length pad little; the file keeps the captions' own order.
+    order = np.argsort([len(c) for c in captions], kind="stable")
+
+    def chunk(start: int, stop: int) -> Tensor:
+        tokens = model.tokenize([captions[i] for i in order[start:stop]])
+        out: Tensor = model.text_tower(**{k: v.to(model.device) for k, v in tokens.items()})
+        return out.float().cpu()
+
+    shape = (len(captions), model.text_tower.width)
+    return _cached(cache / f"captions-{key}.npy", shape, chunk, "Features of captions", progress, order)
+
+
+def _cached(
+    file: Path,
+    shape: tuple[int, ...],
+    compute: Callable[[int, int], Tensor],
+    what: str,
+    progress: bool,
+    order: np.ndarray | None = None,
+) -> np.ndarray:
+    """The array in `file`, computed chunk by chunk where it is not there yet."""
+    if file.is_file():
+        found: np.ndarray = np.load(file, mmap_mode="r", allow_pickle=False)
+        if found.shape == shape:
+            return found
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part, marker = file.with_suffix(".part.npy"), file.with_suffix(".part.json")
+    done = 0
+    if part.is_file() and marker.is_file():
+        done = int(json.loads(marker.read_text())["done"])
+    mode = "r+" if done else "w+"
+    array = np.lib.format.open_memmap(part, mode=mode, dtype=np.float32, shape=None if done else shape)
+    bar = tqdm(total=shape[0], initial=done, desc=what, disable=not progress, leave=False, unit="row")
+    with torch.inference_mode(), bar:
+        while done < shape[0]:
+            stop = min(done + CHUNK, shape[0])
+            rows = compute(done, stop).numpy()
+            array[slice(done, stop) if order is None else order[done:stop]] = rows
+            array.flush()
+            fresh = marker.with_suffix(".tmp")
+            fresh.write_text(json.dumps({"done": stop}))
+            os.replace(fresh, marker)
+            bar.update(stop - done)
+            done = stop
+    del array
+    os.replace(part, file)
+    marker.unlink(missing_ok=True)
+    return np.load(file, mmap_mode="r", allow_pickle=False)
+
+
+def _key(*parts: object) -> str:
+    return hashlib.sha256(json.dumps([FORMAT, *parts]).encode()).hexdigest()[:20]
+
+
+def _fingerprint(tower: nn.Module) -> str:
+    """A hash of a tower's class, settings and weights."""
+    digest = hashlib.sha256(repr(tower).encode())
+    for name, tensor in sorted({**tower.state_dict(), **dict(tower.named_buffers())}.items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return f"{digest.hexdigest()}-{getattr(tower, 'pooling', '')}"
+
+
+def _stamp(path: Path) -> list[object]:
+    stat = path.stat()
+    return [path.name, stat.st_size, stat.st_mtime_ns]
+
+
+def _alone(sample: Sample) -> bool:
+    """Whether nothing but word noise can be a caption's second view."""
+    return len(sample.captions) == 1 and not any(sample.paraphrases)
+
+
+class FeatureBatches(Dataset[Batch]):
+    """Batches of cached features: what `PictureBatches` gives, with the towers already behind it.
+
+    Each visit draws a cached view of the policy per picture; where both image views share a policy,
+    the second is another one than the first.
+    """
+
+    def __init__(
+        self,
+        model: DualEncoder,
+        samples: Sequence[Sample],
+        store: PictureStore,
+        plan: BatchPlan,
+        required_views: Sequence[str],
+        config: Config,
+        cache: Path,
+        progress: bool = True,
+    ) -> None:
+        self.samples, self.plan = samples, plan
+        self.image_views, self.text_views = split_views(required_views)
+        self.seed, self.one, self.noise = config.seed, config.source.captions == "one", config.views.word_noise
+        policies = {"image": config.views.image, "image_aug": config.views.image_aug}
+        self.cached_views = config.views.cached
+        self.shared = policies["image"] == policies["image_aug"]
+        self.features = {
+            view: image_features(model, samples, policies[view], config.views.cached, config, cache, store, progress)
+            for view in self.image_views
+        }
+        self.rows: dict[str, int] = {}
+        if self.text_views:
+            self.rows = {t: row for row, t in enumerate(dict.fromkeys(t for s in samples for t in s.texts))}
+            if "text_aug" in self.text_views:
+                # Word noise is drawn once per cached view rather than at each visit.
+                noisy = (self._noisy(s, v) for s in samples if _alone(s) for v in range(self.cached_views))
+                for text in noisy:
+                    self.rows.setdefault(text, len(self.rows))
+            self.captions = caption_features(model, list(self.rows), cache, progress)
+
+    def _noisy(self, sample: Sample, v: int) -> str:
+        return text_views(sample.captions, (), self.one, self.noise, self.seed, "cached", v, sample.name)[2]
+
+    def __getitem__(self, step: int) -> Batch:
+        """The batch of a step."""
+        epoch, ids = self.plan[step]
+        images = None
+        if self.image_views:
+            first = generator(self.seed, "cached views", step).random((2, len(ids)))
+            rows, drawn = [], None
+            for k, view in enumerate(self.image_views):
+                table = self.features[view]
+                views = table.shape[1]
+                if drawn is not None and self.shared and views > 1:
+                    pick = (drawn + 1 + (first[k] * (views - 1)).astype(int)) % views
+                else:
+                    pick = (first[k] * views).astype(int)
+                drawn = pick
+                rows.append(table[ids, pick])
+            images = torch.from_numpy(np.concatenate(rows))
+        tokens = None
+        if self.text_views:
+            texts: dict[str, list[int]] = {v: [] for v in self.text_views}
+            for i in ids:
+                s = self.samples[i]
+                _, text, second = text_views(
+                    s.captions, s.paraphrases, self.one, self.noise, self.seed, epoch, int(i), "text"
+                )
+                if "text_aug" in texts:
+                    if _alone(s):
+                        second = self._noisy(s, epoch % self.cached_views)
+                    texts["text_aug"].append(self.rows[second])
+                if "text" in texts:
+                    texts["text"].append(self.rows[text])
+            tokens = torch.from_numpy(np.concatenate([self.captions[texts[v]] for v in self.text_views]))
+        return Batch(self.image_views, self.text_views, images, tokens, torch.from_numpy(ids.astype(np.int64)))

@@ -1,0 +1,122 @@
+"""Pictures of runs and data: learning curves, the retrieval gallery, the contact sheet."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from torch import Tensor
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+# Okabe and Ito's palette: told apart with any colour vision.
+BLUE, ORANGE, GREEN, RED, PURPLE, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"
+STYLE: Any = {
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "font.size": 10,
+}
+
+
+def curves(rows: Sequence[dict[str, Any]], file: Path, title: str, chance: float) -> None:
+    """Draw the loss and the validation recall of a run against its epochs."""
+    steps = [r for r in rows if r["kind"] == "train"]
+    evals = [r for r in rows if r["kind"] == "eval"]
+    with plt.rc_context(STYLE):
+        figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.6), layout="constrained")
+        if steps:
+            x = np.array([r["epoch"] for r in steps])
+            y = np.array([r["loss"] for r in steps])
+            left.plot(x, y, color=BLUE, alpha=0.25, linewidth=1, label="every tenth step")
+            width = max(1, len(y) // 25)
+            if len(y) > 2 * width:
+                smooth = np.convolve(y, np.ones(width) / width, mode="valid")
+                left.plot(x[width - 1 :], smooth, color=BLUE, linewidth=2, label="running mean")
+            left.legend(frameon=False)
+        left.set(xlabel="epoch", ylabel="training loss", title="Objective")
+        if evals:
+            x = np.array([r["epoch"] for r in evals])
+            for key, label, colour, marker in (
+                ("txt_r_mean", "text retrieval", ORANGE, "o"),
+                ("img_r_mean", "image retrieval", GREEN, "s"),
+            ):
+                right.plot(x, [r[key] for r in evals], marker=marker, markersize=4, color=colour, label=label)
+            right.axhline(chance, color="0.5", linestyle="--", linewidth=1, label=f"chance {chance:.1f} %")
+            right.set_ylim(bottom=0)
+            right.legend(frameon=False)
+        right.set(xlabel="epoch", ylabel="mean of R@1, R@5, R@10 (%)", title="Validation recall")
+        figure.suptitle(title)
+        figure.savefig(file, dpi=110)
+        plt.close(figure)
+
+
+def gallery(
+    queries: Sequence[str], found: Sequence[Sequence[tuple[Tensor, float, bool]]], file: Path, title: str
+) -> None:
+    """Draw captions and the pictures that they find, best first, the right one framed.
+
+    found[q]: (picture uint8 (3, S, S), cosine similarity, whether it is the caption's own) per place.
+    """
+    columns = len(found[0])
+    with plt.rc_context({"font.size": 9}):
+        figure = plt.figure(figsize=(2.6 + 1.35 * columns, 0.5 + 1.55 * len(queries)))
+        grid = figure.add_gridspec(
+            len(queries), columns + 2, left=0.01, right=0.99, bottom=0.01, top=1 - 0.45 / (0.5 + 1.55 * len(queries)),
+            hspace=0.22, wspace=0.08,
+        )  # fmt: skip
+        for q, query in enumerate(queries):
+            cell = figure.add_subplot(grid[q, :2])
+            cell.axis("off")
+            cell.text(0.02, 0.5, "\n".join(textwrap.wrap(query, 30)[:6]), va="center", ha="left", fontsize=9.5)
+            for k, (picture, score, right) in enumerate(found[q]):
+                cell = figure.add_subplot(grid[q, k + 2])
+                cell.imshow(picture.permute(1, 2, 0).numpy(), interpolation="antialiased")
+                cell.set(xticks=[], yticks=[])
+                mark = "✓ " if right else ""
+                cell.set_title(f"{mark}{score:.2f}", fontsize=8, pad=2, color=GREEN if right else "0.35",
+                               fontweight="bold" if right else "normal")  # fmt: skip
+                for side in cell.spines.values():
+                    side.set(color=GREEN if right else "0.8", linewidth=3.5 if right else 0.6)
+        figure.suptitle(title, x=0.01, ha="left", fontsize=11, y=0.995, va="top")
+        figure.savefig(file, dpi=110)
+        plt.close(figure)
+
+
+def contact_sheet(cards: Sequence[tuple[Sequence[tuple[str, Tensor]], str, str]], file: Path, title: str) -> None:
+    """Draw samples: per card the named pictures side by side, and under them the caption and its second view.
+
+    cards: ((name, uint8 (3, S, S)) per picture, caption, second view) per sample.
+    """
+    across = 2
+    rows = -(-len(cards) // across)
+    views = len(cards[0][0])
+    with plt.rc_context({"font.size": 8}):
+        height = 0.45 + 2.35 * rows
+        figure = plt.figure(figsize=(across * (1.55 * views + 0.3), height))
+        grid = figure.add_gridspec(rows, across, left=0.01, right=0.99, bottom=0.01, top=1 - 0.4 / height,
+                                   hspace=0.12, wspace=0.06)  # fmt: skip
+        for n, (pictures, text, second) in enumerate(cards):
+            inner = grid[n // across, n % across].subgridspec(
+                2, views, height_ratios=(2.4, 1), hspace=0.02, wspace=0.05
+            )
+            for k, (name, picture) in enumerate(pictures):
+                cell = figure.add_subplot(inner[0, k])
+                cell.imshow(picture.permute(1, 2, 0).numpy(), interpolation="antialiased")
+                cell.set(xticks=[], yticks=[])
+                cell.set_title(name, fontsize=7.5, pad=2, color="0.3")
+            cell = figure.add_subplot(inner[1, :])
+            cell.axis("off")
+            wrap = 22 * views
+            lines = textwrap.wrap(text, wrap)[:2], textwrap.wrap(second, wrap)[:2]
+            cell.text(0, 0.95, "\n".join(lines[0]), va="top", fontsize=8)
+            cell.text(0, 0.42, "\n".join(lines[1]), va="top", fontsize=8, color=BLUE, style="italic")
+        figure.suptitle(title, x=0.01, ha="left", fontsize=10, y=0.997, va="top")
+        figure.savefig(file, dpi=110)
+        plt.close(figure)

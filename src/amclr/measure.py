@@ -1,0 +1,251 @@
+"""Measure a model on data: retrieval, zero-shot classification, the gallery; and look at a data set."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from amclr import evaluate, figures
+from amclr.config import Config
+from amclr.data import manifest as manifests
+from amclr.data.manifest import Manifest, Sample
+from amclr.data.pictures import BadPicture, PictureStore, scan
+from amclr.data.views import image_view, policy, text_views
+from amclr.errors import UserError
+from amclr.features import caption_features, image_features
+from amclr.model import DualEncoder
+from amclr.run import Run, write_atomically
+
+GALLERY_QUERIES, GALLERY_PLACES = 6, 6
+
+
+def model_reads_pictures(model: DualEncoder) -> bool:
+    """Whether a tower is trained, so that every step needs pictures rather than cached features."""
+    return len(model.frozen_towers) < 2
+
+
+class Evaluator:
+    """Retrieval on a fixed set of samples. Where both towers are frozen, their features are cached."""
+
+    def __init__(
+        self, model: DualEncoder, samples: Sequence[Sample], config: Config, cache: Path, progress: bool = False
+    ) -> None:
+        self.model, self.samples, self.progress = model, samples, progress
+        self.captions = [c for s in samples for c in s.captions]
+        self.image_of_text = np.repeat(np.arange(len(samples)), [len(s.captions) for s in samples])
+        self.features: tuple[Tensor, Tensor] | None = None
+        if not model_reads_pictures(model):
+            store = PictureStore([s.path for s in samples], config.model.image_size)
+            images = image_features(model, samples, "none", 1, config, cache, store, progress)
+            texts = caption_features(model, self.captions, cache, progress)
+            self.features = torch.from_numpy(images[:, 0].copy()), torch.from_numpy(texts.copy())
+
+    def embeddings(self) -> tuple[Tensor, Tensor]:
+        """Unit rows of the pictures (N, D) and of all their captions (T, D), on the CPU."""
+        if self.features is None:
+            pictures = self.model.encode_image([s.path for s in self.samples], progress=self.progress)
+            return pictures, self.model.encode_text(self.captions, progress=self.progress)
+        training = self.model.training
+        self.model.eval()
+        with torch.inference_mode():
+            device = self.model.device
+            images, texts = self.model(self.features[0].to(device), self.features[1].to(device))
+        self.model.train(training)
+        return images.cpu(), texts.cpu()
+
+    def __call__(self) -> dict[str, float]:
+        """Recalls in percent, as `amclr.evaluate.retrieval` names them."""
+        return evaluate.retrieval(*self.embeddings(), self.image_of_text)
+
+    def figures(self, images: Tensor, texts: Tensor) -> dict[str, Any]:
+        """Recalls of given embeddings, with the sizes that they belong to."""
+        sizes = {"pictures": len(images), "captions": len(texts)}
+        return {**sizes, **evaluate.retrieval(images, texts, self.image_of_text)}
+
+    def chance(self) -> float:
+        """Mean of R@1, R@5 and R@10 in percent, for a random order of the pictures."""
+        return float(np.mean(_chances(len(self.samples))))
+
+
+def draw_gallery(
+    model: DualEncoder, evaluator: Evaluator, images: Tensor, texts: Tensor, file: Path, title: str
+) -> None:
+    """Draw some captions (the same ones for the same data) and the pictures that they find."""
+    pick = np.random.default_rng(0).permutation(len(texts))[:GALLERY_QUERIES]
+    places = min(GALLERY_PLACES, len(images))
+    top = (texts[torch.from_numpy(pick)] @ images.T).topk(places)
+
+    def shown(index: int) -> Tensor:
+        try:
+            return model.prepare(evaluator.samples[index].path)
+        except BadPicture:
+            return torch.full((3, model.config.image_size, model.config.image_size), 128, dtype=torch.uint8)
+
+    found = [
+        [
+            (shown(int(i)), float(s), int(i) == int(evaluator.image_of_text[q]))
+            for s, i in zip(scores, index, strict=True)
+        ]
+        for q, scores, index in zip(pick, top.values, top.indices, strict=True)
+    ]
+    figures.gallery(
+        [evaluator.captions[q] for q in pick], found, file, f"{title}: held-out captions and what they find"
+    )
+
+
+def evaluate_run(
+    folder: Path, *, data: str = "", split: str = "val", zeroshot: str = "", classnames: str = "", templates: str = "",
+    retrieval: bool = True, progress: bool = True,
+) -> dict[str, Any]:  # fmt: skip
+    """Measure a run's best weights on a split of a data set and, where asked for, on a folder of classes.
+
+    Returns the figures, and writes them (with a gallery of a data set) under `evaluations/` in the
+    run folder. Raises UserError for a folder, split or file that is not there.
+    """
+    run = Run.open(folder)
+    model = run.load_model().to("cuda" if torch.cuda.is_available() else "cpu")
+    config = replace(run.config, data=data) if data else run.config
+    results: dict[str, Any] = {"run": str(folder), "objective": config.objective}
+    out = folder / "evaluations"
+    out.mkdir(exist_ok=True)
+    name = f"{Path(config.data).name}-{split}"
+    if zeroshot:
+        results |= measure_classes(model, Path(zeroshot), classnames, templates, progress)
+    if retrieval:
+        cache = manifests.cache_folder(config)
+        manifest = manifests.prepare(config, cache, progress)
+        samples = manifest.split(split)
+        if not samples:
+            raise UserError(f"split '{split}' of {config.data} is empty")
+        evaluator = Evaluator(model, samples, config, cache, progress)
+        images, texts = evaluator.embeddings()
+        results |= {"data": config.data, "split": split} | evaluator.figures(images, texts)
+        if manifest.zeroshot and not zeroshot:
+            results |= measure_classes(model, manifest.zeroshot, progress=progress)
+        draw_gallery(model, evaluator, images, texts, out / f"{name}.png", f"{config.objective} on {name}")
+    else:
+        name = f"zeroshot-{Path(zeroshot).name}"
+    if len(results) == 2:
+        raise UserError("nothing to measure: leave out --retrieval false, or give --zeroshot FOLDER")
+    write_atomically(out / f"{name}.json", json.dumps(results, indent=2) + "\n")
+    return results
+
+
+def measure_classes(
+    model: DualEncoder, root: Path, classnames: str = "", templates: str = "", progress: bool = True
+) -> dict[str, Any]:
+    """Zero-shot accuracy on a folder of pictures by class. Pictures that cannot be decoded are left out and counted."""
+    paths, labels, names = manifests.class_folders(root, Path(classnames) if classnames else None)
+    prompts: Sequence[str] = evaluate.TEMPLATES
+    if templates:
+        file = Path(templates)
+        if not file.is_file():
+            raise UserError(f"no templates file '{file}': one prompt per line, with {{}} for the class name")
+        prompts = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    bad = scan(paths, model.config.image_size, progress=progress)
+    kept = [(p, y) for p, y in zip(paths, labels, strict=True) if p not in bad]
+    if not kept:
+        raise UserError(f"no picture under '{root}' can be decoded; the first: {next(iter(bad.items()))}")
+    images = model.encode_image([p for p, _ in kept], progress=progress)
+    try:
+        found = evaluate.zeroshot(model, images, [y for _, y in kept], names, prompts)
+    except ValueError as error:
+        raise UserError(f"{templates or root}: {error}") from None
+    return {"zeroshot": str(root), "zeroshot_classes": len(names), "zeroshot_pictures": len(kept),
+            "zeroshot_rejects": len(bad), **found}  # fmt: skip
+
+
+def report(results: dict[str, Any]) -> str:
+    """The figures of a measurement as tables for the terminal."""
+    parts = [_retrieval_table(results)] if "r_mean" in results else []
+    parts += [_zeroshot_table(results)] if "zeroshot_top1" in results else []
+    return "\n\n".join(parts)
+
+
+def _retrieval_table(results: dict[str, Any]) -> str:
+    lines = [f"{results['split']} split: {results['pictures']} pictures, {results['captions']} captions"]
+    lines += [f"{'':18}{'R@1':>8}{'R@5':>8}{'R@10':>8}{'mean':>8}{'median rank':>14}"]
+    for side, name in (("txt", "text retrieval"), ("img", "image retrieval")):
+        values = [results[f"{side}_r{k}"] for k in evaluate.RECALLS] + [results[f"{side}_r_mean"]]
+        lines.append(f"{name:18}" + "".join(f"{v:8.1f}" for v in values) + f"{results[f'{side}_median_rank']:14.0f}")
+    chances = _chances(results["pictures"])
+    lines.append(f"{'chance (image)':18}" + "".join(f"{v:8.1f}" for v in (*chances, float(np.mean(chances))))
+                 + f"{(results['pictures'] + 1) / 2:14.0f}")  # fmt: skip
+    return "\n".join(lines)
+
+
+def _zeroshot_table(results: dict[str, Any]) -> str:
+    classes, tops = results["zeroshot_classes"], [k for k in evaluate.TOPS if f"zeroshot_top{k}" in results]
+    return "\n".join([
+        f"zero-shot: {results['zeroshot_pictures']} pictures, {classes} classes",
+        f"{'':18}" + "".join(f"{f'top-{k}':>8}" for k in tops),
+        f"{'accuracy':18}" + "".join(f"{results[f'zeroshot_top{k}']:8.1f}" for k in tops),
+        f"{'chance':18}" + "".join(f"{100 * min(1, k / classes):8.1f}" for k in tops),
+    ])  # fmt: skip
+
+
+def _chances(pictures: int) -> list[float]:
+    return [100 * min(1.0, k / max(1, pictures)) for k in evaluate.RECALLS]
+
+
+def inspect(config: Config, sheet: Path, progress: bool = True) -> str:
+    """Describe a data set in a few lines, and draw a contact sheet of samples with both views.
+
+    Bad rows and pictures are listed beside the sheet; no limit on them applies here.
+    """
+    lenient = replace(config, source=replace(config.source, max_bad=1.0))
+    manifest = manifests.prepare(lenient, manifests.cache_folder(config), progress)
+    samples = manifest.samples
+    lengths = np.array([len(c.split()) for s in samples for c in s.captions])
+    per_picture = Counter(len(s.captions) for s in samples)
+    repeated = sum(n - 1 for n in Counter(c for s in samples for c in s.captions).values())
+    words = len({w for s in samples for c in s.captions for w in c.lower().split()})
+    lines = [
+        f"{manifest.root}",
+        f"pictures     {len(samples)}" + "".join(f", {n} {len(manifest.split(n))}" for n in manifest.splits),
+        f"captions     {len(lengths)}: "
+        + ", ".join(f"{n} pictures with {k}" for k, n in sorted(per_picture.items(), key=lambda x: -x[1])[:3]),
+        f"words        {words} different; per caption {lengths.min()} to {lengths.max()}, median {np.median(lengths):.0f}",
+        f"repeated     {repeated} captions say what another says already",
+        f"left out     {len(manifest.rejects)} of {manifest.rows} rows",
+    ]
+    if manifest.zeroshot:
+        lines.append(f"zero-shot    {manifest.zeroshot}")
+    lines += [f"  {reject}" for reject in manifest.rejects[:10]]
+    if manifest.rejects:
+        listed = sheet.with_name(f"{sheet.stem}-rejects.jsonl")
+        manifests.write_rejects(manifest.rejects, listed)
+        lines.append(f"  {'... ' if len(manifest.rejects) > 10 else ''}all of them listed in {listed}")
+    _draw_sheet(samples, config, sheet, manifest)
+    return "\n".join([*lines, f"contact sheet: {sheet}"])
+
+
+def _draw_sheet(samples: Sequence[Sample], config: Config, file: Path, manifest: Manifest) -> None:
+    pick = np.random.default_rng(config.seed).permutation(len(samples))[:8]
+    size, flip = config.model.image_size, config.views.flip
+    store = PictureStore([s.path for s in samples], size)
+    cards = []
+    for i in map(int, pick):
+        s = samples[i]
+        key = (config.seed, 0, i)
+        pictures = [
+            ("as evaluated", image_view(policy("none", size), store[i], *key)),
+            (f"image: {config.views.image}", image_view(policy(config.views.image, size, flip), store[i], *key, "image")),
+            (f"image_aug: {config.views.image_aug}",
+             image_view(policy(config.views.image_aug, size, flip), store[i], *key, "image_aug")),
+        ]  # fmt: skip
+        _, text, second = text_views(s.captions, s.paraphrases, config.source.captions == "one", config.views.word_noise,
+                                     *key, "text")  # fmt: skip
+        cards.append((pictures, text, second))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figures.contact_sheet(
+        cards, file, f"{manifest.root.name}: {len(samples)} pictures; text in black, text_aug in blue"
+    )

@@ -1,0 +1,134 @@
+"""Contrastive objectives for image-text dual encoders: needs torch alone.
+
+objective = amclr.objectives.build("amclr", num_samples=len(dataset))
+loss, metrics = objective({"image": i, "image_aug": i2, "text": t, "text_aug": t2}, ids)
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+
+from amclr.objectives.methods import METHODS, PAIRS, VIEWS, Method, Pairs, Temperature, Term, modality
+from amclr.objectives.objective import Objective
+
+__all__ = ["METHODS", "PAIRS", "VIEWS", "Method", "Objective", "Term", "build", "modality"]
+
+ESTIMATORS = ("per-term", "reference")
+GAMMA_SCHEDULES = ("constant", "cosine")
+
+
+def build(
+    name: str,
+    num_samples: int | Mapping[str, int],
+    *,
+    temperature: float | None = None,
+    gamma: float = 0.8,
+    gamma_schedule: str = "constant",
+    temperature_mode: Temperature | None = None,
+    temperature_range: tuple[float, float] = (0.005, 1.0),
+    temperature_lr: float = 1e-3,
+    temperature_momentum: float = 0.9,
+    rho: float | None = None,
+    pairs: Pairs | None = None,
+    weights: Mapping[str, float] | None = None,
+    cyclic_weight: float = 0.25,
+    estimator: str = "per-term",
+    validate: bool | None = None,
+) -> Objective:
+    """Make an objective by name.
+
+    Args:
+        name: one of `amclr.objectives.METHODS`.
+        num_samples: how many samples the training set has (the estimators have a row each), or
+            {"image": n, "text": m} where images and captions have ids of their own.
+        temperature: tau; the start of a learnable or individual one. Default: the method's own.
+        gamma: weight of this batch in the running estimate, in (0, 1]; 1 keeps no memory.
+        gamma_schedule: "constant", or "cosine" from 1 down to `gamma` (call `start_epoch`).
+        temperature_mode: "fixed", "learnable" (one, a parameter) or "individual" (one per sample
+            and term, global objectives only). Default: the method's own.
+        temperature_range: bounds of a learnable or individual temperature.
+        temperature_lr: step size of individual temperatures.
+        temperature_momentum: momentum of individual temperatures (beta), in [0, 1).
+        rho: strength that holds a learned temperature of a global objective up: tau * rho is added
+            to its loss. Default 0.7 log(N - 1), N samples (bounded by a batch of 128).
+        pairs: which image-text pairs are aligned: "first" (x, t), "aligned" (x, t) and (x', t'), or
+            "all" four. Gives a baseline the same views as AmCLR. Default: the method's own.
+        weights: factors on the terms by kind: "cross", "image" (image-image), "text" (text-text).
+        cyclic_weight: weight of each of CyCLIP's two penalties.
+        estimator: "per-term" keeps one running estimate per sample and term; "reference" one per
+            sample, overwritten by the terms in turn, as the public AmCLR code does.
+        validate: check unit length, NaN and the range of ids at every call. Default: on the CPU
+            only, since on an accelerator it costs a synchronisation.
+
+    Raises:
+        ValueError: for an unknown name or a setting out of range; the message names the argument.
+    """
+    if name not in METHODS:
+        near = difflib.get_close_matches(name, METHODS, n=1)
+        hint = f"did you mean '{near[0]}'? " if near else ""
+        raise ValueError(f"unknown objective '{name}': {hint}choose from {', '.join(METHODS)}")
+    method = METHODS[name]
+    mode = temperature_mode or method.temperature
+    samples = {"image": num_samples, "text": num_samples} if isinstance(num_samples, int) else dict(num_samples)
+    if set(samples) != {"image", "text"} or not all(isinstance(n, int) and n >= 1 for n in samples.values()):
+        raise ValueError(
+            f"num_samples must be a positive int or a dict of them for 'image' and 'text', got {num_samples!r}"
+        )
+    low, high = temperature_range
+    tau = method.default_temperature if temperature is None else temperature
+    _require(0 < low <= high, "temperature_range must be 0 < low <= high", temperature_range)
+    _require(tau > 0 and math.isfinite(tau), "temperature must be positive", temperature)
+    _require(mode == "fixed" or low <= tau <= high, f"temperature must lie in temperature_range {low, high}", tau)
+    _require(0 < gamma <= 1, "gamma must lie in (0, 1]", gamma)
+    _choose("gamma_schedule", gamma_schedule, GAMMA_SCHEDULES)
+    _choose("temperature_mode", mode, ("fixed", "learnable", "individual"))
+    _choose("estimator", estimator, ESTIMATORS)
+    _require(0 <= temperature_momentum < 1, "temperature_momentum must lie in [0, 1)", temperature_momentum)
+    _require(temperature_lr > 0, "temperature_lr must be positive", temperature_lr)
+    _require(cyclic_weight >= 0, "cyclic_weight must not be negative", cyclic_weight)
+    if pairs is not None:
+        _choose("pairs", pairs, tuple(p for p in PAIRS if p != "none"))
+        if method.pairs == "none":
+            raise ValueError(f"'{name}' aligns no image-text pairs: leave out pairs={pairs!r}")
+    for kind, weight in (weights or {}).items():
+        _choose("weights", kind, ("cross", "image", "text"))
+        _require(weight >= 0, f"weights[{kind!r}] must not be negative", weight)
+    if mode == "individual" and method.contrast != "global":
+        raise ValueError(f"temperature_mode 'individual' needs a global objective, and '{name}' is a mini-batch one")
+    if estimator == "reference" and method.contrast != "global":
+        raise ValueError(f"estimator 'reference' needs a global objective, and '{name}' is a mini-batch one")
+    if not method.terms(pairs, weights):
+        raise ValueError(f"weights {dict(weights or {})} leave '{name}' without a term")
+    if rho is None:
+        rho = 0.7 * math.log(max(min(samples.values()), 128) - 1)
+    return Objective(
+        name,
+        replace(method, temperature=mode),
+        samples,
+        temperature=tau,
+        gamma=gamma,
+        gamma_schedule=gamma_schedule,
+        temperature_mode=mode,
+        temperature_range=temperature_range,
+        temperature_lr=temperature_lr,
+        temperature_momentum=temperature_momentum,
+        rho=rho,
+        pairs=pairs,
+        weights=weights,
+        cyclic_weight=cyclic_weight,
+        estimator=estimator,
+        validate=validate,
+    )
+
+
+def _require(holds: bool, what: str, got: object) -> None:
+    if not holds:
+        raise ValueError(f"{what}, got {got!r}")
+
+
+def _choose(what: str, got: object, among: tuple[str, ...]) -> None:
+    if got not in among:
+        raise ValueError(f"{what} must be one of {', '.join(among)}, got {got!r}")

@@ -1,0 +1,306 @@
+"""`Objective`: the terms of a method, its estimator tables and its temperature, as one module."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from amclr.objectives import contrast as math_of
+from amclr.objectives.methods import PAIRS, Method, Pairs, Term, modality
+
+UNIT_TOLERANCE = 2e-2
+REFERENCE_EPS = 1e-8
+
+
+class Objective(nn.Module):
+    """A contrastive objective over views of paired samples. Make one with `amclr.objectives.build`.
+
+    Call it with a dict view -> (B, D) of unit rows and the sample ids; it returns the scalar loss
+    and a dict of detached scalars. In training mode a call updates the estimators; in evaluation
+    mode it leaves them alone. All arithmetic is in float32 (float64 where the views are float64),
+    whatever autocast says. `state_dict()` carries the estimators, so it belongs in a checkpoint.
+
+    Several rows with the same id are positives of each other, never negatives, and give their
+    sample one averaged update.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        method: Method,
+        num_samples: Mapping[str, int],
+        *,
+        temperature: float,
+        gamma: float,
+        gamma_schedule: str,
+        temperature_mode: str,
+        temperature_range: tuple[float, float],
+        temperature_lr: float,
+        temperature_momentum: float,
+        rho: float,
+        pairs: Pairs | None,
+        weights: Mapping[str, float] | None,
+        cyclic_weight: float,
+        estimator: str,
+        validate: bool | None,
+    ) -> None:
+        super().__init__()
+        self.name, self.method = name, method
+        self.terms = method.terms(pairs, weights)
+        self.pairs = PAIRS[pairs or method.pairs]
+        self.required_views = tuple(dict.fromkeys(v for t in self.terms for v in (t.anchor, t.candidate, *t.also)))
+        self.num_samples = dict(num_samples)
+        self.gamma, self.gamma_final, self.gamma_schedule = gamma, gamma, gamma_schedule
+        self.temperature_mode = temperature_mode
+        self.tau_min, self.tau_max = temperature_range
+        self.tau_lr, self.tau_momentum = temperature_lr, temperature_momentum
+        self.rho = rho if temperature_mode != "fixed" else 0.0
+        self.cyclic_weight = cyclic_weight if method.cyclic else 0.0
+        self.estimator = estimator
+        self.validate = validate
+        self.initial_temperature = temperature
+        self._first_epoch = True
+
+        if temperature_mode == "learnable":
+            # As in CLIP: learned on a log scale, so that it stays positive.
+            self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature)))
+        if method.contrast == "sigmoid":
+            self.bias = nn.Parameter(torch.tensor(-10.0))
+        if method.contrast == "global":
+            for of in sorted({modality(t.anchor) for t in self.terms}):
+                self._make_tables(of)
+        if gamma_schedule == "cosine":
+            self.start_epoch(0, 1)
+
+    def _make_tables(self, of: str) -> None:
+        rows = self.num_samples[of]
+        columns = 1 if self.estimator == "reference" else len(self._columns(of))
+        self.register_buffer(f"log_u_{of}", torch.full((rows, columns), math_of.NEG_INF))
+        if self.temperature_mode == "individual":
+            self.register_buffer(f"tau_{of}", torch.full((rows, columns), self.initial_temperature))
+            self.register_buffer(f"tau_velocity_{of}", torch.zeros(rows, columns))
+
+    def _columns(self, of: str) -> list[Term]:
+        return [t for t in self.terms if modality(t.anchor) == of]
+
+    # -- schedule ---------------------------------------------------------------------------------
+
+    def start_epoch(self, epoch: int, epochs: int) -> None:
+        """Tell the objective where training stands (0-based epoch of `epochs`).
+
+        Sets gamma of the cosine schedule, from 1 in the first epoch to `gamma` in the last (FastCLIP,
+        arXiv 2407.01445, section 4), and ends the reference estimator's first epoch. A plain
+        constant-gamma objective never needs it.
+        """
+        self._first_epoch = epoch == 0
+        if self.gamma_schedule == "cosine":
+            share = epoch / max(epochs - 1, 1)
+            self.gamma = self.gamma_final + (1 - self.gamma_final) * 0.5 * (1 + math.cos(math.pi * share))
+
+    @property
+    def temperature(self) -> Tensor:
+        """The shared temperature, or the mean of the individual ones, as a 0-dim tensor."""
+        if self.temperature_mode == "learnable":
+            return self.log_temperature.exp().clamp(self.tau_min, self.tau_max)
+        if self.temperature_mode == "individual":
+            return torch.cat([b.flatten() for n, b in self.named_buffers() if n.startswith("tau_i")]).mean()
+        return torch.tensor(self.initial_temperature)
+
+    # -- one step ---------------------------------------------------------------------------------
+
+    def forward(
+        self, views: Mapping[str, Tensor], ids: Tensor | Mapping[str, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of a batch and its metrics.
+
+        views: view name -> (B, D), unit rows. ids: (B,) int64 in [0, num_samples), or
+        {"image": ids, "text": ids} where an image has several captions.
+        Raises ValueError, naming the view or argument, for missing views, unlike shapes, a batch
+        of one, or ids of the wrong type; values are checked as `validate` says.
+        """
+        id_of = self._check(views, ids)
+        device_type = next(iter(views.values())).device.type
+        with torch.autocast(device_type, enabled=False):
+            dtype = torch.promote_types(torch.float32, views[self.required_views[0]].dtype)
+            return self._loss({v: views[v].to(dtype) for v in self.required_views}, id_of)
+
+    def _loss(self, views: dict[str, Tensor], ids: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        negatives = self._negatives(ids)
+        count = negatives.sum(dim=1)
+        blocks: dict[tuple[str, str], Tensor] = {}
+
+        def similarity(a: str, b: str) -> Tensor:
+            if (b, a) in blocks:
+                return blocks[b, a].T
+            if (a, b) not in blocks:
+                blocks[a, b] = views[a] @ views[b].T
+            return blocks[a, b]
+
+        first = views[self.required_views[0]]
+        total = zero = first.new_zeros(())
+        metrics: dict[str, Tensor] = {}
+        shared_tau = self.temperature.to(first) if self.temperature_mode != "individual" else None
+        for term in self.terms:
+            s = similarity(term.anchor, term.candidate)
+            extra = tuple(similarity(term.anchor, view) for view in term.also)
+            if self.method.contrast == "sigmoid":
+                assert shared_tau is not None
+                per_anchor = math_of.sigmoid_terms(s, negatives, 1 / shared_tau, self.bias.to(first))
+            elif self.method.contrast == "batch":
+                assert shared_tau is not None
+                log_g, some = math_of.log_inner_mean(s, negatives, shared_tau, extra)
+                per_anchor = math_of.cross_entropy_term(log_g, count * (1 + len(extra)), some)
+            else:
+                per_anchor = self._global_term(term, s, extra, negatives, ids[modality(term.anchor)], shared_tau)
+            value = per_anchor.mean()
+            total = total + term.weight * value
+            key = f"loss_{term.kind}"
+            metrics[key] = metrics.get(key, zero) + term.weight * value.detach()
+        if self.cyclic_weight:
+            for image, text in self.pairs:
+                in_modal, cross_modal = math_of.cyclic_penalties(views[image], views[text])
+                penalty = self.cyclic_weight * (in_modal + cross_modal) / len(self.pairs)
+                total = total + penalty
+                metrics["loss_cyclic"] = metrics.get("loss_cyclic", zero) + penalty.detach()
+        with torch.no_grad():
+            anchor, candidate = self.terms[0].anchor, self.terms[0].candidate
+            s = similarity(anchor, candidate)
+            metrics["positive"] = s.diagonal().mean()
+            metrics["hardest_negative"] = s.masked_fill(~negatives, -1.0).amax(dim=1).mean()
+            metrics["temperature"] = self.temperature.detach()
+        return total, {"loss": total.detach(), **metrics}
+
+    def _global_term(
+        self,
+        term: Term,
+        s: Tensor,
+        extra: tuple[Tensor, ...],
+        negatives: Tensor,
+        ids: Tensor,
+        shared_tau: Tensor | None,
+    ) -> Tensor:
+        of = modality(term.anchor)
+        table = self.get_buffer(f"log_u_{of}")
+        column = 0 if self.estimator == "reference" else self._columns(of).index(term)
+        tau = self.get_buffer(f"tau_{of}")[ids, column].to(s.dtype) if shared_tau is None else shared_tau
+        log_g, some = math_of.log_inner_mean(s, negatives, tau, extra)
+        with torch.no_grad():
+            old = table[ids, column].to(s.dtype)
+            if self.estimator == "reference" and self._first_epoch:
+                old = torch.full_like(old, math_of.NEG_INF)
+            row_log_u = math_of.update_log_u(old, log_g.detach(), self.gamma)
+            if self.training:
+                # An anchor without negatives has learned nothing: it keeps what it had.
+                new = torch.where(some, math_of.mean_by_id(ids, row_log_u, log=True), old)
+                table[ids, column] = new.to(table.dtype)
+            if self.estimator == "reference":
+                row_log_u = torch.logaddexp(row_log_u, torch.full_like(row_log_u, math.log(REFERENCE_EPS)))
+        if shared_tau is None and self.training:
+            self._update_temperatures(of, column, ids, s.detach(), negatives, log_g.detach(), row_log_u, some, tau)
+        return torch.where(some, math_of.global_term(log_g, row_log_u, tau, self.rho), 0.0)
+
+    @torch.no_grad()
+    def _update_temperatures(
+        self,
+        of: str,
+        column: int,
+        ids: Tensor,
+        s: Tensor,
+        negatives: Tensor,
+        log_g: Tensor,
+        log_u: Tensor,
+        some: Tensor,
+        tau: Tensor,
+    ) -> None:
+        """One step of iSogCLR's temperature: momentum on d F_i / d tau_i, then a clamp to the range."""
+        d = s - s.diagonal()[:, None]
+        count = negatives.sum(dim=1).clamp(min=1)
+        log_w = d / tau[:, None] - (log_u + count.log())[:, None]
+        mean_d = (log_w.masked_fill(~negatives, math_of.NEG_INF).exp() * d).sum(dim=1)
+        gradient = math_of.mean_by_id(ids, log_u + self.rho - mean_d / tau)
+        velocities, temperatures = self.get_buffer(f"tau_velocity_{of}"), self.get_buffer(f"tau_{of}")
+        old = velocities[ids, column].to(s.dtype)
+        velocity = self.tau_momentum * old + (1 - self.tau_momentum) * gradient
+        new_tau = (tau - self.tau_lr * velocity).clamp(self.tau_min, self.tau_max)
+        velocities[ids, column] = torch.where(some, velocity, old).to(velocities.dtype)
+        temperatures[ids, column] = torch.where(some, new_tau, tau).to(temperatures.dtype)
+
+    def _negatives(self, ids: Mapping[str, Tensor]) -> Tensor:
+        """(B, B) bool: True where two rows share neither their image nor their text."""
+        masks = [i[:, None] != i[None, :] for i in ids.values()]
+        return masks[0] if len(masks) == 1 else masks[0] & masks[1]
+
+    # -- arguments --------------------------------------------------------------------------------
+
+    def _check(self, views: Mapping[str, Tensor], ids: Tensor | Mapping[str, Tensor]) -> dict[str, Tensor]:
+        missing = [v for v in self.required_views if v not in views]
+        if missing:
+            raise ValueError(
+                f"objective '{self.name}' needs the view{'s' * (len(missing) > 1)} {', '.join(missing)}; "
+                f"got {', '.join(views) or 'none'}"
+            )
+        shape = tuple(views[self.required_views[0]].shape)
+        for name in self.required_views:
+            view = views[name]
+            if view.dim() != 2 or not view.is_floating_point():
+                raise ValueError(f"view '{name}' must be a floating-point (B, D) matrix, got {_describe(view)}")
+            if tuple(view.shape) != shape:
+                raise ValueError(
+                    f"view '{name}' has shape {tuple(view.shape)}, view '{self.required_views[0]}' has {shape}: "
+                    "all views of a batch must agree"
+                )
+        if shape[0] < 2:
+            raise ValueError(f"a batch of {shape[0]} has no negatives: pass at least 2 samples")
+        id_of = self._ids_by_modality(ids, shape[0])
+        on_cpu = views[self.required_views[0]].device.type == "cpu"
+        if on_cpu if self.validate is None else self.validate:
+            self._check_values(views, id_of)
+        return id_of
+
+    def _ids_by_modality(self, ids: Tensor | Mapping[str, Tensor], batch: int) -> dict[str, Tensor]:
+        used = sorted({modality(v) for v in self.required_views})
+        if isinstance(ids, Tensor):
+            named = {"ids": ids}
+            found = dict.fromkeys(used, ids)
+        else:
+            absent = [m for m in used if m not in ids]
+            if absent:
+                raise ValueError(f"ids must hold {' and '.join(map(repr, used))}, got {sorted(ids)}")
+            found = {m: ids[m] for m in used}
+            named = {f"ids[{m!r}]": i for m, i in found.items()}
+        for name, i in named.items():
+            if not isinstance(i, Tensor) or i.dtype != torch.int64 or tuple(i.shape) != (batch,):
+                raise ValueError(f"{name} must be an int64 tensor of shape ({batch},), got {_describe(i)}")
+        return found
+
+    def _check_values(self, views: Mapping[str, Tensor], ids: Mapping[str, Tensor]) -> None:
+        for name in self.required_views:
+            lengths = torch.linalg.vector_norm(views[name].detach(), dim=1, dtype=torch.float32)
+            if not bool(torch.isfinite(lengths).all()):
+                raise ValueError(f"view '{name}' holds NaN or infinite values")
+            worst = float((lengths - 1).abs().max())
+            if worst > UNIT_TOLERANCE:
+                raise ValueError(
+                    f"rows of view '{name}' are not unit length (off by up to {worst:.3g}): "
+                    "pass torch.nn.functional.normalize(embeddings, dim=-1)"
+                )
+        for of, i in ids.items():
+            low, high, n = int(i.min()), int(i.max()), self.num_samples[of]
+            if low < 0 or high >= n:
+                raise ValueError(f"{of} ids must lie in [0, {n}), got values from {low} to {high}")
+
+    def extra_repr(self) -> str:
+        """What `print(objective)` shows."""
+        return (
+            f"{self.name}: {len(self.terms)} terms, {self.temperature_mode} temperature "
+            f"{self.initial_temperature:g}, gamma {self.gamma:g} ({self.gamma_schedule}), {self.estimator} estimator"
+        )
+
+
+def _describe(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"{value.dtype} of shape {tuple(value.shape)}"
+    return type(value).__name__

@@ -1,0 +1,41 @@
+"""Randomness as a function of what is drawn, never of what was drawn before.
+
+Sample order, views and dropout are each seeded from a key such as (seed, epoch, sample, view).
+So a run resumes at step k by starting at step k, with any number of workers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+Key = int | str
+
+
+def derive(*key: Key) -> int:
+    """A 63-bit seed from a key: stable across processes, machines and Python versions."""
+    digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def generator(*key: Key) -> np.random.Generator:
+    """A NumPy generator for a key."""
+    return np.random.default_rng(derive(*key))
+
+
+@contextmanager
+def torch_seeded(*key: Key) -> Iterator[None]:
+    """Run a block with torch's CPU generator seeded from a key, and put it back afterwards.
+
+    For code such as torchvision's transforms that draws from the global generator alone.
+    """
+    state = torch.get_rng_state()
+    torch.default_generator.manual_seed(derive(*key))
+    try:
+        yield
+    finally:
+        torch.set_rng_state(state)

@@ -1,0 +1,87 @@
+"""Named experiments: each a short function that can be read whole. `amclr train --recipe NAME`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from amclr.config import Config, LossConfig, ModelConfig, OptimConfig, ViewsConfig
+
+
+def scenes() -> Config:
+    """Small towers from scratch on the generated scenes: minutes on two CPU cores.
+
+    amclr train
+    """
+    return Config(
+        data="scenes",
+        epochs=20,
+        batch_size=128,
+        # Captions say left and right, so no view may mirror a picture.
+        views=ViewsConfig(image="weak", image_aug="single", flip=False),
+        model=ModelConfig(image_size=64, dim=128, max_tokens=40),
+        loss=LossConfig(temperature=0.05),
+        optim=OptimConfig(lr=2e-3, weight_decay=0.05),
+    )
+
+
+def frozen() -> Config:
+    """The packaged pretrained encoders, frozen, with cached views: heads train in minutes on a CPU.
+
+    amclr train --data FOLDER
+    """
+    return Config(
+        epochs=8,
+        batch_size=128,
+        views=ViewsConfig(image="weak", image_aug="weak", cached=4),
+        model=ModelConfig(
+            image_tower="efficientnet-lite0", image_size=128, image_lr=0.0,
+            text_tower="minilm", text_lr=0.0, text_pooling="mean", head="residual", hidden=1024, dropout=0.2, dim=256,
+        ),
+        loss=LossConfig(temperature=0.03, gamma=0.8),
+        optim=OptimConfig(lr=1e-3, weight_decay=0.02, warmup=0.1),
+    )  # fmt: skip
+
+
+def finetune() -> Config:
+    """The packaged pretrained encoders, trained end to end: better, and for a GPU or a patient CPU.
+
+    amclr train --recipe finetune --data FOLDER
+    """
+    base = frozen()
+    return replace(
+        base,
+        views=ViewsConfig(image="paper", image_aug="single"),
+        model=replace(base.model, image_lr=0.1, text_lr=0.05),
+    )
+
+
+def scratch() -> Config:
+    """Small towers from scratch on your own pictures: for data like no other, and plenty of it.
+
+    amclr train --recipe scratch --data FOLDER
+    """
+    base = scenes()
+    return replace(base, epochs=30, views=ViewsConfig(), model=replace(base.model, image_size=96))
+
+
+def paper() -> Config:
+    """The setting of arXiv 2412.07979: ResNet-50 and DistilBERT, linear projections, batch 128, 30 epochs.
+
+    amclr train --recipe paper --data FOLDER
+    """
+    return Config(
+        epochs=30,
+        batch_size=128,
+        views=ViewsConfig(image="paper", image_aug="single"),
+        model=ModelConfig(
+            image_tower="resnet50", image_size=256, text_tower="distilbert-base-uncased", text_pooling="first",
+            max_tokens=30, head="linear", dim=256,
+        ),
+        loss=LossConfig(temperature=0.01, gamma=0.8),
+        optim=OptimConfig(lr=2e-4, weight_decay=0.02, warmup=5 / 30, warmup_lr=1e-5, min_lr=1e-6, clip=0.0),
+    )  # fmt: skip
+
+
+RECIPES: dict[str, Callable[[], Config]] = {f.__name__: f for f in (scenes, frozen, finetune, scratch, paper)}
+"""Every recipe by name."""

@@ -1,0 +1,270 @@
+"""A run folder: its configuration, metrics, checkpoints, and the model that they hold.
+
+config.yaml        every setting, resolved        metrics.jsonl, .csv   what was measured, by step
+environment.json   versions, machine, command     curves.png            loss and recall
+rejects.jsonl      rows and pictures left out     gallery.png           captions and what they find
+checkpoints/       last.pt, best.pt, step-*.pt    tokenizer/, results.json
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import platform
+import re
+import shlex
+import subprocess
+import sys
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from amclr.config import Config, from_dict
+from amclr.errors import UserError
+from amclr.model import DualEncoder, build_tokenizer
+from amclr.randomness import derive
+
+PACKAGES = ("amclr", "torch", "torchvision", "timm", "transformers", "tokenizers", "lightning", "numpy", "pillow")
+
+
+class Run:
+    """A run folder. `Run.create` starts one, `Run.open` finds one again."""
+
+    def __init__(self, folder: Path, config: Config) -> None:
+        self.folder = folder
+        self.config = config
+        self.checkpoints = folder / "checkpoints"
+
+    @classmethod
+    def create(cls, folder: Path, config: Config) -> Run:
+        """Start a run in a new or empty folder. Raises UserError if the folder is in use."""
+        cls.refuse_used(folder)
+        try:
+            (folder / "checkpoints").mkdir(parents=True)
+        except OSError as error:
+            raise UserError(f"cannot make the run folder '{folder}': {error.strerror}") from None
+        run = cls(folder, config)
+        write_atomically(folder / "environment.json", json.dumps(_environment(), indent=2) + "\n")
+        write_atomically(folder / "config.yaml", yaml.safe_dump(asdict(config), sort_keys=False))
+        return run
+
+    @staticmethod
+    def refuse_used(folder: Path) -> None:
+        """Raise UserError if a folder holds something already."""
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            hint = f"go on with it by: amclr train --resume {folder}; or " if (folder / "config.yaml").is_file() else ""
+            raise UserError(f"'{folder}' is in use: {hint}choose another --out")
+
+    @classmethod
+    def open(cls, folder: Path) -> Run:
+        """Open an existing run folder. Raises UserError if it is none."""
+        file = folder / "config.yaml"
+        if not file.is_file():
+            raise UserError(f"'{folder}' is no run folder (it has no config.yaml): give the --out of an `amclr train`")
+        try:
+            return cls(folder, from_dict(yaml.safe_load(file.read_text(encoding="utf-8"))))
+        except (ValueError, TypeError, yaml.YAMLError) as error:
+            raise UserError(f"cannot read '{file}': {error}") from None
+
+    # -- metrics ----------------------------------------------------------------------------------
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Append a row to metrics.jsonl."""
+        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as handle:
+            handle.write(json.dumps(row) + "\n")
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The rows of metrics.jsonl. A last line cut off by a kill is left out."""
+        file = self.folder / "metrics.jsonl"
+        rows = []
+        for text in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
+            try:
+                rows.append(json.loads(text))
+            except ValueError:
+                continue
+        return rows
+
+    def forget_metrics_after(self, step: int) -> None:
+        """Drop the rows of steps that a resumed run will do again."""
+        kept = [row for row in self.metrics() if row["step"] <= step]
+        write_atomically(self.folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
+
+    def write_csv(self) -> None:
+        """Write metrics.csv from metrics.jsonl: a column per metric."""
+        rows = self.metrics()
+        columns = list(dict.fromkeys(k for row in rows for k in row))
+        with (self.folder / "metrics.csv").open("w", encoding="utf-8", newline="") as handle:
+            writer = csv.DictWriter(handle, columns)
+            writer.writeheader()
+            writer.writerows(rows)
+
+    # -- checkpoints ------------------------------------------------------------------------------
+
+    def save(self, state: dict[str, Any], step: int, *, best: bool, keep: int) -> None:
+        """Write a checkpoint of a step; `last.pt` (and `best.pt`) become it, older ones beyond `keep` go.
+
+        Each file is complete or absent at any moment: written beside, synced, then renamed.
+        """
+        file = self.checkpoints / f"step-{step:08d}.pt"
+        part = file.with_suffix(".part")
+        with part.open("wb") as handle:
+            torch.save(state, handle)
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(part, file)
+        for name in ("last.pt", "best.pt") if best else ("last.pt",):
+            fresh = self.checkpoints / f"{name}.part"
+            fresh.unlink(missing_ok=True)
+            try:
+                os.link(file, fresh)
+            except OSError:  # a file system without hard links
+                fresh.write_bytes(file.read_bytes())
+            os.replace(fresh, self.checkpoints / name)
+        _sync_folder(self.checkpoints)
+        for old in self._steps()[: -max(keep, 1)]:
+            old.unlink(missing_ok=True)
+
+    def load_last(self) -> dict[str, Any] | None:
+        """The newest checkpoint that can be read, or None where there is none yet."""
+        candidates = [self.checkpoints / "last.pt", *reversed(self._steps()), self.checkpoints / "best.pt"]
+        damaged: list[str] = []
+        for file in (f for f in candidates if f.is_file()):
+            try:
+                state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+            except Exception as error:  # a damaged file raises almost anything
+                damaged.append(file.name)
+                print(f"checkpoint {file} is damaged ({type(error).__name__}): trying the one before", file=sys.stderr)
+                continue
+            return state
+        if damaged:
+            raise UserError(f"every checkpoint in '{self.checkpoints}' is damaged: {', '.join(damaged)}")
+        return None
+
+    def _steps(self) -> list[Path]:
+        return sorted(f for f in self.checkpoints.glob("step-*.pt") if re.fullmatch(r"step-\d+\.pt", f.name))
+
+    def load_best(self) -> dict[str, Any]:
+        """The checkpoint with the best recall, or the last one where no evaluation has been made."""
+        file = next((f for f in (self.checkpoints / "best.pt", self.checkpoints / "last.pt") if f.is_file()), None)
+        if file is None:
+            raise UserError(
+                f"'{self.folder}' has no checkpoint yet: go on with it by: amclr train --resume {self.folder}"
+            )
+        try:
+            state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # a damaged file raises almost anything
+            raise UserError(f"checkpoint '{file}' is damaged ({type(error).__name__})") from None
+        return state
+
+    def load_model(self) -> DualEncoder:
+        """The model with its best weights, in evaluation mode."""
+        state = self.load_best()
+        tokenizer = build_tokenizer(self.config.model, [], self.folder / "tokenizer")
+        model = DualEncoder(self.config.model, tokenizer)
+        model.load_saved(state["model"])
+        return model.eval()
+
+
+class Loggers:
+    """metrics.jsonl, TensorBoard and, where asked for, Weights & Biases."""
+
+    def __init__(self, run: Run, config: Config) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # slow to import
+
+        self.run = run
+        self.board = SummaryWriter(str(run.folder / "tensorboard"))
+        self.wandb: Any = None
+        if config.wandb:
+            try:
+                import wandb
+            except ImportError:
+                raise UserError("--wandb needs the package: pip install 'amclr[wandb]'") from None
+            self.wandb = wandb.init(project="amclr", name=run.folder.name, config=asdict(config), resume="allow",
+                                    id=f"{derive(str(run.folder.resolve())):x}")  # fmt: skip
+
+    def write(self, kind: str, step: int, epoch: float, values: dict[str, float]) -> None:
+        """Log values of a step everywhere."""
+        self.run.log({"kind": kind, "step": step, "epoch": round(epoch, 4), **values})
+        for name, value in values.items():
+            self.board.add_scalar(f"{kind}/{name}", value, step)
+        if self.wandb is not None:
+            self.wandb.log({f"{kind}/{name}": value for name, value in values.items()}, step=step)
+
+    def __enter__(self) -> Loggers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.board.close()
+        self.run.write_csv()
+        if self.wandb is not None:
+            self.wandb.finish()
+
+
+def load(path: str | Path) -> DualEncoder:
+    """Load a trained model from a run folder, for `encode_image` and `encode_text`.
+
+    It comes in evaluation mode, on a GPU where there is one. Raises UserError where `path` is no run.
+    """
+    model = Run.open(Path(path).expanduser()).load_model()
+    return model.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def write_atomically(file: Path, text: str) -> None:
+    """Write a text file so that it is complete or absent at any moment."""
+    part = file.with_name(f"{file.name}.part")
+    with part.open("w", encoding="utf-8") as handle:
+        handle.write(text)
+        handle.flush()
+        os.fsync(handle.fileno())
+    os.replace(part, file)
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _environment() -> dict[str, Any]:
+    def of(package: str) -> str:
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            return "absent"
+
+    return {
+        "command": shlex.join(sys.argv),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor": f"{os.cpu_count()} x {_processor()}",
+        "gpu": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "commit": _commit(),
+        "packages": {p: of(p) for p in PACKAGES},
+    }
+
+
+def _processor() -> str:
+    try:
+        found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    except OSError:
+        found = None
+    return found[1] if found else platform.processor() or platform.machine()
+
+
+def _commit() -> str | None:
+    """The commit of the code, where it runs from a checkout."""
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "-C", str(root), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=5).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -13,7 +13,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from amclr import config, data, engine, evaluate, figures, model, objectives, recipes, run
+    from amclr import config, data, engine, evaluate, figures, measure, model, objectives, recipes, run
     from amclr.config import Config
     from amclr.engine import train
     from amclr.run import load
@@ -21,8 +21,20 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
-    "Config", "config", "data", "engine", "evaluate", "figures", "load", "model", "objectives", "recipes", "run", "train",
-]  # fmt: skip
+    "Config",
+    "config",
+    "data",
+    "engine",
+    "evaluate",
+    "figures",
+    "load",
+    "measure",
+    "model",
+    "objectives",
+    "recipes",
+    "run",
+    "train",
+]
 
 _MEMBERS = {"Config": "amclr.config", "load": "amclr.run", "train": "amclr.engine"}
 

@@ -169,13 +169,15 @@ def _parser(command: str) -> ArgumentParser:
     from jsonargparse import ArgumentParser
 
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    epilog = ""
+    epilog, usage = "", None
     if command in ("train", "inspect"):
         from amclr.recipes import RECIPES
 
         summaries = "\n".join(f"  {n:10} {(f.__doc__ or '').strip().splitlines()[0]}" for n, f in RECIPES.items())
-        epilog = f"recipes (--recipe NAME): a full set of defaults; without one, scenes or, with --data, frozen\n{summaries}\n"
+        epilog = f"recipes, full sets of defaults; without --recipe: scenes or, with --data, frozen\n{summaries}\n"
+        usage = f"amclr {command} [--data FOLDER] [--recipe NAME] [--config FILE.yaml] [OPTIONS]"
         if command == "train":
+            usage += "\n       amclr train --resume RUN"
             epilog += "\n--resume RUN goes on with a run that was stopped.\n"
         else:
             epilog += "\n--sheet FILE names the contact sheet (contact-sheet.png).\n"
@@ -186,7 +188,12 @@ def _parser(command: str) -> ArgumentParser:
 
     description = COMMANDS[command][0].upper() + COMMANDS[command][1:] + "."
     return ArgumentParser(
-        prog=f"amclr {command}", description=description, epilog=epilog, exit_on_error=False, formatter_class=Formatter
+        prog=f"amclr {command}",
+        usage=usage,
+        description=description,
+        epilog=epilog,
+        exit_on_error=False,
+        formatter_class=Formatter,
     )
 
 
@@ -205,7 +212,16 @@ def _parse(parser: ArgumentParser, arguments: list[str]) -> Any:
             known = [o for action in parser._actions for o in action.option_strings]
             option = found[1].split("=")[0]
             near = difflib.get_close_matches(option, known, n=1)
-            message = f"unknown option '{option}': " + (f"did you mean {near[0]}? " if near else "")
+            message = f"unknown option '{option}'" + (f": did you mean {near[0]}?" if near else "")
+        elif found := re.search(r'key "([\w.]+)": (.*)(?:Got|Given) value: (.*)', message):
+            choices = re.search(r"Literal\[(.*?)\]", found[2])
+            kind = re.search(r"<class '(\w+)'>", found[2])
+            wanted = "of another type"
+            if choices:
+                wanted = f"one of {choices[1].replace(chr(39), '')}"
+            elif kind:
+                wanted = {"int": "a whole number", "float": "a number", "bool": "true or false"}.get(kind[1], kind[1])
+            message = f"--{found[1]} must be {wanted}, got '{found[3]}'"
         raise UserError(f"{message.rstrip()} (amclr {parser.prog.split()[-1]} --help lists the options)") from None
 
 

@@ -172,7 +172,7 @@ class Config:
     """Seed of everything random."""
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
     """Arithmetic of the towers; the objective is always in float32."""
-    accelerator: str = "auto"
+    accelerator: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """auto, cpu, cuda or mps."""
     workers: int = 0
     """Processes that prepare batches; 0 prepares them in the training process."""
@@ -194,6 +194,42 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+
+
+def problems(config: Config) -> list[str]:
+    """What is out of range in the settings, each as a sentence that names the option."""
+    o, m, v = config.optim, config.model, config.views
+    bounds: list[tuple[str, float, float, float]] = [
+        ("epochs", config.epochs, 1, 1e9),
+        ("batch_size", config.batch_size, 2, 1e9),
+        ("workers", config.workers, 0, 1024),
+        ("eval_every", config.eval_every, 1, 1e9),
+        ("keep", config.keep, 1, 1e9),
+        ("source.val_fraction", config.source.val_fraction, 1e-9, 0.99),
+        ("source.max_bad", config.source.max_bad, 0, 1),
+        ("views.word_noise", v.word_noise, 0, 1),
+        ("views.cached", v.cached, 1, 1024),
+        ("model.image_size", m.image_size, 8, 4096),
+        ("model.max_tokens", m.max_tokens, 3, 512),
+        ("model.dim", m.dim, 1, 65536),
+        ("model.hidden", m.hidden, 1, 65536),
+        ("model.dropout", m.dropout, 0, 0.99),
+        ("model.image_lr", m.image_lr, 0, 1e3),
+        ("model.text_lr", m.text_lr, 0, 1e3),
+        ("optim.lr", o.lr, 1e-12, 1e3),
+        ("optim.warmup", o.warmup, 0, 1),
+        ("optim.weight_decay", o.weight_decay, 0, 1e3),
+        ("optim.clip", o.clip, 0, 1e9),
+        ("scenes.train", config.scenes.train, 1, 1e9),
+        ("scenes.val", config.scenes.val, 1, 1e9),
+        ("scenes.size", config.scenes.size, 16, 1024),
+        ("scenes.captions", config.scenes.captions, 1, 32),
+    ]
+    return [
+        f"--{name} must lie between {low:g} and {high:g}, got {value:g}"
+        for name, value, low, high in bounds
+        if not low <= value <= high
+    ]
 
 
 def from_dict(values: Mapping[str, Any], cls: type[Any] = Config) -> Any:

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from amclr import figures
-from amclr.config import Config
+from amclr.config import Config, problems
 from amclr.data import manifest as manifests
 from amclr.data.batches import Batch, BatchPlan, PictureBatches
 from amclr.data.manifest import Manifest
@@ -30,7 +30,7 @@ from amclr.features import FeatureBatches
 from amclr.measure import Evaluator, draw_gallery, measure_classes, model_reads_pictures
 from amclr.model import DualEncoder, build_tokenizer
 from amclr.objectives import Objective, build
-from amclr.optim import build_optimizer, learning_rate, set_lr
+from amclr.optim import build_optimizer, choose_optimizer, learning_rate, set_lr
 from amclr.randomness import derive
 from amclr.run import Loggers, Run, write_atomically
 
@@ -170,11 +170,15 @@ def embed(model: Any, batch: Batch) -> dict[str, Tensor]:
 
 def assemble(config: Config, former: Run | None, progress: bool) -> Training:
     """Put a run together from its settings. Makes its folder only once all of it fits together."""
+    if wrong := problems(config):
+        raise UserError("; ".join(wrong))
     try:
         fabric = Fabric(accelerator=config.accelerator, devices=1, precision=config.precision)
-    except (ValueError, RuntimeError, TypeError) as error:
+    except (ValueError, RuntimeError, TypeError, ImportError) as error:
         what = f"--accelerator {config.accelerator} --precision {config.precision}"
         raise UserError(f"{what} will not do here: {' '.join(str(error).split())[:200]}") from None
+    build_objective(config, 1)  # a slip in the settings should show before the data is read
+    choose_optimizer(config.optim)
     folder = former.folder if former else Path(config.out or default_folder(config))
     if not former:
         Run.refuse_used(folder)
@@ -187,8 +191,6 @@ def assemble(config: Config, former: Run | None, progress: bool) -> Training:
     torch.manual_seed(derive(config.seed, "weights"))
     model = DualEncoder(config.model, tokenizer)
     optimizer = build_optimizer(config.optim, model, objective)
-    if config.epochs < 1:
-        raise UserError(f"--epochs must be at least 1, got {config.epochs}")
     if not held_out:
         raise UserError(f"{manifest.root} has no validation pictures: give it a val.txt or raise --source.val_fraction")
 

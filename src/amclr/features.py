@@ -60,7 +60,8 @@ def caption_features(model: DualEncoder, captions: Sequence[str], cache: Path, p
     """Features of captions, (T, F) float32, memory-mapped from the cache."""
     key = _key("captions", _fingerprint(model.text_tower), model.config.max_tokens, list(captions))
     # Batches of like length pad little; the file keeps the captions' own order.
-    order = np.argsort([len(c) for c in captions], kind="stable")
+    # The longest come first: what needs most memory shows at once, and the time left is no surprise.
+    order = np.argsort([-len(c) for c in captions], kind="stable")
 
     def chunk(start: int, stop: int) -> Tensor:
         tokens = model.tokenize([captions[i] for i in order[start:stop]])

@@ -38,10 +38,12 @@ class ImageTower(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, trunk: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
+    def __init__(self, trunk: nn.Module, size: int, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
         self.trunk = trunk
-        self.width = int(trunk.num_features)  # type: ignore[arg-type]
+        # Asked of the trunk itself: for some timm models `num_features` is not what comes out.
+        with torch.inference_mode():
+            self.width = int(trunk.eval()(torch.zeros(1, 3, size, size)).shape[-1])
         # Not saved: they follow from the tower's name.
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1) * 255, persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1) * 255, persistent=False)
@@ -229,14 +231,14 @@ def build_image_tower(config: ModelConfig) -> ImageTower:
         resnet = ResNet(
             block, (1, 1, 1, 1), channels=(32, 64, 128, 256), num_classes=0, stem_width=16, stem_type="deep"
         )
-        return ImageTower(resnet.to(memory_format=torch.channels_last), CLIP_MEAN, CLIP_STD)
+        return ImageTower(resnet.to(memory_format=torch.channels_last), config.image_size, CLIP_MEAN, CLIP_STD)
     if name == pretrained.IMAGE_TOWER:
         packaged: Any = timm.create_model(pretrained.TIMM_NAME)
         if config.image_pretrained:
             packaged.load_state_dict(pretrained.efficientnet_state(packaged.state_dict()))
         packaged.reset_classifier(0)
         cfg = packaged.pretrained_cfg
-        return ImageTower(packaged.to(memory_format=torch.channels_last), cfg["mean"], cfg["std"])
+        return ImageTower(packaged.to(memory_format=torch.channels_last), config.image_size, cfg["mean"], cfg["std"])
     sized: dict[str, Any] = {"img_size": config.image_size} if _takes_img_size(name) else {}
     try:
         trunk = timm.create_model(name, pretrained=config.image_pretrained, num_classes=0, **sized)
@@ -248,7 +250,7 @@ def build_image_tower(config: ModelConfig) -> ImageTower:
             f"local-dir:FOLDER, {pretrained.IMAGE_TOWER} (pip install 'amclr[pretrained]'), or small"
         ) from None
     cfg = getattr(trunk, "pretrained_cfg", {}) if config.image_pretrained else {}
-    return ImageTower(trunk, cfg.get("mean", CLIP_MEAN), cfg.get("std", CLIP_STD))
+    return ImageTower(trunk, config.image_size, cfg.get("mean", CLIP_MEAN), cfg.get("std", CLIP_STD))
 
 
 def _takes_img_size(name: str) -> bool:
@@ -296,20 +298,26 @@ def build_tokenizer(config: ModelConfig, captions: Sequence[str], folder: Path |
 
 
 def train_tokenizer(captions: Iterable[str], vocabulary: int = 8000) -> PreTrainedTokenizerFast:
-    """A lower-case WordPiece tokenizer trained on captions, with BERT's special tokens."""
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
-    inner = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    inner.normalizer = normalizers.BertNormalizer(lowercase=True)
-    inner.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    inner.decoder = decoders.WordPiece()
-    inner.train_from_iterator(
-        captions, trainers.WordPieceTrainer(vocab_size=vocabulary, special_tokens=special, show_progress=False)
+    """A lower-case byte-level BPE tokenizer trained on captions, with BERT's special tokens.
+
+    Bytes, so that no script is unknown; and because training it is deterministic, which training
+    WordPiece is not.
+    """
+    special = ["[PAD]", "[CLS]", "[SEP]"]
+    inner = Tokenizer(models.BPE())
+    inner.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    inner.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=special,
+        show_progress=False,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
     )
+    inner.train_from_iterator(captions, trainer)
     ids = [(t, inner.token_to_id(t)) for t in ("[CLS]", "[SEP]")]
     inner.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=ids)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=inner, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]")
 
 
 def _text_source(config: ModelConfig) -> str:

@@ -28,14 +28,19 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 }
 
 
+def choose_optimizer(config: OptimConfig) -> Callable[..., torch.optim.Optimizer]:
+    """The optimiser's constructor by name. Raises UserError for an unknown one."""
+    if config.name not in OPTIMIZERS:
+        raise UserError(f"unknown optimiser '--optim.name {config.name}': choose from {', '.join(OPTIMIZERS)}")
+    return OPTIMIZERS[config.name]
+
+
 def build_optimizer(config: OptimConfig, model: DualEncoder, objective: nn.Module) -> torch.optim.Optimizer:
     """The optimiser over all that is trained: towers by their factors, heads, and learned temperatures.
 
     Each group carries `lr_factor`, which `set_lr` multiplies the schedule by. Matrices decay;
     norms, biases and the objective's own parameters do not.
     """
-    if config.name not in OPTIMIZERS:
-        raise UserError(f"unknown optimiser '{config.name}': choose from {', '.join(OPTIMIZERS)}")
     parts: list[tuple[Iterable[nn.Parameter], float, bool]] = [
         (model.image_tower.parameters(), model.config.image_lr, True),
         (model.text_tower.parameters(), model.config.text_lr, True),
@@ -51,7 +56,7 @@ def build_optimizer(config: OptimConfig, model: DualEncoder, objective: nn.Modul
         for chosen, decay in ((decayed, config.weight_decay), (plain, 0.0)):
             if chosen:
                 groups.append({"params": chosen, "weight_decay": decay, "lr_factor": factor})
-    return OPTIMIZERS[config.name](groups, lr=config.lr)
+    return choose_optimizer(config)(groups, lr=config.lr)
 
 
 def learning_rate(config: OptimConfig, step: int, total: int) -> float:

@@ -35,8 +35,6 @@ class BatchPlan:
     seed: int
 
     def __post_init__(self) -> None:
-        if self.batch_size < 2:
-            raise UserError(f"--batch_size must be at least 2, got {self.batch_size}: a batch of one has no negatives")
         if self.samples < self.batch_size:
             raise UserError(
                 f"{self.samples} training pictures are fewer than one batch of {self.batch_size}: "

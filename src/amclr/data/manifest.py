@@ -324,8 +324,6 @@ def _split_list(file: Path) -> frozenset[str]:
 
 def _hold_out(samples: Sequence[Sample], fraction: float) -> dict[str, frozenset[str]]:
     """Hold out a share by a hash of the name, so that adding pictures moves no other between the splits."""
-    if not 0 < fraction < 1:
-        raise UserError(f"--source.val_fraction must lie between 0 and 1, got {fraction}")
     held = frozenset(s.name for s in samples if derive("val", s.name) < fraction * 2**63)
     if not held and len(samples) > 1:
         held = frozenset([min(samples, key=lambda s: derive("val", s.name)).name])

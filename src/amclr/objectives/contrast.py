@@ -67,9 +67,9 @@ def mean_by_id(ids: Tensor, values: Tensor, log: bool = False) -> Tensor:
 
 
 def global_term(log_g: Tensor, log_u: Tensor, tau: Tensor, rho: float) -> Tensor:
-    """F_i = tau (log u_i + rho), with the estimator's gradient: sum_j w_ij grad d_ij, w_ij = exp(d_ij/tau) / (|N_i| u_i).
+    """F_i = tau (log u_i + rho), with the estimator's gradient sum_j w_ij grad d_ij.
 
-    `log_g` carries the graph to the embeddings (and to tau where it is learned); `log_u` is the
+    The weights are w_ij = exp(d_ij / tau) / (|N_i| u_i). `log_g` carries the graph to the embeddings (and to tau where it is learned); `log_u` is the
     updated estimate, without graph. grad log g_i = sum_j softmax_ij grad d_ij / tau, hence the
     factor tau u^-1 g, which is what turns the batch's own softmax into the estimator's weights.
     The part with tau in front gives d/d tau = log u + rho - sum_j w_ij d_ij / tau. Returns (B,).

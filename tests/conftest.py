@@ -1,0 +1,95 @@
+"""Shared inputs: a tiny captioned picture folder made here, and where the real data is, if it is."""
+
+from __future__ import annotations
+
+import csv
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+torch.set_num_threads(1)
+
+REAL = Path(os.environ.get("AMCLR_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
+COLOURS = {"red": (210, 40, 40), "green": (40, 170, 60), "blue": (50, 70, 210), "yellow": (230, 210, 50)}
+
+needs_real_data = pytest.mark.skipif(
+    not (REAL / "flickr8k" / "captions.txt").is_file(),
+    reason=f"no Flickr8k under {REAL}: set AMCLR_TEST_DATA to a folder with flickr8k/, cifar10/ and tiny-imagenet/",
+)
+
+
+def paint(colour: str, index: int, size: int = 40) -> Image.Image:
+    """A noisy patch of a colour on grey, another one for every index."""
+    draw = np.random.default_rng(index)
+    pixels = draw.integers(90, 140, (size, size, 3))
+    x, y = draw.integers(4, size - 24, 2)
+    pixels[y : y + 20, x : x + 20] = np.array(COLOURS[colour]) + draw.integers(-10, 10, (20, 20, 3))
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+def make_folder(root: Path, pictures: int = 40, captions: int = 2, lists: bool = True) -> Path:
+    """A data set in the Kaggle Flickr8k layout: coloured patches and captions that name the colour."""
+    (root / "Images").mkdir(parents=True)
+    names = []
+    with (root / "captions.txt").open("w", newline="", encoding="utf-8") as handle:
+        writer = csv.writer(handle)
+        writer.writerow(["image", "caption"])
+        for i in range(pictures):
+            colour = list(COLOURS)[i % len(COLOURS)]
+            name = f"{i:03d}.png"
+            names.append(name)
+            paint(colour, i).save(root / "Images" / name)
+            for k in range(captions):
+                writer.writerow([name, f"{('a', 'one', 'this')[k % 3]} {colour} patch number {i}"])
+    if lists:
+        held = max(2, pictures // 5)
+        (root / "train.txt").write_text("\n".join(names[held:]) + "\n")
+        (root / "val.txt").write_text("\n".join(names[:held]) + "\n")
+    return root
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A small captioned picture folder with train and val lists."""
+    return make_folder(tmp_path / "patches")
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """No test reads or writes the user's cache."""
+    monkeypatch.setenv("AMCLR_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+Command = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def amclr(tmp_path: Path) -> Command:
+    """Run the command line as a user would: in a process of its own, in an empty folder."""
+
+    def run(*arguments: object, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "amclr", *map(str, arguments)],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        )
+
+    return run
+
+
+SMALL = (
+    "--recipe", "scratch", "--model.image_size", "32", "--model.dim", "32", "--batch_size", "8", "--epochs", "2",
+    "--accelerator", "cpu",
+)  # fmt: skip
+"""Options of a training run of seconds on the small folder."""

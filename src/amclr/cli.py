@@ -109,7 +109,10 @@ def _evaluate(arguments: list[str]) -> int:
         "--classnames", type=str, default="", help="file of FOLDER<tab>NAME lines; empty finds classnames.txt"
     )
     parser.add_argument(
-        "--templates", type=str, default="", help="file with one prompt per line, {} for the class name"
+        "--templates",
+        type=str,
+        default="",
+        help="file with one prompt per line, {} for the class name; empty finds templates.txt in the folder",
     )
     parser.add_argument("--retrieval", type=bool, default=True, help="measure retrieval")
     options = _parse(parser, arguments)

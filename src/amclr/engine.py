@@ -137,28 +137,36 @@ def fit(t: Training, progress: bool) -> None:
             bar.update()
             for name, reason in batch.replaced.items():
                 t.run.log({"kind": "replaced", "step": t.step, "sample": name, "reason": reason})
+            due = time.monotonic() - written > 60 * config.checkpoint_minutes
+            measures = t.step == t.steps or t.step % (per_epoch * config.eval_every) == 0
+            if (t.step - 1) % LOG_EVERY == 0 or measures or due or signals:
+                refuse_infinite(loss, t)
             if (t.step - 1) % LOG_EVERY == 0 or t.step == t.steps:
                 values = {k: float(v) for k, v in metrics.items()}
-                if not math.isfinite(values["loss"]):
-                    raise UserError(
-                        f"the loss is not finite at step {t.step}: lower --optim.lr or raise --loss.temperature; "
-                        f"{t.run.checkpoints} holds what was learned before"
-                    )
                 logs.write("train", t.step, t.step / per_epoch, {**values, "lr": rate, "gamma": t.objective.gamma})
                 bar.set_postfix(loss=f"{values['loss']:.3f}", refresh=False)
-            if t.step == t.steps or t.step % (per_epoch * config.eval_every) == 0:
+            if measures:
                 recalls = t.evaluator()
                 is_best, t.best = recalls["r_mean"] > t.best, max(t.best, recalls["r_mean"])
                 logs.write("eval", t.step, t.step / per_epoch, recalls)
                 t.save(is_best=is_best)
-                written = time.monotonic()
                 if progress:
                     bar.write(_recall_line(epoch + 1, config.epochs, recalls), file=sys.stderr)
-            elif signals or time.monotonic() - written > 60 * config.checkpoint_minutes:
+            elif signals or due:
                 t.save()
+            if measures or due:
                 written = time.monotonic()
             if signals and t.step < t.steps:
                 raise Stopped(signals[0], t.run.folder)
+
+
+def refuse_infinite(loss: Tensor, t: Training) -> None:
+    """Stop before a checkpoint or a log would record a loss that is NaN or infinite."""
+    if not math.isfinite(loss.item()):
+        raise UserError(
+            f"the loss is not finite at step {t.step}: lower --optim.lr or raise --loss.temperature; "
+            f"{t.run.checkpoints} holds what was learned before"
+        )
 
 
 def embed(model: Any, batch: Batch) -> dict[str, Tensor]:
@@ -222,6 +230,7 @@ def build_objective(config: Config, samples: int) -> Objective:
             config.objective, samples, temperature=c.temperature, gamma=c.gamma, gamma_schedule=c.gamma_schedule,
             temperature_mode=c.temperature_mode, temperature_lr=c.temperature_lr, rho=c.rho, pairs=c.pairs,
             weights={"cross": c.cross_weight, "image": c.image_weight, "text": c.text_weight}, estimator=c.estimator,
+            validate=False,  # embeddings made here are unit rows, and ids are the plan's own
         )  # fmt: skip
     except ValueError as error:
         raise UserError(str(error)) from None

@@ -32,9 +32,15 @@ FORMAT = 1
 
 
 def image_features(
-    model: DualEncoder, samples: Sequence[Sample], name: str, views: int, config: Config, cache: Path, store: PictureStore,
+    model: DualEncoder,
+    samples: Sequence[Sample],
+    name: str,
+    views: int,
+    config: Config,
+    cache: Path,
+    store: PictureStore,
     progress: bool = True,
-) -> np.ndarray:  # fmt: skip
+) -> np.ndarray:
     """Features of `views` draws of a policy per picture, (N, V, F) float32, memory-mapped from the cache."""
     transform = policy(name, config.model.image_size, config.views.flip)
     draws = 1 if name == "none" else views

@@ -145,11 +145,11 @@ def measure_classes(
     """Zero-shot accuracy on a folder of pictures by class. Pictures that cannot be decoded are left out and counted."""
     paths, labels, names = manifests.class_folders(root, Path(classnames) if classnames else None)
     prompts: Sequence[str] = evaluate.TEMPLATES
-    if templates:
-        file = Path(templates)
-        if not file.is_file():
-            raise UserError(f"no templates file '{file}': one prompt per line, with {{}} for the class name")
+    file = Path(templates) if templates else root / "templates.txt"
+    if file.is_file():
         prompts = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    elif templates:
+        raise UserError(f"no templates file '{file}': one prompt per line, with {{}} for the class name")
     bad = scan(paths, model.config.image_size, progress=progress)
     kept = [(p, y) for p, y in zip(paths, labels, strict=True) if p not in bad]
     if not kept:
@@ -213,7 +213,7 @@ def inspect(config: Config, sheet: Path, progress: bool = True) -> str:
         f"pictures     {len(samples)}" + "".join(f", {n} {len(manifest.split(n))}" for n in manifest.splits),
         f"captions     {len(lengths)}: "
         + ", ".join(f"{n} pictures with {k}" for k, n in sorted(per_picture.items(), key=lambda x: -x[1])[:3]),
-        f"words        {words} different; per caption {lengths.min()} to {lengths.max()}, median {np.median(lengths):.0f}",
+        f"words        {words} different; {lengths.min()} to {lengths.max()} per caption, median {np.median(lengths):.0f}",
         f"repeated     {repeated} captions say what another says already",
         f"left out     {len(manifest.rejects)} of {manifest.rows} rows",
     ]
@@ -236,14 +236,11 @@ def _draw_sheet(samples: Sequence[Sample], config: Config, file: Path, manifest:
     for i in map(int, pick):
         s = samples[i]
         key = (config.seed, 0, i)
-        pictures = [
-            ("as evaluated", image_view(policy("none", size), store[i], *key)),
-            (f"image: {config.views.image}", image_view(policy(config.views.image, size, flip), store[i], *key, "image")),
-            (f"image_aug: {config.views.image_aug}",
-             image_view(policy(config.views.image_aug, size, flip), store[i], *key, "image_aug")),
-        ]  # fmt: skip
-        _, text, second = text_views(s.captions, s.paraphrases, config.source.captions == "one", config.views.word_noise,
-                                     *key, "text")  # fmt: skip
+        pictures = [("as evaluated", image_view(policy("none", size), store[i], *key))]
+        for view, name in (("image", config.views.image), ("image_aug", config.views.image_aug)):
+            pictures.append((f"{view}: {name}", image_view(policy(name, size, flip), store[i], *key, view)))
+        one, noise = config.source.captions == "one", config.views.word_noise
+        _, text, second = text_views(s.captions, s.paraphrases, one, noise, *key, "text")
         cards.append((pictures, text, second))
     file.parent.mkdir(parents=True, exist_ok=True)
     figures.contact_sheet(

@@ -263,8 +263,12 @@ def build_text_tower(config: ModelConfig, tokenizer: Any) -> TextTower:
     """The text tower that the settings name. Raises UserError, saying what would do, if it cannot be loaded."""
     if config.text_tower == "small":
         bert = BertConfig(
-            vocab_size=len(tokenizer), hidden_size=256, num_hidden_layers=3, num_attention_heads=4,
-            intermediate_size=512, max_position_embeddings=max(64, config.max_tokens),
+            vocab_size=len(tokenizer),
+            hidden_size=192,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            intermediate_size=384,
+            max_position_embeddings=max(64, config.max_tokens),
             pad_token_id=tokenizer.pad_token_id,
         )  # fmt: skip
         return TextTower(BertModel(bert, add_pooling_layer=False), config.text_pooling)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from amclr.config import Config, SourceConfig
+from amclr.data import scenes
 from amclr.data.pictures import scan
 from amclr.errors import UserError
 from amclr.randomness import derive
@@ -104,8 +105,6 @@ class Manifest:
 def load(config: Config, cache: Path) -> Manifest:
     """Read the data set that `config.data` names: `scenes`, or a folder with a captions file."""
     if config.data == "scenes":
-        from amclr.data import scenes
-
         where = cache / f"scenes-{derive(repr(config.scenes)):016x}"
         scenes.write_scenes(where, config.scenes)
         return replace(read_folder(where, config.source), zeroshot=where / "zeroshot")

@@ -69,10 +69,11 @@ def mean_by_id(ids: Tensor, values: Tensor, log: bool = False) -> Tensor:
 def global_term(log_g: Tensor, log_u: Tensor, tau: Tensor, rho: float) -> Tensor:
     """F_i = tau (log u_i + rho), with the estimator's gradient sum_j w_ij grad d_ij.
 
-    The weights are w_ij = exp(d_ij / tau) / (|N_i| u_i). `log_g` carries the graph to the embeddings (and to tau where it is learned); `log_u` is the
-    updated estimate, without graph. grad log g_i = sum_j softmax_ij grad d_ij / tau, hence the
-    factor tau u^-1 g, which is what turns the batch's own softmax into the estimator's weights.
-    The part with tau in front gives d/d tau = log u + rho - sum_j w_ij d_ij / tau. Returns (B,).
+    The weights are w_ij = exp(d_ij / tau) / (|N_i| u_i). `log_g` carries the graph to the embeddings
+    (and to tau where it is learned); `log_u` is the updated estimate, without graph. As
+    grad log g_i = sum_j softmax_ij grad d_ij / tau, the factor tau g / u turns the batch's own
+    softmax into the estimator's weights. The part with tau in front gives
+    d F_i / d tau = log u + rho - sum_j w_ij d_ij / tau. Returns (B,).
     """
     ratio = (log_g.detach() - log_u).exp()
     surrogate = tau.detach() * ratio * log_g

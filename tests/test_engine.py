@@ -1,0 +1,360 @@
+"""Training through the Python API: every objective, run folders, resuming, frozen towers, replaced pictures."""
+
+from __future__ import annotations
+
+import csv
+import json
+import signal
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import amclr
+from amclr import engine, features
+from amclr.config import Config, LossConfig, ModelConfig, OptimConfig, ViewsConfig, from_dict, problems
+from amclr.data import manifest as manifests
+from amclr.data.batches import BatchPlan
+from amclr.data.pictures import PictureStore
+from amclr.data.views import image_view, policy
+from amclr.engine import Stopped, train
+from amclr.errors import UserError
+from amclr.features import FeatureBatches
+from amclr.model import DualEncoder, build_tokenizer
+from amclr.objectives import METHODS
+from amclr.run import Run
+from tests.conftest import make_folder
+
+
+def config_for(folder: Path, out: str = "run", **changes: Any) -> Config:
+    base = Config(
+        data=str(folder), out=str(folder.parent / out), epochs=2, batch_size=8, accelerator="cpu",
+        model=ModelConfig(image_size=32, dim=16), optim=OptimConfig(lr=1e-3), views=ViewsConfig(image="weak"),
+        loss=LossConfig(temperature=0.1),
+    )  # fmt: skip
+    return replace(base, **changes)
+
+
+def frozen(folder: Path, out: str = "run", **changes: Any) -> Config:
+    """Both towers frozen at random weights: the cached path in seconds."""
+    model = ModelConfig(image_size=32, dim=16, image_lr=0, text_lr=0, head="residual", hidden=32)
+    return config_for(folder, out, model=model, **changes)
+
+
+def weights(run: Run) -> dict[str, torch.Tensor]:
+    return run.load_last()["model"]  # type: ignore[index]
+
+
+def assert_same_run(a: Run, b: Run) -> None:
+    first, second = a.load_last(), b.load_last()
+    assert first is not None and second is not None
+    assert first["step"] == second["step"] and first["best"] == second["best"]
+    for part in ("model", "objective"):
+        assert first[part].keys() == second[part].keys()
+        for name, tensor in first[part].items():
+            assert torch.equal(tensor, second[part][name]), f"{part} {name}"
+    assert a.metrics() == b.metrics()
+
+
+@pytest.mark.parametrize("objective", METHODS)
+def test_every_objective_trains(objective: str, folder: Path) -> None:
+    run = train(frozen(folder, objective=objective), progress=False)
+    rows = run.metrics()
+    losses = [r["loss"] for r in rows if r["kind"] == "train"]
+    assert len(losses) == 2 and all(np.isfinite(losses))
+    state = run.load_last()
+    assert state is not None
+    tables = [v for k, v in state["objective"].items() if k.startswith("log_u_")]
+    if METHODS[objective].contrast == "global":
+        assert tables and all(bool(torch.isfinite(t).any(dim=1).sum() >= 30) for t in tables)
+    start = DualEncoder(run.config.model, build_tokenizer(run.config.model, [], run.folder / "tokenizer"))
+    assert not torch.equal(start.image_head.linear.weight, state["model"]["image_head.linear.weight"])  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("objective", ["clip", "amclr"])
+def test_a_small_encoder_learns_colours(objective: str, tmp_path: Path) -> None:
+    """End to end, towers and all: captions find pictures of their colour."""
+    folder = make_folder(tmp_path / "patches", pictures=80)
+    changes: dict[str, Any] = {"epochs": 20, "batch_size": 16, "objective": objective}
+    run = train(config_for(folder, **changes), progress=False)
+    model = amclr.load(run.folder)
+    names = ["red", "green", "blue", "yellow"]
+    paths = sorted((folder / "Images").iterdir())[:16]
+    captions = [f"a {n} patch number 1" for n in names]
+    found = amclr.evaluate.zeroshot(model, paths, [k % 4 for k in range(16)], captions, ["{}"])
+    assert found["zeroshot_top1"] > 80
+
+
+def test_run_folder(folder: Path) -> None:
+    with (folder / "captions.txt").open("a") as handle:
+        handle.write("001.png,\n")
+    config = config_for(folder, source=replace(Config().source, max_bad=0.1))
+    run = train(config, progress=False)
+    results = json.loads((run.folder / "results.json").read_text())
+    assert results["split"] == "val" and results["pictures"] == 8 and 0 <= results["r_mean"] <= 100
+    evals = [r for r in run.metrics() if r["kind"] == "eval"]
+    assert [r["epoch"] for r in evals] == [1.0, 2.0]
+    assert results["r_mean"] == pytest.approx(max(r["r_mean"] for r in evals))
+    assert Run.open(run.folder).config == config
+    environment = json.loads((run.folder / "environment.json").read_text())
+    assert torch.__version__.startswith(environment["packages"]["torch"])
+    assert json.loads((run.folder / "rejects.jsonl").read_text())["reason"] == "empty caption"
+    for picture in ("curves.png", "gallery.png"):
+        with Image.open(run.folder / picture) as image:
+            assert min(image.size) > 200
+    with (run.folder / "metrics.csv").open() as handle:
+        assert len(list(csv.DictReader(handle))) == len(run.metrics())
+    assert any((run.folder / "tensorboard").iterdir())
+    names = sorted(p.name for p in run.checkpoints.iterdir())
+    assert names == ["best.pt", "last.pt", "step-00000004.pt", "step-00000008.pt"]
+
+
+def test_loaded_model_is_the_best_one(folder: Path) -> None:
+    run = train(config_for(folder), progress=False)
+    model = amclr.load(str(run.folder))
+    images = [s.path for s in manifests.load(run.config, folder.parent).split("val")]
+    captions = [c for s in manifests.load(run.config, folder.parent).split("val") for c in s.captions]
+    owner = np.repeat(np.arange(len(images)), 2)
+    found = amclr.evaluate.retrieval(model.encode_image(images), model.encode_text(captions), owner)
+    assert found["r_mean"] == pytest.approx(json.loads((run.folder / "results.json").read_text())["r_mean"], abs=1e-4)
+
+
+def test_the_same_seed_gives_the_same_run(folder: Path) -> None:
+    first = train(config_for(folder, "a"), progress=False)
+    torch.manual_seed(12345)  # whatever was drawn before
+    second = train(config_for(folder, "b", workers=2), progress=False)
+    assert_same_run(first, second)
+    other = train(config_for(folder, "c", seed=1), progress=False)
+    assert not torch.equal(weights(first)["image_head.weight"], weights(other)["image_head.weight"])
+
+
+@pytest.mark.parametrize(("make", "stop"), [(config_for, 3), (frozen, 6)])
+def test_stopped_and_resumed_equals_uninterrupted(
+    make: Any, stop: int, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A signal in the middle of an epoch: nothing is lost, and the rest goes on bit by bit the same."""
+    whole = train(make(folder, "whole", objective="iamclr", epochs=3), progress=False)
+    taken = engine.embed
+    count = iter(range(1000))
+
+    def interrupt(model: Any, batch: Any) -> Any:
+        if next(count) == stop:
+            signal.raise_signal(signal.SIGTERM)
+        return taken(model, batch)
+
+    monkeypatch.setattr(engine, "embed", interrupt)
+    config = make(folder, "parts", objective="iamclr", epochs=3)
+    with pytest.raises(Stopped, match="amclr train --resume .*parts") as stopped:
+        train(config, progress=False)
+    assert stopped.value.code == 143
+    run = Run.open(Path(config.out))
+    state = run.load_last()
+    assert state is not None and state["step"] == stop + 1
+    # Metrics of steps that the checkpoint does not know, as a kill would leave them.
+    run.log({"kind": "train", "step": 11, "epoch": 2.75, "loss": 1.0})
+    resumed = train(Config(), resume=Path(config.out), progress=False)
+    assert_same_run(whole, resumed)
+
+
+def test_resuming_a_finished_run_changes_nothing(folder: Path) -> None:
+    run = train(frozen(folder), progress=False)
+    before, rows = weights(run), run.metrics()
+    again = train(Config(), resume=run.folder, progress=False)
+    assert all(torch.equal(v, weights(again)[k]) for k, v in before.items()) and again.metrics() == rows
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = train(frozen(folder), progress=False)
+    (run.checkpoints / "step-00000008.pt").write_bytes(b"rubbish")  # last.pt is the same file
+    state = run.load_last()
+    assert state is not None and state["step"] == 4
+    assert "last.pt is damaged" in capsys.readouterr().err
+    for file in run.checkpoints.iterdir():
+        file.write_bytes(b"rubbish")
+    with pytest.raises(UserError, match="every checkpoint in .* is damaged"):
+        run.load_last()
+    with pytest.raises(UserError, match="is damaged"):
+        amclr.load(run.folder)
+
+
+def test_a_checkpoint_never_runs_code(folder: Path, tmp_path: Path) -> None:
+    run = train(frozen(folder), progress=False)
+
+    class Payload:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return Path.touch, (tmp_path / "executed",)
+
+    torch.save({"model": Payload()}, run.checkpoints / "best.pt")
+    with pytest.raises(UserError, match="damaged"):
+        amclr.load(run.folder)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_keeps_so_many_checkpoints(folder: Path) -> None:
+    run = train(frozen(folder, epochs=5, keep=1), progress=False)
+    assert sorted(p.name for p in run.checkpoints.glob("step-*")) == ["step-00000020.pt"]
+    assert (run.checkpoints / "best.pt").is_file()
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed"])
+def test_mixed_precision(precision: Any, folder: Path) -> None:
+    run = train(config_for(folder, precision=precision), progress=False)
+    assert weights(run)["image_head.weight"].dtype == torch.float32
+    exact = train(config_for(folder, "exact"), progress=False)
+    first, second = (next(r["loss"] for r in x.metrics() if r["kind"] == "train") for x in (run, exact))
+    assert first == pytest.approx(second, rel=0.05) and first != second
+
+
+# -- frozen towers --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def towers(folder: Path) -> tuple[Config, DualEncoder, list[manifests.Sample], PictureStore]:
+    config = frozen(folder, views=ViewsConfig(image="weak", image_aug="weak", cached=3))
+    torch.manual_seed(0)
+    model = DualEncoder(config.model, build_tokenizer(config.model, ["a red green blue yellow patch number 1"]))
+    samples = list(manifests.load(config, folder.parent).split("train"))
+    return config, model, samples, PictureStore([s.path for s in samples], 32)
+
+
+def test_cached_features_are_the_towers_own(towers: Any, own_cache: Path) -> None:
+    config, model, samples, store = towers
+    found = features.image_features(model, samples, "weak", 3, config, own_cache, store, progress=False)
+    assert found.shape == (32, 3, 256)
+    transform = policy("weak", 32)
+    for i, v in ((0, 0), (17, 2), (31, 1)):
+        view = image_view(transform, store[i], config.seed, "cached", v, samples[i].name, "weak")
+        with torch.inference_mode():
+            expected = model.image_tower(view[None])[0]
+        np.testing.assert_allclose(found[i, v], expected, atol=1e-4)
+    captions = ["a red patch", "a much longer caption of a green patch number 7", "blue"]
+    rows = features.caption_features(model, captions, own_cache, progress=False)
+    for text, row in zip(captions, rows, strict=True):
+        with torch.inference_mode():
+            np.testing.assert_allclose(row, model.text_tower(**model.tokenize([text]))[0], atol=1e-4)
+
+
+def test_cache_is_reused_until_something_that_matters_changes(
+    towers: Any, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, model, samples, store = towers
+    computed = []
+    real = model.image_tower.forward
+    monkeypatch.setattr(model.image_tower, "forward", lambda x: computed.append(len(x)) or real(x))
+
+    def get(name: str = "weak", views: int = 3, **changes: Any) -> int:
+        computed.clear()
+        changed = replace(config, **changes)
+        features.image_features(model, samples, name, views, changed, own_cache, store, progress=False)
+        return sum(computed)
+
+    assert get() == 96 and get() == 0
+    assert get(objective="clip", batch_size=4, epochs=9) == 0
+    assert get(views=2) == 64 and get("none") == 32 and get(seed=1) == 96
+    Image.new("RGB", (40, 40)).save(samples[3].path)
+    assert get() == 96
+    with torch.no_grad():
+        next(model.image_tower.parameters()).mul_(1.5)
+    assert get() == 96
+
+
+def test_interrupted_caching_goes_on_where_it_was(
+    towers: Any, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, model, samples, store = towers
+    monkeypatch.setattr(features, "CHUNK", 8)
+    whole = features.image_features(model, samples, "weak", 3, config, own_cache / "whole", store, progress=False)
+    real, done = model.image_tower.forward, []
+
+    def killed(x: torch.Tensor) -> torch.Tensor:
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        done.append(len(x))
+        return real(x)
+
+    monkeypatch.setattr(model.image_tower, "forward", killed)
+    with pytest.raises(KeyboardInterrupt):
+        features.image_features(model, samples, "weak", 3, config, own_cache, store, progress=False)
+    rest: list[int] = []
+    monkeypatch.setattr(model.image_tower, "forward", lambda x: rest.append(len(x)) or real(x))
+    parts = features.image_features(model, samples, "weak", 3, config, own_cache, store, progress=False)
+    assert sum(rest) == 48 and np.array_equal(whole, parts)
+    assert not list(own_cache.glob("*.part*"))
+
+
+def test_feature_batches_hold_what_they_say(towers: Any, own_cache: Path) -> None:
+    config, model, samples, store = towers
+    views = ("image", "image_aug", "text", "text_aug")
+    data = FeatureBatches(model, samples, store, BatchPlan(32, 8, 0), views, config, own_cache, progress=False)
+    table = data.features["image"]
+    for step in range(8):
+        batch = data[step]
+        assert isinstance(batch.images, torch.Tensor) and isinstance(batch.tokens, torch.Tensor)
+        first, second = batch.images.chunk(2)
+        text, other = batch.tokens.chunk(2)
+        for row, i in enumerate(batch.ids):
+            of = [[np.array_equal(t, side[row]) for t in table[i]] for side in (first, second)]
+            assert sum(of[0]) == sum(of[1]) == 1 and of[0] != of[1], "two different views of the same picture"
+            own = data.captions[[data.rows[c] for c in samples[int(i)].captions]]
+            assert {tuple(text[row].tolist()), tuple(other[row].tolist())} == set(map(tuple, own.tolist()))
+
+
+def test_word_noise_where_a_picture_has_one_caption(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "single", captions=1)
+    run = train(frozen(folder, objective="amclr", views=ViewsConfig(word_noise=0.5)), progress=False)
+    assert (run.folder / "results.json").is_file()
+
+
+# -- refusals -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"objective": "amlcr"}, "unknown objective 'amlcr': did you mean 'amclr'"),
+        ({"epochs": 0}, "--epochs must lie between 1 and"),
+        ({"batch_size": 1, "epochs": -1}, "--epochs .*; --batch_size must lie between 2"),
+        ({"batch_size": 64}, "32 training pictures are fewer than one batch of 64"),
+        ({"optim": OptimConfig(name="adamx")}, "unknown optimiser '--optim.name adamx'"),
+        ({"loss": LossConfig(gamma=0.0)}, r"gamma must lie in \(0, 1\]"),
+        ({"loss": LossConfig(estimator="reference"), "objective": "clip"}, "'reference' needs a global objective"),
+        ({"model": ModelConfig(image_tower="resnet5000")}, "cannot load image tower"),
+    ],
+)
+def test_settings_that_will_not_do(changes: dict[str, Any], message: str, folder: Path) -> None:
+    config = config_for(folder, **changes)
+    with pytest.raises(UserError, match=message):
+        train(config, progress=False)
+    assert not Path(config.out).exists(), "a refused run leaves no folder"
+
+
+def test_a_folder_in_use_is_refused(folder: Path) -> None:
+    run = train(frozen(folder), progress=False)
+    with pytest.raises(UserError, match=f"is in use: go on with it by: amclr train --resume {run.folder}"):
+        train(frozen(folder), progress=False)
+    (folder.parent / "file").write_text("x")
+    with pytest.raises(UserError, match="is in use: choose another --out"):
+        train(frozen(folder, "file"), progress=False)
+    with pytest.raises(UserError, match="no run folder"):
+        train(Config(), resume=folder, progress=False)
+
+
+def test_an_infinite_loss_stops_and_says_so(folder: Path) -> None:
+    with pytest.raises(UserError, match="the loss is not finite at step"):
+        train(config_for(folder, optim=OptimConfig(lr=900.0, name="sgd", clip=0, warmup=0), epochs=9), progress=False)
+
+
+def test_config_round_trip() -> None:
+    from dataclasses import asdict
+
+    config = config_for(Path("x"), loss=LossConfig(temperature=None, pairs="all"))
+    assert from_dict(json.loads(json.dumps(asdict(config)))) == config
+    with pytest.raises(ValueError, match="LossConfig has no setting gama"):
+        from_dict({"loss": {"gama": 1}})
+    assert problems(Config()) == []
+    for recipe in amclr.recipes.RECIPES.values():
+        assert problems(recipe()) == []

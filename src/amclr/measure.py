@@ -38,7 +38,8 @@ class Evaluator:
     def __init__(
         self, model: DualEncoder, samples: Sequence[Sample], config: Config, cache: Path, progress: bool = False
     ) -> None:
-        self.model, self.samples, self.progress = model, samples, progress
+        self.model, self.samples = model, samples
+        self.progress = progress and len(samples) > 2000  # a bar for a moment is only unrest
         self.captions = [c for s in samples for c in s.captions]
         self.image_of_text = np.repeat(np.arange(len(samples)), [len(s.captions) for s in samples])
         self.features: tuple[Tensor, Tensor] | None = None
@@ -213,7 +214,7 @@ def inspect(config: Config, sheet: Path, progress: bool = True) -> str:
         f"pictures     {len(samples)}" + "".join(f", {n} {len(manifest.split(n))}" for n in manifest.splits),
         f"captions     {len(lengths)}: "
         + ", ".join(f"{n} pictures with {k}" for k, n in sorted(per_picture.items(), key=lambda x: -x[1])[:3]),
-        f"words        {words} different; {lengths.min()} to {lengths.max()} per caption, median {np.median(lengths):.0f}",
+        f"words        {words}; {lengths.min()} to {lengths.max()} per caption, median {np.median(lengths):.0f}",
         f"repeated     {repeated} captions say what another says already",
         f"left out     {len(manifest.rejects)} of {manifest.rows} rows",
     ]

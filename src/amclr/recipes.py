@@ -37,10 +37,10 @@ def frozen() -> Config:
         views=ViewsConfig(image="weak", image_aug="weak", cached=4),
         model=ModelConfig(
             image_tower="efficientnet-lite0", image_size=128, image_lr=0.0,
-            text_tower="minilm", text_lr=0.0, text_pooling="mean", head="residual", hidden=1024, dropout=0.2, dim=256,
+            text_tower="minilm", text_lr=0.0, text_pooling="mean", head="residual", hidden=2048, dropout=0.2, dim=512,
         ),
-        loss=LossConfig(temperature=0.03, gamma=0.8),
-        optim=OptimConfig(lr=1e-3, weight_decay=0.02, warmup=0.1),
+        loss=LossConfig(temperature=0.05, gamma=0.8),
+        optim=OptimConfig(lr=2e-3, weight_decay=0.02, warmup=0.1),
     )  # fmt: skip
 
 

@@ -35,7 +35,12 @@ def log_inner_mean(
     some = count > 0
     # A row of -inf alone has a NaN gradient: give it zeros, and drop it below.
     log_sum = scaled.masked_fill(~some[:, None], 0.0).logsumexp(dim=1)
-    return torch.where(some, log_sum - count.clamp(min=1).log(), 0.0), some
+    return torch.where(some, log_sum - log_count(count, log_sum.dtype), 0.0), some
+
+
+def log_count(count: Tensor, dtype: torch.dtype) -> Tensor:
+    """Log of a number of negatives, 0 where there is none; in `dtype`, for the log of an int64 is float32."""
+    return count.clamp(min=1).to(dtype).log()
 
 
 def update_log_u(log_u: Tensor, log_g: Tensor, gamma: float) -> Tensor:
@@ -82,7 +87,7 @@ def global_term(log_g: Tensor, log_u: Tensor, tau: Tensor, rho: float) -> Tensor
 
 def cross_entropy_term(log_g: Tensor, count: Tensor, some: Tensor) -> Tensor:
     """-log softmax of the positive among itself and its negatives, from log g: softplus(log g + log |N_i|). (B,)."""
-    return torch.where(some, torch.nn.functional.softplus(log_g + count.clamp(min=1).log()), 0.0)
+    return torch.where(some, torch.nn.functional.softplus(log_g + log_count(count, log_g.dtype)), 0.0)
 
 
 def sigmoid_terms(similarities: Tensor, negatives: Tensor, scale: Tensor, bias: Tensor) -> Tensor:

@@ -107,7 +107,7 @@ class Objective(nn.Module):
             return self.log_temperature.exp().clamp(self.tau_min, self.tau_max)
         if self.temperature_mode == "individual":
             return torch.cat([b.flatten() for n, b in self.named_buffers() if n.startswith("tau_i")]).mean()
-        return torch.tensor(self.initial_temperature)
+        return torch.tensor(self.initial_temperature, dtype=torch.float64)
 
     # -- one step ---------------------------------------------------------------------------------
 
@@ -217,8 +217,8 @@ class Objective(nn.Module):
     ) -> None:
         """One step of iSogCLR's temperature: momentum on d F_i / d tau_i, then a clamp to the range."""
         d = s - s.diagonal()[:, None]
-        count = negatives.sum(dim=1).clamp(min=1)
-        log_w = d / tau[:, None] - (log_u + count.log())[:, None]
+        log_n = math_of.log_count(negatives.sum(dim=1), s.dtype)
+        log_w = d / tau[:, None] - (log_u + log_n)[:, None]
         mean_d = (log_w.masked_fill(~negatives, math_of.NEG_INF).exp() * d).sum(dim=1)
         gradient = math_of.mean_by_id(ids, log_u + self.rho - mean_d / tau)
         velocities, temperatures = self.get_buffer(f"tau_velocity_{of}"), self.get_buffer(f"tau_{of}")
@@ -278,7 +278,7 @@ class Objective(nn.Module):
 
     def _check_values(self, views: Mapping[str, Tensor], ids: Mapping[str, Tensor]) -> None:
         for name in self.required_views:
-            lengths = torch.linalg.vector_norm(views[name].detach(), dim=1, dtype=torch.float32)
+            lengths = views[name].detach().float().norm(dim=1)
             if not bool(torch.isfinite(lengths).all()):
                 raise ValueError(f"view '{name}' holds NaN or infinite values")
             worst = float((lengths - 1).abs().max())

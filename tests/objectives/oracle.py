@@ -1,0 +1,157 @@
+"""The objectives as explicit loops in float64, written as the papers write them. Imports nothing of amclr.
+
+Estimates live in linear space in dictionaries keyed by (term, sample id). Every function returns the
+loss and its gradient with respect to each view, the gradient by the estimator's own formula
+sum_j w_ij grad d_ij, pair by pair.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+
+Views = dict[str, np.ndarray]
+TermName = tuple[str, str]
+
+CROSS = [("image", "text"), ("image", "text_aug"), ("image_aug", "text"), ("image_aug", "text_aug")]
+TERMS: dict[str, list[TermName]] = {
+    "sogclr": [("image", "text"), ("text", "image")],
+    "amclr": CROSS + [(t, i) for i, t in CROSS],
+    "xamclr": [
+        *CROSS, ("image", "image_aug"), ("image_aug", "image"),
+        *[(t, i) for i, t in CROSS], ("text", "text_aug"), ("text_aug", "text"),
+    ],
+}  # fmt: skip
+
+
+def side(view: str) -> str:
+    return "image" if view.startswith("image") else "text"
+
+
+@dataclass
+class Global:
+    """SogCLR's family: u per (term, sample), or per (modality, sample) in the reference mode."""
+
+    terms: list[TermName]
+    gamma: float
+    tau: float
+    individual: bool = False
+    reference: bool = False
+    rho: float = 0.0
+    eta: float = 1e-3
+    beta: float = 0.9
+    tau_range: tuple[float, float] = (0.005, 1.0)
+    first_epoch: bool = True
+    weights: dict[TermName, float] = field(default_factory=dict)
+    u: dict[tuple[object, int], float] = field(default_factory=dict)
+    temperature: dict[tuple[object, int], float] = field(default_factory=dict)
+    velocity: dict[tuple[object, int], float] = field(default_factory=dict)
+
+    def step(self, views: Views, image_ids: list[int], text_ids: list[int]) -> tuple[float, Views, float]:
+        """The loss, its gradients, and its derivative with respect to a shared temperature; updates u."""
+        loss, slope = 0.0, 0.0
+        gradient = {name: np.zeros_like(rows) for name, rows in views.items()}
+        batch = len(image_ids)
+        for term in self.terms:
+            anchor, candidate = views[term[0]], views[term[1]]
+            ids = image_ids if side(term[0]) == "image" else text_ids
+            table: object = side(term[0]) if self.reference else term
+            weight = self.weights.get(term, 1.0)
+            fresh_u: dict[int, list[float]] = {}
+            fresh_slope: dict[int, list[float]] = {}
+            for i in range(batch):
+                others = [j for j in range(batch) if image_ids[j] != image_ids[i] and text_ids[j] != text_ids[i]]
+                if not others:
+                    continue
+                key = (table, ids[i])
+                tau = self.temperature.get(key, self.tau) if self.individual else self.tau
+                d = {j: float(anchor[i] @ candidate[j] - anchor[i] @ candidate[i]) for j in others}
+                g = sum(math.exp(d[j] / tau) for j in others) / len(others)
+                unseen = key not in self.u or (self.reference and self.first_epoch)
+                u = g if unseen else (1 - self.gamma) * self.u[key] + self.gamma * g
+                fresh_u.setdefault(ids[i], []).append(u)
+                if self.reference:
+                    u += 1e-8
+                loss += weight * tau * (math.log(u) + self.rho) / batch
+                pull = 0.0
+                for j in others:
+                    w = math.exp(d[j] / tau) / (len(others) * u)
+                    gradient[term[0]][i] += weight * w * (candidate[j] - candidate[i]) / batch
+                    gradient[term[1]][j] += weight * w * anchor[i] / batch
+                    gradient[term[1]][i] -= weight * w * anchor[i] / batch
+                    pull += w * d[j] / tau
+                fresh_slope.setdefault(ids[i], []).append(math.log(u) + self.rho - pull)
+                slope += weight * (math.log(u) + self.rho - pull) / batch
+            for sample, values in fresh_u.items():
+                key = (table, sample)
+                self.u[key] = sum(values) / len(values)
+                if self.individual:
+                    mean = sum(fresh_slope[sample]) / len(values)
+                    self.velocity[key] = self.beta * self.velocity.get(key, 0.0) + (1 - self.beta) * mean
+                    moved = self.temperature.get(key, self.tau) - self.eta * self.velocity[key]
+                    self.temperature[key] = min(max(moved, self.tau_range[0]), self.tau_range[1])
+        return loss, gradient, slope
+
+
+def cross_entropy(anchor: np.ndarray, candidate: np.ndarray, tau: float, same: np.ndarray) -> float:
+    """Mean over anchors of -log softmax of the positive; pairs marked `same` are no negatives."""
+    total = 0.0
+    for i in range(len(anchor)):
+        scores = [anchor[i] @ candidate[j] / tau for j in range(len(candidate)) if j == i or not same[i, j]]
+        total += math.log(sum(math.exp(s) for s in scores)) - float(anchor[i] @ candidate[i]) / tau
+    return total / len(anchor)
+
+
+def clip(views: Views, tau: float, same: np.ndarray, pairs: list[TermName]) -> float:
+    parts = [cross_entropy(views[a], views[b], tau, same) for p in pairs for a, b in (p, p[::-1])]
+    return sum(parts) / len(parts)
+
+
+def cyclip(views: Views, tau: float, same: np.ndarray) -> float:
+    image, text = views["image"], views["text"]
+    n = len(image)
+    cross = sum((image[j] @ text[k] - image[k] @ text[j]) ** 2 for j in range(n) for k in range(n)) / n
+    inside = sum((image[j] @ image[k] - text[j] @ text[k]) ** 2 for j in range(n) for k in range(n)) / n
+    return clip(views, tau, same, [("image", "text")]) + 0.25 * float(inside) + 0.25 * float(cross)
+
+
+def siglip(views: Views, tau: float, bias: float, same: np.ndarray) -> float:
+    image, text = views["image"], views["text"]
+    n = len(image)
+    total = 0.0
+    for i in range(n):
+        for j in range(n):
+            if i != j and same[i, j]:
+                continue
+            z = 1 if i == j else -1
+            total += math.log1p(math.exp(-z * (float(image[i] @ text[j]) / tau + bias)))
+    return total / n
+
+
+def simclr(views: Views, tau: float) -> float:
+    """NT-Xent on the 2B rows z_1 .. z_2B, as the pseudo-code of the SimCLR paper."""
+    z = np.concatenate([views["image"], views["image_aug"]])
+    n = len(views["image"])
+    total = 0.0
+    for i in range(2 * n):
+        partner = (i + n) % (2 * n)
+        denominator = sum(math.exp(float(z[i] @ z[k]) / tau) for k in range(2 * n) if k != i)
+        total -= math.log(math.exp(float(z[i] @ z[partner]) / tau) / denominator)
+    return total / (2 * n)
+
+
+def numeric_gradient(function: object, views: Views, step: float = 1e-6) -> Views:
+    """Central differences of a scalar function of the views."""
+    out = {}
+    for name, rows in views.items():
+        gradient = np.zeros_like(rows)
+        for index in np.ndindex(rows.shape):
+            moved = {k: v.copy() for k, v in views.items()}
+            moved[name][index] += step
+            up = function(moved)  # type: ignore[operator]
+            moved[name][index] -= 2 * step
+            gradient[index] = (up - function(moved)) / (2 * step)  # type: ignore[operator]
+        out[name] = gradient
+    return out

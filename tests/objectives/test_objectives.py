@@ -1,0 +1,527 @@
+"""Every objective against the loop-written oracle, and the properties that hold whatever the input."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+import amclr
+from amclr.objectives import METHODS, build
+from tests.objectives import oracle
+
+VIEWS = ("image", "image_aug", "text", "text_aug")
+GLOBAL = {
+    "sogclr": "sogclr",
+    "isogclr": "sogclr",
+    "amclr": "amclr",
+    "xamclr": "xamclr",
+    "iamclr": "amclr",
+    "ixamclr": "xamclr",
+}
+DTYPES = pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-11)])
+
+
+def draw_views(seed: int, batch: int = 6, dim: int = 5, names: tuple[str, ...] = VIEWS) -> oracle.Views:
+    draw = np.random.default_rng(seed)
+    rows = {name: draw.normal(size=(batch, dim)) for name in names}
+    return {name: r / np.linalg.norm(r, axis=1, keepdims=True) for name, r in rows.items()}
+
+
+def tensors(views: oracle.Views, dtype: torch.dtype = torch.float64) -> dict[str, torch.Tensor]:
+    return {name: torch.tensor(rows, dtype=dtype, requires_grad=True) for name, rows in views.items()}
+
+
+def close(found: Any, expected: Any, tolerance: float, what: str = "") -> None:
+    found, expected = np.asarray(found, dtype=np.float64), np.asarray(expected, dtype=np.float64)
+    error = np.linalg.norm(found - expected) / max(np.linalg.norm(expected), 1e-12)
+    assert error <= tolerance, f"{what}: relative error {error:.2e}"
+
+
+def check_gradients(t: dict[str, torch.Tensor], expected: oracle.Views, tolerance: float) -> None:
+    for name, rows in t.items():
+        if np.any(expected.get(name, 0)):
+            assert rows.grad is not None, name
+            close(rows.grad, expected[name], tolerance, f"gradient of {name}")
+        else:
+            assert rows.grad is None or not rows.grad.any(), name
+
+
+def check_tables(objective: Any, sums: oracle.Global, tolerance: float) -> None:
+    for column_of, attribute, values in (
+        ("log_u", "log_u", {k: math.log(v) for k, v in sums.u.items()}),
+        ("tau", "tau", sums.temperature),
+        ("velocity", "tau_velocity", sums.velocity),
+    ):
+        for (table, sample), value in values.items():
+            of = table if isinstance(table, str) else oracle.side(table[0])  # type: ignore[index]
+            column = 0
+            if not isinstance(table, str):
+                own = [(t.anchor, t.candidate) for t in objective.terms if oracle.side(t.anchor) == of]
+                column = own.index(table)
+            found = float(objective.get_buffer(f"{attribute}_{of}")[sample, column])
+            assert found == pytest.approx(value, rel=tolerance, abs=tolerance), (column_of, table, sample)
+    for of in ("image", "text"):
+        seen = {s for (t, s) in sums.u if (t if isinstance(t, str) else oracle.side(t[0])) == of}  # type: ignore[index]
+        table = objective.get_buffer(f"log_u_{of}")
+        assert set(torch.nonzero(torch.isfinite(table).any(1)).flatten().tolist()) == seen
+
+
+def oracle_for(name: str, **kw: Any) -> oracle.Global:
+    individual = METHODS[name].temperature == "individual"
+    return oracle.Global(oracle.TERMS[GLOBAL[name]], individual=individual, **kw)
+
+
+# -- global objectives ----------------------------------------------------------------------------
+
+
+@DTYPES
+@pytest.mark.parametrize("name", GLOBAL)
+@pytest.mark.parametrize(("tau", "gamma"), [(0.125, 0.8), (0.25, 0.3), (0.0625, 1.0)])
+def test_global_objectives_equal_the_loops(
+    name: str, tau: float, gamma: float, dtype: torch.dtype, tolerance: float
+) -> None:
+    """Value, gradients and estimators over five steps with samples seen again."""
+    objective = build(name, 10, temperature=tau, gamma=gamma, rho=1.3, temperature_lr=0.01).to(dtype)
+    rho = 1.3 if METHODS[name].temperature == "individual" else 0.0
+    sums = oracle_for(name, gamma=gamma, tau=tau, rho=rho, eta=0.01)
+    draw = np.random.default_rng(0)
+    for step in range(5):
+        views = draw_views(step)
+        ids = draw.choice(10, 6, replace=False)
+        t = tensors(views, dtype)
+        loss, metrics = objective(t, torch.from_numpy(ids))
+        loss.backward()
+        expected, gradient, _ = sums.step(views, ids.tolist(), ids.tolist())
+        assert float(loss.detach()) == pytest.approx(expected, rel=tolerance, abs=tolerance)
+        assert float(metrics["loss"]) == pytest.approx(expected, rel=1e-5, abs=1e-5)
+        check_gradients(t, gradient, tolerance)
+    check_tables(objective, sums, tolerance)
+
+
+@pytest.mark.parametrize("name", GLOBAL)
+def test_samples_that_stand_twice_are_positives_with_one_update(name: str) -> None:
+    objective = build(name, {"image": 6, "text": 12}, temperature=0.25, rho=0.5, gamma=0.7).double()
+    rho = 0.5 if METHODS[name].temperature == "individual" else 0.0
+    sums = oracle_for(name, gamma=0.7, tau=0.25, rho=rho)
+    batches = [([0, 1, 0, 2, 3, 1], [0, 2, 1, 4, 6, 2]), ([3, 3, 3, 1, 5, 4], [6, 7, 6, 3, 10, 3])]
+    for seed, (images, texts) in enumerate(batches * 2):
+        views = draw_views(seed)
+        t = tensors(views)
+        loss, _ = objective(t, {"image": torch.tensor(images), "text": torch.tensor(texts)})
+        loss.backward()
+        expected, gradient, _ = sums.step(views, images, texts)
+        assert float(loss.detach()) == pytest.approx(expected, rel=1e-11)
+        check_gradients(t, gradient, 1e-11)
+    check_tables(objective, sums, 1e-11)
+
+
+def test_the_order_of_the_rows_does_not_matter() -> None:
+    ids = torch.tensor([0, 1, 0, 2, 3, 1])
+    order = torch.tensor([3, 0, 5, 2, 4, 1])
+    first, second = (build("xamclr", 5, temperature=0.1).double() for _ in range(2))
+    views = {k: torch.tensor(v) for k, v in draw_views(0).items()}
+    a, _ = first(views, ids)
+    b, _ = second({k: v[order] for k, v in views.items()}, ids[order])
+    assert float(a) == pytest.approx(float(b), rel=1e-12)
+    torch.testing.assert_close(first.get_buffer("log_u_image"), second.get_buffer("log_u_image"))
+
+
+def test_a_batch_of_one_sample_alone_teaches_nothing() -> None:
+    objective = build("iamclr", 4, temperature=0.1)
+    before = {k: v.clone() for k, v in objective.state_dict().items()}
+    t = tensors(draw_views(0), torch.float32)
+    loss, _ = objective(t, torch.zeros(6, dtype=torch.int64))
+    loss.backward()
+    assert float(loss.detach()) == 0
+    assert all(v.grad is None or not v.grad.any() for v in t.values())
+    assert all(torch.equal(v, before[k]) for k, v in objective.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["sogclr", "amclr", "xamclr"])
+def test_reference_estimator(name: str) -> None:
+    """One table per modality, overwritten term by term; u = g through the first epoch; eps."""
+    objective = build(name, 8, temperature=0.2, gamma=0.6, estimator="reference").double()
+    sums = oracle_for(name, gamma=0.6, tau=0.2, reference=True)
+    for epoch in range(3):
+        objective.start_epoch(epoch, 3)
+        sums.first_epoch = epoch == 0
+        for step in range(2):
+            views = draw_views(10 * epoch + step)
+            ids = np.random.default_rng(step).permutation(8)[:6]
+            t = tensors(views)
+            loss, _ = objective(t, torch.from_numpy(ids))
+            loss.backward()
+            expected, gradient, _ = sums.step(views, ids.tolist(), ids.tolist())
+            assert float(loss.detach()) == pytest.approx(expected, rel=1e-10)
+            check_gradients(t, gradient, 1e-10)
+    check_tables(objective, sums, 1e-10)
+
+
+def test_reference_and_per_term_agree_where_they_must() -> None:
+    """With gamma = 1 nothing is remembered, so whose table it is does not matter."""
+    ids = torch.arange(6)
+    views = {k: torch.tensor(v) for k, v in draw_views(0).items()}
+    losses = []
+    for estimator in ("per-term", "reference"):
+        objective = build("amclr", 6, temperature=0.5, gamma=1.0, estimator=estimator).double()
+        objective.start_epoch(1, 2)
+        losses.append(float(objective(views, ids)[0]))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+def test_terms_and_their_weights() -> None:
+    counts = {"sogclr": 2, "isogclr": 2, "amclr": 8, "xamclr": 12, "iamclr": 8, "ixamclr": 12, "clip": 2, "simclr": 2}
+    for name, count in counts.items():
+        assert len(build(name, 5).terms) == count
+    views, ids = draw_views(1), [0, 1, 2, 3, 4, 5]
+    objective = build("xamclr", 6, temperature=0.3, weights={"image": 0.25, "text": 2.0, "cross": 0.5}).double()
+    weights = {t: {"image": 0.25, "text": 2.0}.get(oracle.side(t[0]), 0.5) if oracle.side(t[0]) == oracle.side(t[1]) else 0.5
+               for t in oracle.TERMS["xamclr"]}  # fmt: skip
+    expected, gradient, _ = oracle.Global(oracle.TERMS["xamclr"], 0.8, 0.3, weights=weights).step(views, ids, ids)
+    t = tensors(views)
+    loss, _ = objective(t, torch.tensor(ids))
+    loss.backward()
+    assert float(loss.detach()) == pytest.approx(expected, rel=1e-11)
+    check_gradients(t, gradient, 1e-11)
+    assert build("xamclr", 6, weights={"image": 0, "text": 0}).required_views == build("amclr", 6).required_views
+    assert len(build("xamclr", 6, weights={"image": 0, "text": 0}).terms) == 8
+
+
+def test_pairs_give_a_baseline_the_views_of_amclr() -> None:
+    views = {k: torch.tensor(v) for k, v in draw_views(0).items()}
+    ids = torch.arange(6)
+    whole, borrowed = (
+        build("amclr", 6, temperature=0.2).double(),
+        build("sogclr", 6, temperature=0.2, pairs="all").double(),
+    )
+    assert float(whole(views, ids)[0]) == float(borrowed(views, ids)[0])
+    aligned = build("sogclr", 6, temperature=0.2, pairs="aligned").double()
+    single = build("sogclr", 6, temperature=0.2).double()
+    second = {"image": views["image_aug"], "text": views["text_aug"]}
+    expected = float(single(views, ids)[0]) + float(build("sogclr", 6, temperature=0.2).double()(second, ids)[0])
+    assert float(aligned(views, ids)[0]) == pytest.approx(expected, rel=1e-12)
+    assert single.required_views == ("image", "text") and aligned.required_views == VIEWS[::2] + VIEWS[1::2]
+
+
+def test_learnable_temperature_of_a_global_objective() -> None:
+    views, ids = draw_views(3), list(range(6))
+    objective = build("amclr", 6, temperature=0.2, temperature_mode="learnable", rho=0.9).double()
+    loss, _ = objective(tensors(views), torch.tensor(ids))
+    loss.backward()
+    expected, _, slope = oracle.Global(oracle.TERMS["amclr"], 0.8, 0.2, rho=0.9).step(views, ids, ids)
+    assert float(loss.detach()) == pytest.approx(expected, rel=1e-7)
+    # The parameter is log tau, so the chain rule gives a factor tau.
+    assert float(objective.log_temperature.grad) == pytest.approx(0.2 * slope, rel=1e-6)
+
+
+def test_individual_temperatures_settle_where_the_divergence_equals_rho() -> None:
+    """At an inner optimum of tau log E exp(d/tau) + tau rho, KL(w || uniform) = rho."""
+    views = {k: torch.tensor(v) for k, v in draw_views(2, batch=10).items()}
+    ids = torch.arange(10)
+    objective = build("isogclr", 10, temperature=0.3, gamma=1.0, rho=0.4, temperature_lr=0.02,
+                      temperature_range=(0.01, 10.0)).double()  # fmt: skip
+    for _ in range(1500):
+        objective(views, ids)
+    tau = objective.get_buffer("tau_image")[:, 0]
+    d = views["image"] @ views["text"].T - (views["image"] * views["text"]).sum(1, keepdim=True)
+    d = d[~torch.eye(10, dtype=torch.bool)].view(10, 9)
+    w = (d / tau[:, None]).softmax(1)
+    divergence = (w * (w * 9).log()).sum(1)
+    torch.testing.assert_close(divergence, torch.full((10,), 0.4, dtype=torch.float64), atol=1e-3, rtol=0)
+    assert float(tau.std()) > 0.01, "each sample found its own"
+
+
+def test_cosine_gamma() -> None:
+    objective = build("sogclr", 6, gamma=0.2, gamma_schedule="cosine")
+    seen = []
+    for epoch in range(5):
+        objective.start_epoch(epoch, 5)
+        seen.append(objective.gamma)
+    assert seen == pytest.approx([0.2 + 0.8 * 0.5 * (1 + math.cos(math.pi * e / 4)) for e in range(5)])
+    constant = build("sogclr", 6, gamma=0.2)
+    constant.start_epoch(3, 5)
+    assert constant.gamma == 0.2
+
+
+# -- mini-batch objectives ------------------------------------------------------------------------
+
+
+def same(ids: list[int]) -> np.ndarray:
+    return np.equal.outer(ids, ids)
+
+
+@DTYPES
+@pytest.mark.parametrize("ids", [[0, 1, 2, 3, 4], [0, 1, 0, 2, 2]])
+@pytest.mark.parametrize(
+    ("name", "pairs", "function"),
+    [
+        ("clip", None, lambda v, s: oracle.clip(v, 0.15, s, [("image", "text")])),
+        ("clip", "aligned", lambda v, s: oracle.clip(v, 0.15, s, [("image", "text"), ("image_aug", "text_aug")])),
+        ("clip", "all", lambda v, s: oracle.clip(v, 0.15, s, oracle.CROSS)),
+        ("cyclip", None, lambda v, s: oracle.cyclip(v, 0.15, s)),
+        ("siglip", None, lambda v, s: oracle.siglip(v, 0.15, -10.0, s)),
+    ],
+)
+def test_minibatch_objectives_equal_the_loops(
+    name: str, pairs: Any, function: Any, ids: list[int], dtype: torch.dtype, tolerance: float
+) -> None:
+    views = draw_views(4, batch=5, dim=3)
+    t = tensors(views, dtype)
+    loss, _ = build(name, 5, temperature=0.15, pairs=pairs).to(dtype)(t, torch.tensor(ids))
+    loss.backward()
+    expected = function(views, same(ids))
+    assert float(loss.detach()) == pytest.approx(expected, rel=max(tolerance, 1e-7))
+    check_gradients(t, oracle.numeric_gradient(lambda v: function(v, same(ids)), views), max(tolerance, 1e-7))
+
+
+@DTYPES
+def test_simclr_equals_nt_xent(dtype: torch.dtype, tolerance: float) -> None:
+    views = draw_views(5, batch=5, dim=3, names=("image", "image_aug"))
+    t = tensors(views, dtype)
+    loss, _ = build("simclr", 5, temperature=0.2).to(dtype)(t, torch.arange(5))
+    loss.backward()
+    assert float(loss.detach()) == pytest.approx(oracle.simclr(views, 0.2), rel=tolerance)
+    check_gradients(t, oracle.numeric_gradient(lambda v: oracle.simclr(v, 0.2), views), max(tolerance, 1e-7))
+
+
+def test_baselines_equal_open_clip() -> None:
+    """CLIP and SigLIP as open_clip computes them, with gradients, and the logit scale's too."""
+    open_clip = pytest.importorskip("open_clip.loss")
+    for name, theirs in (("clip", open_clip.ClipLoss()), ("siglip", open_clip.SigLipLoss())):
+        mine, other = tensors(draw_views(6)), tensors(draw_views(6))
+        objective = build(name, 6, temperature=0.1).double()
+        objective.log_temperature.data.fill_(math.log(0.1))  # exactly, where it was float32
+        loss, _ = objective(mine, torch.arange(6))
+        scale = torch.tensor(math.log(10.0), dtype=torch.float64, requires_grad=True)
+        bias = {"logit_bias": torch.tensor(-10.0, dtype=torch.float64)} if name == "siglip" else {}
+        expected = theirs(other["image"], other["text"], logit_scale=scale.exp(), **bias)
+        loss.backward()
+        expected.backward()
+        assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-7)
+        for view in ("image", "text"):
+            close(mine[view].grad, other[view].grad, 1e-6, view)
+        assert float(objective.log_temperature.grad) == pytest.approx(-float(scale.grad), rel=1e-6)  # type: ignore[arg-type]
+
+
+def test_clip_equals_cross_entropy() -> None:
+    views = {k: torch.tensor(v) for k, v in draw_views(7).items()}
+    logits = views["image"] @ views["text"].T / 0.07
+    expected = (F.cross_entropy(logits, torch.arange(6)) + F.cross_entropy(logits.T, torch.arange(6))) / 2
+    found, _ = build("clip", 6, temperature=0.07, temperature_mode="fixed").double()(views, torch.arange(6))
+    assert float(found) == pytest.approx(float(expected), rel=1e-7)
+
+
+# -- properties -----------------------------------------------------------------------------------
+
+
+@st.composite
+def batches(draw: Any) -> tuple[dict[str, torch.Tensor], torch.Tensor, float, float]:
+    batch, dim = draw(st.integers(2, 12)), draw(st.integers(1, 9))
+    dtype = draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**30)))
+    extreme = draw(st.sampled_from(["random", "identical", "opposite", "aligned"]))
+    views = {}
+    for name in VIEWS:
+        rows = F.normalize(torch.randn(batch, dim, generator=generator), dim=-1)
+        if extreme == "identical":
+            rows = rows[:1].expand(batch, dim).clone()
+        views[name] = rows
+    if extreme == "opposite":
+        views["text"] = -views["image"]
+        views["text_aug"] = -views["image_aug"]
+    if extreme == "aligned":
+        views = dict.fromkeys(VIEWS, views["image"])
+    ids = torch.tensor(draw(st.lists(st.integers(0, 9), min_size=batch, max_size=batch)))
+    leaves = {k: v.to(dtype).requires_grad_() for k, v in views.items()}
+    return leaves, ids, draw(st.sampled_from([0.005, 0.01, 0.07, 1.0])), draw(st.sampled_from([0.01, 0.5, 0.8, 1.0]))
+
+
+@pytest.mark.parametrize("name", METHODS)
+@given(batches())
+@settings(max_examples=40, deadline=None, derandomize=True)
+def test_nothing_is_ever_nan_or_infinite(name: str, given_batch: Any) -> None:
+    leaves, ids, tau, gamma = given_batch
+    objective = build(name, 10, temperature=tau, gamma=gamma)
+    for v in leaves.values():
+        v.grad = None
+    for _ in range(2):
+        loss, metrics = objective(leaves, ids)
+        loss.backward()
+    assert loss.dtype == torch.float32 and bool(torch.isfinite(loss))
+    assert all(bool(torch.isfinite(m)) for m in metrics.values())
+    assert all(v.grad is None or bool(torch.isfinite(v.grad).all()) for v in leaves.values())
+    for key, value in objective.state_dict().items():
+        assert not bool(torch.isnan(value).any()) and not bool((value == math.inf).any()), key
+
+
+@given(batches())
+@settings(max_examples=60, deadline=None, derandomize=True)
+def test_weights_sum_to_at_most_one_over_gamma(given_batch: Any) -> None:
+    """With one-dimensional probes in place of the candidates, an anchor's gradient is its weights' sum."""
+    leaves, ids, tau, gamma = given_batch
+    objective = build("sogclr", 10, temperature=tau, gamma=gamma, weights={})
+    first, second = (leaves[v].detach().float() for v in ("image", "text"))
+    first, second = F.normalize(first, dim=-1), F.normalize(second, dim=-1)
+    objective({"image": second, "text": first}, ids)  # a past that differs
+    s = (first @ second.T).requires_grad_()
+    # s enters through a product with the identity, so its gradient holds the weights themselves.
+    term = objective.terms[0]
+    negatives = ids[:, None] != ids[None, :]
+    per_anchor = objective._global_term(term, s, (), negatives, ids, torch.tensor(tau))
+    per_anchor.sum().backward()
+    assert s.grad is not None
+    weights = s.grad.masked_fill(torch.eye(len(ids), dtype=torch.bool), 0).sum(1)
+    assert bool((weights <= 1 / gamma + 1e-4).all()) and bool((weights >= 0).all())
+
+
+@pytest.mark.parametrize("name", ["sogclr", "amclr", "xamclr"])
+def test_gamma_one_is_the_minibatch_gradient(name: str) -> None:
+    """Then every term is tau log of the batch's own mean, whatever came before; by autograd on that."""
+    objective = build(name, 6, temperature=0.1, gamma=1.0).double()
+    ids = torch.arange(6)
+    objective({k: torch.tensor(v) for k, v in draw_views(8).items()}, ids)
+    mine, other = tensors(draw_views(9)), tensors(draw_views(9))
+    objective(mine, ids)[0].backward()
+    off = ~torch.eye(6, dtype=torch.bool)
+    total = torch.zeros((), dtype=torch.float64)
+    for a, c in oracle.TERMS[name]:
+        d = other[a] @ other[c].T - (other[a] * other[c]).sum(1, keepdim=True)
+        total = total + 0.1 * (d / 0.1).exp()[off].view(6, 5).mean(1).log().mean()
+    total.backward()
+    for view in mine:
+        if other[view].grad is not None:
+            close(mine[view].grad, other[view].grad, 1e-10, view)
+
+
+def test_the_whole_set_as_a_batch_is_the_fixed_point() -> None:
+    """Repeating the full batch, u settles at the exact inner mean."""
+    views = {k: torch.tensor(v) for k, v in draw_views(11).items()}
+    ids = torch.arange(6)
+    objective = build("sogclr", 6, temperature=0.2, gamma=0.3).double()
+    objective({k: torch.tensor(v) for k, v in draw_views(12).items()}, ids)
+    for _ in range(120):
+        objective(views, ids)
+    d = views["image"] @ views["text"].T - (views["image"] * views["text"]).sum(1, keepdim=True)
+    exact = (d / 0.2).exp()[~torch.eye(6, dtype=torch.bool)].view(6, 5).mean(1).log()
+    torch.testing.assert_close(objective.get_buffer("log_u_image")[:, 0], exact, atol=1e-12, rtol=0)
+
+
+def test_evaluation_mode_leaves_the_estimators_alone() -> None:
+    objective = build("ixamclr", 6, temperature=0.1)
+    ids = torch.arange(6)
+    views = tensors(draw_views(0), torch.float32)
+    objective(views, ids)
+    before = {k: v.clone() for k, v in objective.state_dict().items()}
+    objective.eval()
+    first, second = (float(objective(views, ids)[0].detach()) for _ in range(2))
+    assert first == second
+    assert all(torch.equal(v, before[k]) for k, v in objective.state_dict().items())
+
+
+def test_state_goes_on_where_it_was() -> None:
+    ids = torch.tensor([0, 3, 4, 5, 1, 2])
+    whole, first, second = (build("iamclr", 6, temperature=0.1) for _ in range(3))
+    for step in range(3):
+        views = tensors(draw_views(step), torch.float32)
+        whole(views, ids)
+        first(views, ids)
+    second.load_state_dict(first.state_dict())
+    views = tensors(draw_views(3), torch.float32)
+    assert float(whole(views, ids)[0].detach()) == float(second(views, ids)[0].detach())
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_autocast_changes_nothing(name: str) -> None:
+    views = {k: torch.tensor(v, dtype=torch.float32) for k, v in draw_views(0).items()}
+    plain, _ = build(name, 6)(views, torch.arange(6))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside, _ = build(name, 6)(views, torch.arange(6))
+    assert plain.item() == inside.item() and inside.dtype == torch.float32
+
+
+# -- refusals -------------------------------------------------------------------------------------
+
+
+def good() -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    return {k: torch.tensor(v, dtype=torch.float32) for k, v in draw_views(0).items()}, torch.arange(6)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda v, i: (v.pop("text_aug"), i)[1], "'amclr' needs the view text_aug; got image, image_aug, text"),
+        (lambda v, i: v.update(text=v["text"][:5]) or i, r"view 'text' has shape \(5, 5\), view 'image' has \(6, 5\)"),
+        (
+            lambda v, i: v.update(image_aug=v["image_aug"][0]) or i,
+            r"view 'image_aug' must be a floating-point \(B, D\)",
+        ),
+        (lambda v, i: v.update(text=v["text"].long()) or i, r"view 'text' must be a floating-point"),
+        (lambda v, i: v.update(text=v["text"] * 2) or i, "rows of view 'text' are not unit length .*normalize"),
+        (lambda v, i: v.update(image=v["image"] * math.nan) or i, "view 'image' holds NaN or infinite"),
+        (lambda v, i: i.float(), "ids must be an int64 tensor of shape"),
+        (lambda v, i: i[:4], r"ids must be an int64 tensor of shape \(6,\), got torch.int64 of shape \(4,\)"),
+        (lambda v, i: i + 1, r"image ids must lie in \[0, 6\), got values from 1 to 6"),
+        (lambda v, i: i - 1, r"got values from -1 to 4"),
+        (lambda v, i: {"image": i}, "ids must hold 'image' and 'text'"),
+        (lambda v, i: {"image": i, "text": i.int()}, r"ids\['text'\] must be an int64"),
+    ],
+)
+def test_bad_batches_are_named(change: Any, message: str) -> None:
+    views, ids = good()
+    ids = change(views, ids)
+    with pytest.raises(ValueError, match=message):
+        build("amclr", 6)(views, ids)
+
+
+def test_a_batch_of_one_is_refused() -> None:
+    views, _ = good()
+    with pytest.raises(ValueError, match="a batch of 1 has no negatives"):
+        build("clip", 6)({k: v[:1] for k, v in views.items()}, torch.tensor([0]))
+
+
+def test_value_checks_can_be_switched_off() -> None:
+    views, ids = good()
+    loss, _ = build("clip", 6, validate=False)({k: 2 * v for k, v in views.items()}, ids)
+    assert bool(torch.isfinite(loss))
+
+
+@pytest.mark.parametrize(
+    ("name", "settings_", "message"),
+    [
+        ("sogcl", {}, "unknown objective 'sogcl': did you mean 'sogclr'"),
+        ("amclr", {"gamma": 0.0}, r"gamma must lie in \(0, 1\], got 0.0"),
+        ("amclr", {"temperature": -1}, "temperature must be positive"),
+        ("iamclr", {"temperature": 2.0}, "temperature must lie in temperature_range"),
+        ("amclr", {"temperature_range": (0.0, 1.0)}, "temperature_range must be 0 < low <= high"),
+        ("amclr", {"gamma_schedule": "linear"}, "gamma_schedule must be one of constant, cosine"),
+        ("amclr", {"estimator": "exact"}, "estimator must be one of per-term, reference"),
+        ("clip", {"estimator": "reference"}, "needs a global objective, and 'clip' is a mini-batch one"),
+        ("clip", {"temperature_mode": "individual"}, "'individual' needs a global objective"),
+        ("simclr", {"pairs": "all"}, "'simclr' aligns no image-text pairs"),
+        ("amclr", {"pairs": "none"}, "pairs must be one of first, aligned, all"),
+        ("amclr", {"weights": {"intra": 1}}, "weights must be one of cross, image, text"),
+        ("amclr", {"weights": {"cross": 0}}, "leave 'amclr' without a term"),
+        ("amclr", {"num_samples": 0}, "num_samples must be a positive int"),
+        ("amclr", {"num_samples": {"image": 3}}, "num_samples must be a positive int or a dict"),
+    ],
+)
+def test_bad_settings_are_named(name: str, settings_: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build(name, **{"num_samples": 8, **settings_})
+
+
+def test_public_names() -> None:
+    assert set(METHODS) == {
+        "simclr", "clip", "cyclip", "siglip", "sogclr", "isogclr", "amclr", "xamclr", "iamclr", "ixamclr",
+    }  # fmt: skip
+    assert amclr.objectives.build("xamclr", num_samples=9, temperature=0.01, gamma=0.8).required_views == VIEWS[:1] + (
+        "text", "text_aug", "image_aug",
+    )  # fmt: skip
+    assert "8 terms" in repr(build("amclr", 6))

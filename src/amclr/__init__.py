@@ -13,7 +13,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from amclr import config, data, engine, evaluate, figures, measure, model, objectives, recipes, run
+    from amclr import config, data, engine, evaluate, figures, measure, model, objectives, pretrained, recipes, run
     from amclr.config import Config
     from amclr.engine import train
     from amclr.run import load
@@ -31,6 +31,7 @@ __all__ = [
     "measure",
     "model",
     "objectives",
+    "pretrained",
     "recipes",
     "run",
     "train",

@@ -69,6 +69,8 @@ class ViewsConfig:
     another caption nor a paraphrase."""
     cached: int = 4
     """Cached views per picture and policy where both towers are frozen."""
+    cached_seed: int = 0
+    """Seed of the cached views; apart from --seed, so that runs with other seeds share them."""
 
 
 @dataclass(frozen=True)
@@ -117,8 +119,8 @@ class LossConfig:
     """Weight of the batch in the running estimate; 1 keeps no memory. With cosine: its final value."""
     gamma_schedule: Literal["constant", "cosine"] = "constant"
     """constant, or cosine from 1 to gamma over the epochs."""
-    rho: float | None = None
-    """Strength that holds learned temperatures of global objectives up."""
+    rho: float = 2.5
+    """Divergence from uniform weights at which learned temperatures of global objectives settle."""
     temperature_lr: float = 1e-3
     """Step size of individual temperatures."""
     pairs: Literal["first", "aligned", "all"] | None = None

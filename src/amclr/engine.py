@@ -251,7 +251,7 @@ def finish(t: Training, progress: bool) -> None:
     images, texts = t.evaluator.embeddings()
     results = {"split": "val", "best_step": best["step"], **t.evaluator.figures(images, texts)}
     if t.manifest.zeroshot:
-        results |= measure_classes(t.model, t.manifest.zeroshot, progress=progress)
+        results |= measure_classes(t.model, t.manifest.zeroshot, t.config, progress=progress)
     write_atomically(t.run.folder / "results.json", json.dumps(results, indent=2) + "\n")
     title = f"{t.config.objective} on {Path(t.config.data).name}"
     figures.curves(t.run.metrics(), t.run.folder / "curves.png", title, t.evaluator.chance())

@@ -2,7 +2,7 @@
 
 A cache file holds the features of one policy's views of some pictures, or of some captions. Its
 name is a hash of all that matters: the tower's weights, the pictures or captions, the policy, the
-seed. It is written in chunks, so an interrupted computation goes on where it was.
+seed of the views. It is written in chunks, so an interrupted computation goes on where it was.
 """
 
 from __future__ import annotations
@@ -44,14 +44,13 @@ def image_features(
     """Features of `views` draws of a policy per picture, (N, V, F) float32, memory-mapped from the cache."""
     transform = policy(name, config.model.image_size, config.views.flip)
     draws = 1 if name == "none" else views
-    key = _key(
-        "images", _fingerprint(model.image_tower), name, config.views.flip, config.model.image_size, draws, config.seed,
-        [_stamp(s.path) for s in samples],
-    )  # fmt: skip
+    v, size = config.views, config.model.image_size
+    pictures = [_stamp(s.path) for s in samples]
+    key = _key("images", _fingerprint(model.image_tower), name, v.flip, size, draws, v.cached_seed, pictures)
 
     def chunk(start: int, stop: int) -> Tensor:
         pictures = [
-            image_view(transform, store[i], config.seed, "cached", v, samples[i].name, name)
+            image_view(transform, store[i], config.views.cached_seed, "cached", v, samples[i].name, name)
             for i in range(start, stop)
             for v in range(draws)
         ]
@@ -161,7 +160,7 @@ class FeatureBatches(Dataset[Batch]):
         self.image_views, self.text_views = split_views(required_views)
         self.seed, self.one, self.noise = config.seed, config.source.captions == "one", config.views.word_noise
         policies = {"image": config.views.image, "image_aug": config.views.image_aug}
-        self.cached_views = config.views.cached
+        self.cached_views, self.cached_seed = config.views.cached, config.views.cached_seed
         self.shared = policies["image"] == policies["image_aug"]
         self.features = {
             view: image_features(model, samples, policies[view], config.views.cached, config, cache, store, progress)
@@ -178,7 +177,7 @@ class FeatureBatches(Dataset[Batch]):
             self.captions = caption_features(model, list(self.rows), cache, progress)
 
     def _noisy(self, sample: Sample, v: int) -> str:
-        return text_views(sample.captions, (), self.one, self.noise, self.seed, "cached", v, sample.name)[2]
+        return text_views(sample.captions, (), self.one, self.noise, self.cached_seed, "cached", v, sample.name)[2]
 
     def __getitem__(self, step: int) -> Batch:
         """The batch of a step."""

@@ -44,23 +44,15 @@ class Evaluator:
         self.image_of_text = np.repeat(np.arange(len(samples)), [len(s.captions) for s in samples])
         self.features: tuple[Tensor, Tensor] | None = None
         if not model_reads_pictures(model):
-            store = PictureStore([s.path for s in samples], config.model.image_size)
-            images = image_features(model, samples, "none", 1, config, cache, store, progress)
             texts = caption_features(model, self.captions, cache, progress)
-            self.features = torch.from_numpy(images[:, 0].copy()), torch.from_numpy(texts.copy())
+            self.features = _plain_features(model, samples, config, cache, progress), torch.from_numpy(texts.copy())
 
     def embeddings(self) -> tuple[Tensor, Tensor]:
         """Unit rows of the pictures (N, D) and of all their captions (T, D), on the CPU."""
         if self.features is None:
             pictures = self.model.encode_image([s.path for s in self.samples], progress=self.progress)
             return pictures, self.model.encode_text(self.captions, progress=self.progress)
-        training = self.model.training
-        self.model.eval()
-        with torch.inference_mode():
-            device = self.model.device
-            images, texts = self.model(self.features[0].to(device), self.features[1].to(device))
-        self.model.train(training)
-        return images.cpu(), texts.cpu()
+        return self.model.project(self.features[0], None), self.model.project(None, self.features[1])
 
     def __call__(self) -> dict[str, float]:
         """Recalls in percent, as `amclr.evaluate.retrieval` names them."""
@@ -74,6 +66,15 @@ class Evaluator:
     def chance(self) -> float:
         """Mean of R@1, R@5 and R@10 in percent, for a random order of the pictures."""
         return float(np.mean(_chances(len(self.samples))))
+
+
+def _plain_features(
+    model: DualEncoder, samples: Sequence[Sample], config: Config, cache: Path, progress: bool
+) -> Tensor:
+    """Cached features (N, F) of pictures as they are evaluated."""
+    store = PictureStore([s.path for s in samples], config.model.image_size)
+    found = image_features(model, samples, "none", 1, config, cache, store, progress)
+    return torch.from_numpy(found[:, 0].copy())
 
 
 def draw_gallery(
@@ -119,7 +120,7 @@ def evaluate_run(
     out.mkdir(exist_ok=True)
     name = f"{Path(config.data).name}-{split}"
     if zeroshot:
-        results |= measure_classes(model, Path(zeroshot), classnames, templates, progress)
+        results |= measure_classes(model, Path(zeroshot), config, classnames, templates, progress)
     if retrieval:
         cache = manifests.cache_folder(config)
         manifest = manifests.prepare(config, cache, progress)
@@ -130,7 +131,7 @@ def evaluate_run(
         images, texts = evaluator.embeddings()
         results |= {"data": config.data, "split": split} | evaluator.figures(images, texts)
         if manifest.zeroshot and not zeroshot:
-            results |= measure_classes(model, manifest.zeroshot, progress=progress)
+            results |= measure_classes(model, manifest.zeroshot, config, progress=progress)
         draw_gallery(model, evaluator, images, texts, out / f"{name}.png", f"{config.objective} on {name}")
     else:
         name = f"zeroshot-{Path(zeroshot).name}"
@@ -141,7 +142,7 @@ def evaluate_run(
 
 
 def measure_classes(
-    model: DualEncoder, root: Path, classnames: str = "", templates: str = "", progress: bool = True
+    model: DualEncoder, root: Path, config: Config, classnames: str = "", templates: str = "", progress: bool = True
 ) -> dict[str, Any]:
     """Zero-shot accuracy on a folder of pictures by class. Pictures that cannot be decoded are left out and counted."""
     paths, labels, names = manifests.class_folders(root, Path(classnames) if classnames else None)
@@ -155,7 +156,11 @@ def measure_classes(
     kept = [(p, y) for p, y in zip(paths, labels, strict=True) if p not in bad]
     if not kept:
         raise UserError(f"no picture under '{root}' can be decoded; the first: {next(iter(bad.items()))}")
-    images = model.encode_image([p for p, _ in kept], progress=progress)
+    if model_reads_pictures(model):
+        images = model.encode_image([p for p, _ in kept], progress=progress)
+    else:
+        samples = [Sample(p.name, p, ()) for p, _ in kept]
+        images = model.project(_plain_features(model, samples, config, manifests.cache_folder(config), progress), None)
     try:
         found = evaluate.zeroshot(model, images, [y for _, y in kept], names, prompts)
     except ValueError as error:

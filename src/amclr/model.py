@@ -199,6 +199,16 @@ class DualEncoder(nn.Module):
             raise TypeError("encode_text takes a list of captions: pass [text]")
         return self._encode(list(texts), batch_size, progress, "captions", self._embed_captions)
 
+    @torch.inference_mode()
+    def project(self, image_features: Tensor | None, text_features: Tensor | None) -> Tensor:
+        """Unit rows (n, D), float32 on the CPU, of tower features (n, F) of one modality; the other is None."""
+        was_training = self.training
+        self.eval()
+        image, text = (None if f is None else f.to(self.device) for f in (image_features, text_features))
+        rows = [r for r in self(image, text) if r is not None]
+        self.train(was_training)
+        return rows[0].float().cpu()
+
     def _embed_pictures(self, chunk: list[Picture]) -> Tensor:
         out: Tensor
         out, _ = self(torch.stack([self.prepare(p) for p in chunk]).to(self.device), None)

@@ -16,13 +16,15 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
+from amclr.errors import UserError
+
 MAX_PIXELS = 64_000_000
 """Larger pictures are refused before decoding (decompression bombs)."""
 
 Picture = str | Path | bytes | Image.Image
 
 
-class BadPicture(ValueError):
+class BadPicture(UserError):
     """A picture that cannot be decoded; the message is the reason."""
 
 

@@ -31,7 +31,7 @@ def build(
     temperature_range: tuple[float, float] = (0.005, 1.0),
     temperature_lr: float = 1e-3,
     temperature_momentum: float = 0.9,
-    rho: float | None = None,
+    rho: float = 2.5,
     pairs: Pairs | None = None,
     weights: Mapping[str, float] | None = None,
     cyclic_weight: float = 0.25,
@@ -52,8 +52,9 @@ def build(
         temperature_range: bounds of a learnable or individual temperature.
         temperature_lr: step size of individual temperatures.
         temperature_momentum: momentum of individual temperatures (beta), in [0, 1).
-        rho: strength that holds a learned temperature of a global objective up: tau * rho is added
-            to its loss. Default 0.7 log(N - 1), N samples (bounded by a batch of 128).
+        rho: holds a learned temperature of a global objective: tau * rho is added to its loss, so that
+            a temperature settles where the weights' divergence from uniform is rho. The default is
+            half of log 127, the largest that a batch of 128 can show.
         pairs: which image-text pairs are aligned: "first" (x, t), "aligned" (x, t) and (x', t'), or
             "all" four. Gives a baseline the same views as AmCLR. Default: the method's own.
         weights: factors on the terms by kind: "cross", "image" (image-image), "text" (text-text).
@@ -102,8 +103,7 @@ def build(
         raise ValueError(f"estimator 'reference' needs a global objective, and '{name}' is a mini-batch one")
     if not method.terms(pairs, weights):
         raise ValueError(f"weights {dict(weights or {})} leave '{name}' without a term")
-    if rho is None:
-        rho = 0.7 * math.log(max(min(samples.values()), 128) - 1)
+    _require(math.isfinite(rho) and rho >= 0, "rho must not be negative", rho)
     return Objective(
         name,
         replace(method, temperature=mode),

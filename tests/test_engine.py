@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import signal
+import sys
+import types
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -193,6 +195,20 @@ def test_a_checkpoint_never_runs_code(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="damaged"):
         amclr.load(run.folder)
     assert not (tmp_path / "executed").exists()
+
+
+def test_logs_to_wandb_where_asked(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match=r"pip install 'amclr\[wandb\]'"):
+        train(frozen(folder, "without", wandb=True), progress=False)
+    seen: list[Any] = []
+    board = types.SimpleNamespace(
+        log=lambda values, step: seen.append((step, values)), finish=lambda: seen.append("end")
+    )
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda **kw: seen.append(kw) or board))
+    train(frozen(folder, wandb=True), progress=False)
+    assert seen[0]["config"]["batch_size"] == 8 and seen[0]["resume"] == "allow" and seen[-1] == "end"
+    assert any("eval/r_mean" in values for _, values in seen[1:-1])
 
 
 def test_keeps_so_many_checkpoints(folder: Path) -> None:

@@ -38,10 +38,10 @@ LOG_EVERY = 10
 
 
 class Stopped(Exception):
-    """Training stopped by a signal, after its checkpoint was written."""
+    """A run stopped by a signal; it can go on from its folder."""
 
     def __init__(self, signum: int, folder: Path) -> None:
-        super().__init__(f"stopped, and all that was learned is kept; go on by: amclr train --resume {folder}")
+        super().__init__(f"stopped; go on by: amclr train --resume {folder}")
         self.code = 128 + signum
 
 
@@ -98,12 +98,18 @@ def train(config: Config, *, resume: Path | None = None, progress: bool = True) 
     can put right, and Stopped after a signal (Ctrl-C, SIGTERM), with a checkpoint written.
     """
     former = Run.open(resume) if resume else None
-    with kept_random_state():
-        training = assemble(former.config if former else config, former, progress)
-        if former:
-            training.restore()
-        fit(training, progress)
-        finish(training, progress)
+    folder = former.folder if former else Path(config.out or default_folder(config))
+    try:
+        with kept_random_state():
+            training = assemble(former.config if former else config, folder, former, progress)
+            if former:
+                training.restore()
+            fit(training, progress)
+            finish(training, progress)
+    except KeyboardInterrupt:
+        if (folder / "config.yaml").is_file():  # features and checkpoints so far are there to go on from
+            raise Stopped(signal.SIGINT, folder) from None
+        raise
     return training.run
 
 
@@ -176,7 +182,7 @@ def embed(model: Any, batch: Batch) -> dict[str, Tensor]:
     return {v: e for views, rows in parts if views for v, e in zip(views, rows.chunk(len(views)), strict=True)}
 
 
-def assemble(config: Config, former: Run | None, progress: bool) -> Training:
+def assemble(config: Config, folder: Path, former: Run | None, progress: bool) -> Training:
     """Put a run together from its settings. Makes its folder only once all of it fits together."""
     if wrong := problems(config):
         raise UserError("; ".join(wrong))
@@ -187,7 +193,6 @@ def assemble(config: Config, former: Run | None, progress: bool) -> Training:
         raise UserError(f"{what} will not do here: {' '.join(str(error).split())[:200]}") from None
     build_objective(config, 1)  # a slip in the settings should show before the data is read
     choose_optimizer(config.optim)
-    folder = former.folder if former else Path(config.out or default_folder(config))
     if not former:
         Run.refuse_used(folder)
     cache = manifests.cache_folder(config)
@@ -280,7 +285,7 @@ def stop_on_signals() -> Iterator[list[int]]:
 
     def handle(signum: int, frame: Any) -> None:
         caught.append(signum)
-        print("\nstopping after this step (once more: at once)", file=sys.stderr)
+        print("\nstopping after this step, with a checkpoint (once more: at once)", file=sys.stderr)
         put_back()
 
     try:

@@ -34,9 +34,9 @@ def curves(rows: Sequence[dict[str, Any]], file: Path, title: str, chance: float
         if steps:
             x = np.array([r["epoch"] for r in steps])
             y = np.array([r["loss"] for r in steps])
-            left.plot(x, y, color=BLUE, alpha=0.25, linewidth=1, label="every tenth step")
-            width = max(1, len(y) // 25)
-            if len(y) > 2 * width:
+            width = len(y) // 25
+            left.plot(x, y, color=BLUE, alpha=0.3 if width > 1 else 1, linewidth=1.2, label="every tenth step")
+            if width > 1:
                 smooth = np.convolve(y, np.ones(width) / width, mode="valid")
                 left.plot(x[width - 1 :], smooth, color=BLUE, linewidth=2, label="running mean")
             left.legend(frameon=False)

@@ -71,20 +71,6 @@ def mean_by_id(ids: Tensor, values: Tensor, log: bool = False) -> Tensor:
     return top + total.log() - size.log()
 
 
-def global_term(log_g: Tensor, log_u: Tensor, tau: Tensor, rho: float) -> Tensor:
-    """F_i = tau (log u_i + rho), with the estimator's gradient sum_j w_ij grad d_ij.
-
-    The weights are w_ij = exp(d_ij / tau) / (|N_i| u_i). `log_g` carries the graph to the embeddings
-    (and to tau where it is learned); `log_u` is the updated estimate, without graph. As
-    grad log g_i = sum_j softmax_ij grad d_ij / tau, the factor tau g / u turns the batch's own
-    softmax into the estimator's weights. The part with tau in front gives
-    d F_i / d tau = log u + rho - sum_j w_ij d_ij / tau. Returns (B,).
-    """
-    ratio = (log_g.detach() - log_u).exp()
-    surrogate = tau.detach() * ratio * log_g
-    return tau * (log_u + rho) + (surrogate - surrogate.detach())
-
-
 def cross_entropy_term(log_g: Tensor, count: Tensor, some: Tensor) -> Tensor:
     """-log softmax of the positive among itself and its negatives, from log g: softplus(log g + log |N_i|). (B,)."""
     return torch.where(some, torch.nn.functional.softplus(log_g + log_count(count, log_g.dtype)), 0.0)

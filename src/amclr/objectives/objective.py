@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from amclr.objectives import contrast as math_of
+from amclr.objectives.blocks import Block, Positives
 from amclr.objectives.methods import PAIRS, Method, Pairs, Term, modality
 
 UNIT_TOLERANCE = 2e-2
@@ -128,6 +131,126 @@ class Objective(nn.Module):
             return self._loss({v: views[v].to(dtype) for v in self.required_views}, id_of)
 
     def _loss(self, views: dict[str, Tensor], ids: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        if self.method.contrast == "global":
+            total, metrics = self._global_loss(views, ids)
+        else:
+            total, metrics = self._batch_loss(views, ids)
+        with torch.no_grad():
+            first = self.terms[0]
+            metrics["positive"] = (views[first.anchor] * views[first.candidate]).sum(1).mean()
+            metrics["temperature"] = self.temperature.detach().to(total.dtype)
+        return total, {"loss": total.detach(), **metrics}
+
+    # -- global objectives: closed form ----------------------------------------------------------
+
+    def _global_loss(self, views: dict[str, Tensor], ids: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Sum of the global terms. The gradient is known in the forward pass; backward only multiplies it."""
+        tau = self.temperature.to(views[self.required_views[0]])
+        metrics: dict[str, Tensor] = {}
+
+        def compute(wanted: bool) -> tuple[Tensor, list[Tensor | None]]:
+            values = {name: view.detach() for name, view in views.items()}
+            loss, gradients, tau_gradient = self._closed_form(values, ids, tau.detach(), wanted, metrics)
+            return loss, [gradients.get(name) for name in views] + [tau_gradient]
+
+        return _ClosedForm.apply(compute, *views.values(), tau), metrics
+
+    def _closed_form(
+        self, views: dict[str, Tensor], ids: dict[str, Tensor], tau: Tensor, wanted: bool, metrics: dict[str, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
+        """Loss, gradient per view and gradient of a learned temperature; updates the tables, fills the metrics."""
+        positives = Positives.of(tuple(ids.values()))
+        first = views[self.required_views[0]]
+        count = positives.negatives(first)
+        some = count > 0
+        batch = len(first)
+        loss, gradients = first.new_zeros(()), dict[str, Tensor]()
+        tau_gradient = first.new_zeros(()) if self.temperature_mode == "learnable" else None
+        individual = self.temperature_mode == "individual" and self.training
+        # The reference estimator's terms overwrite one table in their order, so it needs all blocks first.
+        waves = [[pair] for pair in self._blocks] if self.estimator != "reference" else [self._blocks]
+        for wave in waves:
+            blocks: dict[Term, tuple[Block, Term]] = {}
+            log_g: dict[Term, Tensor] = {}
+            taus: dict[Term, Tensor] = {}
+            for forth, back in wave:
+                for term in (forth, back):
+                    taus[term] = tau if self.temperature_mode != "individual" else self._row("tau", term, ids, first)
+                block = Block(views[forth.anchor], views[forth.candidate], taus[forth], taus[back], positives, count)
+                log_g[forth], log_g[back] = block.log_inner_means()
+                blocks[forth] = (block, back)
+            log_u = {t: self._update_log_u(t, log_g[t], ids, some) for t in self.terms if t in log_g}
+            for term, u in log_u.items():
+                value = term.weight * torch.where(some, taus[term] * (u + self.rho), 0.0).mean()
+                loss = loss + value
+                metrics[f"loss_{term.kind}"] = metrics.get(f"loss_{term.kind}", 0.0) + value
+            if "margin" not in metrics:
+                lead = self.terms[0]
+                metrics["margin"] = torch.where(some, -taus[lead] * log_g[lead], 0.0).mean()
+            for forth, (block, back) in blocks.items() if wanted or individual else ():
+                sums = {t: torch.where(some, (log_g[t] - log_u[t]).exp(), 0.0) for t in (forth, back)}
+                slopes = individual or tau_gradient is not None
+                d_rows, d_columns, *slope = block.gradients(
+                    log_u[forth], log_u[back], sums[forth] + sums[back], forth.weight / batch, slopes
+                )
+                for view, gradient in ((forth.anchor, d_rows), (forth.candidate, d_columns)):
+                    gradients[view] = gradients[view].add_(gradient) if view in gradients else gradient
+                for term, pull in zip((forth, back), slope, strict=True) if slopes else ():
+                    derivative = log_u[term] + self.rho - pull / taus[term]
+                    if individual:
+                        self._update_temperatures(term, derivative, ids, some, taus[term])
+                    elif tau_gradient is not None:
+                        tau_gradient += term.weight * torch.where(some, derivative, 0.0).mean()
+        return loss, gradients, tau_gradient
+
+    @property
+    def _blocks(self) -> list[tuple[Term, Term]]:
+        """The terms in pairs of opposite directions: each pair shares a similarity block."""
+        by_views = {(t.anchor, t.candidate): t for t in self.terms}
+        pairs = [(t, by_views[t.candidate, t.anchor]) for t in self.terms]
+        return [p for k, p in enumerate(pairs) if p[::-1] not in pairs[:k]]
+
+    def _table(self, name: str, term: Term) -> tuple[Tensor, int]:
+        """The table of a term's anchors, and the term's column in it."""
+        of = modality(term.anchor)
+        return self.get_buffer(f"{name}_{of}"), 0 if self.estimator == "reference" else self._columns(of).index(term)
+
+    def _row(self, name: str, term: Term, ids: dict[str, Tensor], like: Tensor) -> Tensor:
+        table, column = self._table(name, term)
+        return table[ids[modality(term.anchor)], column].to(like)
+
+    def _update_log_u(self, term: Term, log_g: Tensor, ids: dict[str, Tensor], some: Tensor) -> Tensor:
+        """The anchors' updated log u (B,), 0 where there is no negative; written to the table when training."""
+        table, column = self._table("log_u", term)
+        rows = ids[modality(term.anchor)]
+        before = table[rows, column].to(log_g)
+        # An anchor without negatives has learned nothing: it keeps what it had.
+        log_g = torch.where(some, log_g, 0.0)
+        fresh = self.estimator == "reference" and self._first_epoch
+        after = math_of.update_log_u(torch.full_like(before, math_of.NEG_INF) if fresh else before, log_g, self.gamma)
+        if self.training:
+            mean = math_of.mean_by_id(rows, after, log=True)
+            table[rows, column] = torch.where(some, mean, before).to(table.dtype)
+        if self.estimator == "reference":
+            after = torch.logaddexp(after, torch.full_like(after, math.log(REFERENCE_EPS)))
+        return torch.where(some, after, 0.0)
+
+    def _update_temperatures(
+        self, term: Term, derivative: Tensor, ids: dict[str, Tensor], some: Tensor, tau: Tensor
+    ) -> None:
+        """One step of iSogCLR's temperatures: momentum on d F_i / d tau_i, then a clamp to the range."""
+        rows = ids[modality(term.anchor)]
+        velocities, column = self._table("tau_velocity", term)
+        temperatures, _ = self._table("tau", term)
+        before = velocities[rows, column].to(tau)
+        velocity = self.tau_momentum * before + (1 - self.tau_momentum) * math_of.mean_by_id(rows, derivative)
+        moved = (tau - self.tau_lr * velocity).clamp(self.tau_min, self.tau_max)
+        velocities[rows, column] = torch.where(some, velocity, before).to(velocities.dtype)
+        temperatures[rows, column] = torch.where(some, moved, tau).to(temperatures.dtype)
+
+    # -- mini-batch objectives: autograd ---------------------------------------------------------
+
+    def _batch_loss(self, views: dict[str, Tensor], ids: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         negatives = self._negatives(ids)
         count = negatives.sum(dim=1)
         blocks: dict[tuple[str, str], Tensor] = {}
@@ -139,94 +262,28 @@ class Objective(nn.Module):
                 blocks[a, b] = views[a] @ views[b].T
             return blocks[a, b]
 
-        first = views[self.required_views[0]]
-        total = zero = first.new_zeros(())
+        total = zero = views[self.required_views[0]].new_zeros(())
+        tau = self.temperature.to(total)
         metrics: dict[str, Tensor] = {}
-        shared_tau = self.temperature.to(first) if self.temperature_mode != "individual" else None
         for term in self.terms:
             s = similarity(term.anchor, term.candidate)
-            extra = tuple(similarity(term.anchor, view) for view in term.also)
             if self.method.contrast == "sigmoid":
-                assert shared_tau is not None
-                per_anchor = math_of.sigmoid_terms(s, negatives, 1 / shared_tau, self.bias.to(first))
-            elif self.method.contrast == "batch":
-                assert shared_tau is not None
-                log_g, some = math_of.log_inner_mean(s, negatives, shared_tau, extra)
-                per_anchor = math_of.cross_entropy_term(log_g, count * (1 + len(extra)), some)
+                per_anchor = math_of.sigmoid_terms(s, negatives, 1 / tau, self.bias.to(total))
             else:
-                per_anchor = self._global_term(term, s, extra, negatives, ids[modality(term.anchor)], shared_tau)
-            value = per_anchor.mean()
-            total = total + term.weight * value
-            key = f"loss_{term.kind}"
-            metrics[key] = metrics.get(key, zero) + term.weight * value.detach()
+                extra = tuple(similarity(term.anchor, view) for view in term.also)
+                log_g, some = math_of.log_inner_mean(s, negatives, tau, extra)
+                per_anchor = math_of.cross_entropy_term(log_g, count * (1 + len(extra)), some)
+                metrics.setdefault("margin", -(tau * log_g).detach().mean())
+            value = term.weight * per_anchor.mean()
+            total = total + value
+            metrics[f"loss_{term.kind}"] = metrics.get(f"loss_{term.kind}", zero) + value.detach()
         if self.cyclic_weight:
             for image, text in self.pairs:
                 in_modal, cross_modal = math_of.cyclic_penalties(views[image], views[text])
                 penalty = self.cyclic_weight * (in_modal + cross_modal) / len(self.pairs)
                 total = total + penalty
                 metrics["loss_cyclic"] = metrics.get("loss_cyclic", zero) + penalty.detach()
-        with torch.no_grad():
-            anchor, candidate = self.terms[0].anchor, self.terms[0].candidate
-            s = similarity(anchor, candidate)
-            metrics["positive"] = s.diagonal().mean()
-            metrics["hardest_negative"] = s.masked_fill(~negatives, -1.0).amax(dim=1).mean()
-            metrics["temperature"] = self.temperature.detach()
-        return total, {"loss": total.detach(), **metrics}
-
-    def _global_term(
-        self,
-        term: Term,
-        s: Tensor,
-        extra: tuple[Tensor, ...],
-        negatives: Tensor,
-        ids: Tensor,
-        shared_tau: Tensor | None,
-    ) -> Tensor:
-        of = modality(term.anchor)
-        table = self.get_buffer(f"log_u_{of}")
-        column = 0 if self.estimator == "reference" else self._columns(of).index(term)
-        tau = self.get_buffer(f"tau_{of}")[ids, column].to(s.dtype) if shared_tau is None else shared_tau
-        log_g, some = math_of.log_inner_mean(s, negatives, tau, extra)
-        with torch.no_grad():
-            old = table[ids, column].to(s.dtype)
-            if self.estimator == "reference" and self._first_epoch:
-                old = torch.full_like(old, math_of.NEG_INF)
-            row_log_u = math_of.update_log_u(old, log_g.detach(), self.gamma)
-            if self.training:
-                # An anchor without negatives has learned nothing: it keeps what it had.
-                new = torch.where(some, math_of.mean_by_id(ids, row_log_u, log=True), old)
-                table[ids, column] = new.to(table.dtype)
-            if self.estimator == "reference":
-                row_log_u = torch.logaddexp(row_log_u, torch.full_like(row_log_u, math.log(REFERENCE_EPS)))
-        if shared_tau is None and self.training:
-            self._update_temperatures(of, column, ids, s.detach(), negatives, log_g.detach(), row_log_u, some, tau)
-        return torch.where(some, math_of.global_term(log_g, row_log_u, tau, self.rho), 0.0)
-
-    @torch.no_grad()
-    def _update_temperatures(
-        self,
-        of: str,
-        column: int,
-        ids: Tensor,
-        s: Tensor,
-        negatives: Tensor,
-        log_g: Tensor,
-        log_u: Tensor,
-        some: Tensor,
-        tau: Tensor,
-    ) -> None:
-        """One step of iSogCLR's temperature: momentum on d F_i / d tau_i, then a clamp to the range."""
-        d = s - s.diagonal()[:, None]
-        log_n = math_of.log_count(negatives.sum(dim=1), s.dtype)
-        log_w = d / tau[:, None] - (log_u + log_n)[:, None]
-        mean_d = (log_w.masked_fill(~negatives, math_of.NEG_INF).exp() * d).sum(dim=1)
-        gradient = math_of.mean_by_id(ids, log_u + self.rho - mean_d / tau)
-        velocities, temperatures = self.get_buffer(f"tau_velocity_{of}"), self.get_buffer(f"tau_{of}")
-        old = velocities[ids, column].to(s.dtype)
-        velocity = self.tau_momentum * old + (1 - self.tau_momentum) * gradient
-        new_tau = (tau - self.tau_lr * velocity).clamp(self.tau_min, self.tau_max)
-        velocities[ids, column] = torch.where(some, velocity, old).to(velocities.dtype)
-        temperatures[ids, column] = torch.where(some, new_tau, tau).to(temperatures.dtype)
+        return total, metrics
 
     def _negatives(self, ids: Mapping[str, Tensor]) -> Tensor:
         """(B, B) bool: True where two rows share neither their image nor their text."""
@@ -298,6 +355,21 @@ class Objective(nn.Module):
             f"{self.name}: {len(self.terms)} terms, {self.temperature_mode} temperature "
             f"{self.initial_temperature:g}, gamma {self.gamma:g} ({self.gamma_schedule}), {self.estimator} estimator"
         )
+
+
+class _ClosedForm(torch.autograd.Function):
+    """A loss whose gradient is computed with its value: `compute(wanted)` gives both."""
+
+    @staticmethod
+    def forward(ctx: Any, compute: Any, *inputs: Tensor) -> Tensor:
+        loss, gradients = compute(any(ctx.needs_input_grad))
+        ctx.save_for_backward(*gradients)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, weight: Tensor) -> tuple[Tensor | None, ...]:
+        return (None, *(None if g is None else g * weight for g in ctx.saved_tensors))
 
 
 def _describe(value: object) -> str:

@@ -198,9 +198,11 @@ def test_a_checkpoint_never_runs_code(folder: Path, tmp_path: Path) -> None:
 
 
 def test_logs_to_wandb_where_asked(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "wandb", None)
+    monkeypatch.setattr(engine, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'amclr\[wandb\]'"):
         train(frozen(folder, "without", wandb=True), progress=False)
+    assert not (folder.parent / "without").exists()
+    monkeypatch.setattr(engine, "find_spec", lambda name: True)
     seen: list[Any] = []
     board = types.SimpleNamespace(
         log=lambda values, step: seen.append((step, values)), finish=lambda: seen.append("end")

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -195,6 +196,8 @@ def assemble(config: Config, folder: Path, former: Run | None, progress: bool) -
     choose_optimizer(config.optim)
     if not former:
         Run.refuse_used(folder)
+    if config.wandb and not find_spec("wandb"):
+        raise UserError("--wandb needs the package: pip install 'amclr[wandb]'")
     cache = manifests.cache_folder(config)
     manifest = manifests.prepare(config, cache, progress)
     samples, held_out = manifest.split("train"), manifest.split("val")

@@ -180,10 +180,8 @@ class Loggers:
         self.board = SummaryWriter(str(run.folder / "tensorboard"))
         self.wandb: Any = None
         if config.wandb:
-            try:
-                import wandb
-            except ImportError:
-                raise UserError("--wandb needs the package: pip install 'amclr[wandb]'") from None
+            import wandb
+
             self.wandb = wandb.init(project="amclr", name=run.folder.name, config=asdict(config), resume="allow",
                                     id=f"{derive(str(run.folder.resolve())):x}")  # fmt: skip
 

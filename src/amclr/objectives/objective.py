@@ -179,7 +179,8 @@ class Objective(nn.Module):
                 block = Block(views[forth.anchor], views[forth.candidate], taus[forth], taus[back], positives, count)
                 log_g[forth], log_g[back] = block.log_inner_means()
                 blocks[forth] = (block, back)
-            log_u = {t: self._update_log_u(t, log_g[t], ids, some) for t in self.terms if t in log_g}
+            unique = positives.ids is None
+            log_u = {t: self._update_log_u(t, log_g[t], ids, some, unique) for t in self.terms if t in log_g}
             for term, u in log_u.items():
                 value = term.weight * torch.where(some, taus[term] * (u + self.rho), 0.0).mean()
                 loss = loss + value
@@ -219,7 +220,7 @@ class Objective(nn.Module):
         table, column = self._table(name, term)
         return table[ids[modality(term.anchor)], column].to(like)
 
-    def _update_log_u(self, term: Term, log_g: Tensor, ids: dict[str, Tensor], some: Tensor) -> Tensor:
+    def _update_log_u(self, term: Term, log_g: Tensor, ids: dict[str, Tensor], some: Tensor, unique: bool) -> Tensor:
         """The anchors' updated log u (B,), 0 where there is no negative; written to the table when training."""
         table, column = self._table("log_u", term)
         rows = ids[modality(term.anchor)]
@@ -229,7 +230,7 @@ class Objective(nn.Module):
         fresh = self.estimator == "reference" and self._first_epoch
         after = math_of.update_log_u(torch.full_like(before, math_of.NEG_INF) if fresh else before, log_g, self.gamma)
         if self.training:
-            mean = math_of.mean_by_id(rows, after, log=True)
+            mean = after if unique else math_of.mean_by_id(rows, after, log=True)
             table[rows, column] = torch.where(some, mean, before).to(table.dtype)
         if self.estimator == "reference":
             after = torch.logaddexp(after, torch.full_like(after, math.log(REFERENCE_EPS)))

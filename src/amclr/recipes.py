@@ -16,7 +16,7 @@ def scenes() -> Config:
     return Config(
         data="scenes",
         epochs=16,
-        batch_size=128,
+        batch_size=64,
         # Captions say left and right, so no view may mirror a picture.
         views=ViewsConfig(image="weak", image_aug="single", flip=False),
         # The small text tower trains from scratch without collapsing at a fraction of the others' rate.

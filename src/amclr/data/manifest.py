@@ -105,7 +105,7 @@ class Manifest:
 def load(config: Config, cache: Path) -> Manifest:
     """Read the data set that `config.data` names: `scenes`, or a folder with a captions file."""
     if config.data == "scenes":
-        where = cache / f"scenes-{derive(repr(config.scenes)):016x}"
+        where = cache / f"scenes-{derive(scenes.FORMAT, repr(config.scenes)):016x}"
         scenes.write_scenes(where, config.scenes)
         return replace(read_folder(where, config.source), zeroshot=where / "zeroshot")
     root = Path(config.data).expanduser()

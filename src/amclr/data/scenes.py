@@ -25,7 +25,7 @@ from tqdm import tqdm
 from amclr.config import ScenesConfig
 from amclr.errors import UserError
 
-FORMAT = 1
+FORMAT = 2
 Array = np.ndarray
 
 COLOURS: dict[str, tuple[float, float, float]] = {
@@ -92,7 +92,7 @@ def sample_scenes(seed: int, split: str, objects: int | None = None) -> Iterator
     while True:
         draw = np.random.default_rng(_hash(seed, split, objects, attempt))
         attempt += 1
-        scene = _draw_scene(draw, objects or int(draw.choice(3, p=(0.2, 0.5, 0.3))) + 1)
+        scene = _draw_scene(draw, objects or int(draw.choice(3, p=(0.45, 0.4, 0.15))) + 1)
         if scene.signature not in seen and _split_of(scene.signature) == split:
             seen.add(scene.signature)
             yield scene

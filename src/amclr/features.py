@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from filelock import FileLock
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
@@ -44,13 +45,13 @@ def image_features(
     """Features of `views` draws of a policy per picture, (N, V, F) float32, memory-mapped from the cache."""
     transform = policy(name, config.model.image_size, config.views.flip)
     draws = 1 if name == "none" else views
-    v, size = config.views, config.model.image_size
-    pictures = [_stamp(s.path) for s in samples]
-    key = _key("images", _fingerprint(model.image_tower), name, v.flip, size, draws, v.cached_seed, pictures)
+    seed, size = config.views.cached_seed, config.model.image_size
+    stamps = [_stamp(s) for s in samples]
+    key = _key("images", _fingerprint(model.image_tower), name, config.views.flip, size, draws, seed, stamps)
 
     def chunk(start: int, stop: int) -> Tensor:
         pictures = [
-            image_view(transform, store[i], config.views.cached_seed, "cached", v, samples[i].name, name)
+            image_view(transform, store[i], seed, "cached", v, samples[i].name, name)
             for i in range(start, stop)
             for v in range(draws)
         ]
@@ -86,11 +87,23 @@ def _cached(
     order: np.ndarray | None = None,
 ) -> np.ndarray:
     """The array in `file`, computed chunk by chunk where it is not there yet."""
-    if file.is_file():
-        found: np.ndarray = np.load(file, mmap_mode="r", allow_pickle=False)
-        if found.shape == shape:
-            return found
     file.parent.mkdir(parents=True, exist_ok=True)
+    # Of two runs that need the same features at once, one computes and the other waits.
+    with FileLock(file.with_suffix(".lock")):
+        if not file.is_file():
+            _compute(file, shape, compute, what, progress, order)
+    return np.load(file, mmap_mode="r", allow_pickle=False)
+
+
+def _compute(
+    file: Path,
+    shape: tuple[int, ...],
+    compute: Callable[[int, int], Tensor],
+    what: str,
+    progress: bool,
+    order: np.ndarray | None,
+) -> None:
+    """Write the array chunk by chunk, with a marker of how far it is; go on from an earlier marker."""
     part, marker = file.with_suffix(".part.npy"), file.with_suffix(".part.json")
     done = 0
     if part.is_file() and marker.is_file():
@@ -112,7 +125,6 @@ def _cached(
     del array
     os.replace(part, file)
     marker.unlink(missing_ok=True)
-    return np.load(file, mmap_mode="r", allow_pickle=False)
 
 
 def _key(*parts: object) -> str:
@@ -128,9 +140,9 @@ def _fingerprint(tower: nn.Module) -> str:
     return f"{digest.hexdigest()}-{getattr(tower, 'pooling', '')}"
 
 
-def _stamp(path: Path) -> list[object]:
-    stat = path.stat()
-    return [path.name, stat.st_size, stat.st_mtime_ns]
+def _stamp(sample: Sample) -> list[object]:
+    stat = sample.path.stat()
+    return [sample.name, stat.st_size, stat.st_mtime_ns]
 
 
 def _alone(sample: Sample) -> bool:

@@ -513,7 +513,11 @@ def write_scenes(folder: Path, settings: ScenesConfig, *, workers: int | None = 
         jobs += _zeroshot_jobs(settings, part / "zeroshot")
         _render_all(jobs, settings.size, workers or os.cpu_count() or 1, progress)
         (part / "settings.json").write_text(json.dumps(record, indent=2) + "\n")
-        part.rename(folder)
+        try:
+            part.rename(folder)
+        except OSError:  # another run made the same set meanwhile
+            if not (folder / "settings.json").is_file():
+                raise
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return folder

@@ -93,7 +93,7 @@ def rivals(views: dict[str, torch.Tensor], tau: float) -> dict[str, Step]:
         batch = len(views["image"])
         gcl = GCLoss("bimodal", N=batch, tau=tau, gamma=0.8, device=views["image"].device)
         ids = torch.arange(batch, device=views["image"].device)
-        found["LibAUC GCLoss (SogCLR)"] = lambda: backward(gcl(views["image"], views["text"], ids), views)
+        found["LibAUC GCLoss (SogCLR)"] = lambda: backward(gcl(views["image"], views["text"], ids)[0], views)
     except Exception as error:  # absent, or at odds with the installed torch
         print(f"LibAUC left out: {type(error).__name__}: {str(error)[:90]}")
     return found

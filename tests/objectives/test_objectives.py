@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 import amclr
 from amclr.objectives import METHODS, blocks, build
+from amclr.objectives import objective as objective_module
 from tests.objectives import oracle
 
 VIEWS = ("image", "image_aug", "text", "text_aug")
@@ -65,11 +66,11 @@ def check_tables(objective: Any, sums: oracle.Global, tolerance: float) -> None:
             if not isinstance(table, str):
                 own = [(t.anchor, t.candidate) for t in objective.terms if oracle.side(t.anchor) == of]
                 column = own.index(table)
-            found = float(objective.get_buffer(f"{attribute}_{of}")[sample, column])
+            found = float(objective.get_submodule(f"{attribute}_{of}").values[sample, column])
             assert found == pytest.approx(value, rel=tolerance, abs=tolerance), (column_of, table, sample)
     for of in ("image", "text"):
         seen = {s for (t, s) in sums.u if (t if isinstance(t, str) else oracle.side(t[0])) == of}  # type: ignore[index]
-        table = objective.get_buffer(f"log_u_{of}")
+        table = objective.get_submodule(f"log_u_{of}").values
         assert set(torch.nonzero(torch.isfinite(table).any(1)).flatten().tolist()) == seen
 
 
@@ -122,24 +123,41 @@ def test_samples_that_stand_twice_are_positives_with_one_update(name: str) -> No
     check_tables(objective, sums, 1e-11)
 
 
-@pytest.mark.parametrize("name", GLOBAL)
+WALKS = {
+    "whole": {},
+    "kept tiles": {"TILE_ROWS": 16, "TILE_COLUMNS": 7},
+    "recomputed tiles": {"TILE_ROWS": 16, "TILE_COLUMNS": 7, "KEPT_BYTES": 0},
+    "rows of tiles": {"TILE_ROWS": 9, "KEPT_BYTES": 0},
+    "both exponentials": {"LEAST_SUM": math.inf, "PLAIN_EXPONENT": 0.0},
+    "both exponentials, in tiles": {"LEAST_SUM": math.inf, "PLAIN_EXPONENT": 0.0, "TILE_ROWS": 16, "TILE_COLUMNS": 7},
+    "guarded factors": {"PLAIN_EXPONENT": 0.0, "LARGEST_FACTOR": -math.inf},
+}
+
+
+@pytest.mark.parametrize("name", [*GLOBAL, "clip"])
 @pytest.mark.parametrize("tau", [0.01, 0.25])
 @pytest.mark.parametrize("twice", [False, True])
-def test_tiles_change_nothing(name: str, tau: float, twice: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Walked in tiles or formed at once: the same loss, gradients and tables, in both exponent ranges."""
+def test_how_a_block_is_walked_changes_nothing(
+    name: str, tau: float, twice: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Formed at once or in tiles, kept or not, with one exponential or two: the same loss, gradients and tables."""
     ids = torch.arange(40) // (2 if twice else 1)
-    found = []
-    for tiled in (False, True):
-        monkeypatch.setattr(blocks, "WHOLE_BYTES", 0 if tiled else 1 << 30)
-        monkeypatch.setattr(blocks, "TILE_BYTES", 1)  # the smallest tile is 16 rows: 40 make three
-        objective = build(name, 40, temperature=tau).double()
-        for step in range(2):
-            t = tensors(draw_views(step, batch=40, dim=7))
-            loss, _ = objective(t, ids)
-            loss.backward()
-        grads = {k: v.grad for k, v in t.items() if v.grad is not None}
-        found.append((loss.detach(), grads, objective.state_dict()))
-    torch.testing.assert_close(found[0], found[1], rtol=1e-10, atol=1e-12)
+    found = {}
+    for walk, settings_ in WALKS.items():
+        with monkeypatch.context() as patch:
+            for key, value in settings_.items():
+                patch.setattr(blocks, key, value)
+            patch.setattr(objective_module, "SMALL", 0 if "tiles" in walk else 1 << 30)
+            objective = build(name, 40, temperature=tau).double()
+            objective.diagnose = walk == "rows of tiles"
+            for step in range(2):
+                t = tensors(draw_views(step, batch=40, dim=7))
+                loss, _ = objective(t, ids)
+                loss.backward()
+            grads = {k: v.grad for k, v in t.items() if v.grad is not None}
+            found[walk] = loss.detach(), grads, objective.state_dict()
+    for walk, values in found.items():
+        torch.testing.assert_close(values, found["whole"], rtol=1e-10, atol=1e-12, msg=lambda m, w=walk: f"{w}: {m}")
 
 
 def test_memory_is_that_of_a_tile() -> None:
@@ -165,7 +183,7 @@ def test_the_order_of_the_rows_does_not_matter() -> None:
     a, _ = first(views, ids)
     b, _ = second({k: v[order] for k, v in views.items()}, ids[order])
     assert float(a) == pytest.approx(float(b), rel=1e-12)
-    torch.testing.assert_close(first.get_buffer("log_u_image"), second.get_buffer("log_u_image"))
+    torch.testing.assert_close(first.get_submodule("log_u_image").values, second.get_submodule("log_u_image").values)
 
 
 def test_a_batch_of_one_sample_alone_teaches_nothing() -> None:
@@ -264,7 +282,7 @@ def test_individual_temperatures_settle_where_the_divergence_equals_rho() -> Non
                       temperature_range=(0.01, 10.0)).double()  # fmt: skip
     for _ in range(1500):
         objective(views, ids)
-    tau = objective.get_buffer("tau_image")[:, 0]
+    tau = objective.get_submodule("tau_image").values[:, 0]
     d = views["image"] @ views["text"].T - (views["image"] * views["text"]).sum(1, keepdim=True)
     d = d[~torch.eye(10, dtype=torch.bool)].view(10, 9)
     w = (d / tau[:, None]).softmax(1)
@@ -414,7 +432,7 @@ def test_weights_sum_to_at_most_one_over_gamma(given_batch: Any) -> None:
                 logs.append(float(d.logsumexp(0)) - math.log(len(d)))
         if logs:
             log_g = float(torch.tensor(logs, dtype=torch.float64).logsumexp(0)) - math.log(len(logs))
-            log_u = float(objective.get_buffer("log_u_image")[sample, 0])
+            log_u = float(objective.get_submodule("log_u_image").values[sample, 0])
             assert log_g - log_u <= -math.log(gamma) + 1e-3
 
 
@@ -447,7 +465,7 @@ def test_the_whole_set_as_a_batch_is_the_fixed_point() -> None:
         objective(views, ids)
     d = views["image"] @ views["text"].T - (views["image"] * views["text"]).sum(1, keepdim=True)
     exact = (d / 0.2).exp()[~torch.eye(6, dtype=torch.bool)].view(6, 5).mean(1).log()
-    torch.testing.assert_close(objective.get_buffer("log_u_image")[:, 0], exact, atol=1e-12, rtol=0)
+    torch.testing.assert_close(objective.get_submodule("log_u_image").values[:, 0], exact, atol=1e-12, rtol=0)
 
 
 def test_evaluation_mode_leaves_the_estimators_alone() -> None:

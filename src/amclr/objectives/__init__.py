@@ -10,14 +10,18 @@ import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 
 from amclr.objectives.methods import METHODS, PAIRS, VIEWS, Method, Pairs, Temperature, Term, modality
 from amclr.objectives.objective import Objective
+from amclr.objectives.tables import STORAGES, choose_storage
 
 __all__ = ["METHODS", "PAIRS", "VIEWS", "Method", "Objective", "Term", "build", "modality"]
 
 ESTIMATORS = ("per-term", "reference")
 GAMMA_SCHEDULES = ("constant", "cosine")
+PRODUCTS = ("auto", "float32", "tf32", "float16", "bfloat16")
+BACKENDS = ("auto", "eager", "triton")
 
 
 def build(
@@ -37,6 +41,12 @@ def build(
     cyclic_weight: float = 0.25,
     estimator: str = "per-term",
     validate: bool | None = None,
+    distributed: bool = True,
+    averaged: bool = False,
+    storage: str = "auto",
+    folder: str | Path | None = None,
+    products: str = "auto",
+    backend: str = "auto",
 ) -> Objective:
     """Make an objective by name.
 
@@ -63,6 +73,16 @@ def build(
             sample, overwritten by the terms in turn, as the public AmCLR code does.
         validate: check unit length, NaN and the range of ids at every call. Default: on the CPU
             only, since on an accelerator it costs a synchronisation.
+        distributed: where torch.distributed is initialised, take the batches of all processes as one.
+        averaged: the gradients are averaged over the processes afterwards, as DDP and FSDP do: hand
+            them out times the number of processes, so that the average is the gradient of the whole.
+        storage: where the tables are: "device", "host" (memory, pinned where there is a GPU), "disk"
+            (memory-mapped), or "auto": the first of these that they fit.
+        folder: where "disk" puts its files, which have no name and go with the process; None is the
+            system's temporary folder. `Objective.save_tables` is what keeps them.
+        products: type of the features in the matrix products: "auto" (the views' own), "float32",
+            "tf32" (Triton only), "float16" or "bfloat16"; sums are in float32 all the same.
+        backend: "eager", "triton", or "auto": Triton on a GPU where it is installed.
 
     Raises:
         ValueError: for an unknown name or a setting out of range; the message names the argument.
@@ -104,6 +124,13 @@ def build(
     if not method.terms(pairs, weights):
         raise ValueError(f"weights {dict(weights or {})} leave '{name}' without a term")
     _require(math.isfinite(rho) and rho >= 0, "rho must not be negative", rho)
+    _choose("storage", storage, STORAGES)
+    _choose("products", products, PRODUCTS)
+    _choose("backend", backend, BACKENDS)
+    if storage == "auto":
+        columns = {"reference": 1}.get(estimator) or len(method.terms(pairs, weights)) // 2
+        kinds = 3 if mode == "individual" else 1
+        storage = choose_storage(4 * kinds * columns * sum(samples.values())) if method.contrast == "global" else "device"
     return Objective(
         name,
         replace(method, temperature=mode),
@@ -121,6 +148,12 @@ def build(
         cyclic_weight=cyclic_weight,
         estimator=estimator,
         validate=validate,
+        distributed=distributed,
+        averaged=averaged,
+        storage=storage,
+        folder=Path(folder) if folder else None,
+        products=products,
+        backend=backend,
     )
 
 

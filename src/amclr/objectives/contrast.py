@@ -1,8 +1,8 @@
-"""The mathematics of one directed term, as pure functions of a similarity block.
+"""The mathematics of directed terms once their log-sum-exps are known, as pure functions; and of the penalties.
 
 Everything lives in log space: with d_ij = s_ij - s_ii and negatives N_i,
 
-    log g_i = logsumexp_{j in N_i} d_ij / tau - log |N_i|
+    log g_i = logsumexp_{j in N_i} s_ij / tau - s_ii / tau - log |N_i|
 
 so no temperature overflows, and "not seen yet" is simply log u = -inf.
 """
@@ -17,32 +17,6 @@ from torch import Tensor
 NEG_INF = float("-inf")
 
 
-def log_inner_mean(
-    similarities: Tensor, negatives: Tensor, tau: Tensor, extra: tuple[Tensor, ...] = ()
-) -> tuple[Tensor, Tensor]:
-    """Log of the mean over each anchor's negatives of exp((s_ij - s_ii) / tau), and which anchors have any.
-
-    similarities: (B, B), the positives on its diagonal. negatives: (B, B) bool. tau: () or (B,).
-    extra: further (B, B) blocks whose other samples are negatives too.
-    Returns log g (B,), 0 where an anchor has no negative, and a bool (B,).
-    """
-    positive = similarities.diagonal()
-    blocks = torch.cat([similarities, *extra], dim=1)
-    allowed = negatives.repeat(1, 1 + len(extra))
-    scale = tau.reshape(-1, 1)
-    scaled = ((blocks - positive[:, None]) / scale).masked_fill(~allowed, NEG_INF)
-    count = allowed.sum(dim=1)
-    some = count > 0
-    # A row of -inf alone has a NaN gradient: give it zeros, and drop it below.
-    log_sum = scaled.masked_fill(~some[:, None], 0.0).logsumexp(dim=1)
-    return torch.where(some, log_sum - log_count(count, log_sum.dtype), 0.0), some
-
-
-def log_count(count: Tensor, dtype: torch.dtype) -> Tensor:
-    """Log of a number of negatives, 0 where there is none; in `dtype`, for the log of an int64 is float32."""
-    return count.clamp(min=1).to(dtype).log()
-
-
 def update_log_u(log_u: Tensor, log_g: Tensor, gamma: float) -> Tensor:
     """Log of (1 - gamma) u + gamma g, or log g where u is not seen yet (log u = -inf)."""
     if gamma >= 1:
@@ -52,28 +26,34 @@ def update_log_u(log_u: Tensor, log_g: Tensor, gamma: float) -> Tensor:
 
 
 def mean_by_id(ids: Tensor, values: Tensor, log: bool = False) -> Tensor:
-    """Replace every row's value by the mean over the rows with the same id; `log` means: of exp(values).
+    """Replace every column by the mean over the columns with the same id; `log` means: of exp(values).
 
     A sample that stands twice in a batch gets one update, whatever the order of the rows.
-    ids: (B,) int64. values: (B,). Costs O(B log B) time and O(B) memory.
+    ids: (N,) int64. values: (T, N), a row per term. Costs O(N log N) time and O(T N) memory.
     """
     order = ids.argsort(stable=True)
     sorted_ids = ids[order]
     starts = torch.ones_like(sorted_ids)
     starts[1:] = (sorted_ids[1:] != sorted_ids[:-1]).long()
     group = torch.empty_like(starts).scatter_(0, order, starts.cumsum(0) - 1)
-    size = torch.zeros_like(values).index_add_(0, group, torch.ones_like(values))[group]
+    size = values.new_zeros(len(ids)).index_add_(0, group, values.new_ones(len(ids)))[group]
     if not log:
-        return torch.zeros_like(values).index_add_(0, group, values)[group] / size
-    top = torch.full_like(values, NEG_INF).scatter_reduce_(0, group, values, "amax")[group]
+        return torch.zeros_like(values).index_add_(1, group, values)[:, group] / size
+    top = torch.full_like(values, NEG_INF).scatter_reduce_(1, group.expand_as(values), values, "amax")[:, group]
     top = top.clamp(min=torch.finfo(values.dtype).min)
-    total = torch.zeros_like(values).index_add_(0, group, (values - top).exp())[group]
+    total = torch.zeros_like(values).index_add_(1, group, (values - top).exp())[:, group]
     return top + total.log() - size.log()
 
 
-def cross_entropy_term(log_g: Tensor, count: Tensor, some: Tensor) -> Tensor:
-    """-log softmax of the positive among itself and its negatives, from log g: softplus(log g + log |N_i|). (B,)."""
-    return torch.where(some, torch.nn.functional.softplus(log_g + log_count(count, log_g.dtype)), 0.0)
+def cross_entropy_terms(similarities: Tensor, negatives: Tensor, tau: Tensor, *extra: Tensor) -> Tensor:
+    """-log softmax of each anchor's positive among itself and its negatives, 0 where there is none. (B,)
+
+    similarities: (B, B), the positives on its diagonal. negatives: (B, B) bool. tau: (). extra: further
+    (B, B) blocks whose other samples are negatives too (NT-Xent).
+    """
+    positive = similarities.diagonal()[:, None]
+    blocks = torch.cat([positive, *(s.masked_fill(~negatives, NEG_INF) for s in (similarities, *extra))], dim=1)
+    return ((blocks - positive) / tau).logsumexp(dim=1)
 
 
 def sigmoid_terms(similarities: Tensor, negatives: Tensor, scale: Tensor, bias: Tensor) -> Tensor:

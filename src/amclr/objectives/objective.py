@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from amclr.distributed import World, processes
 from amclr.objectives import contrast as math_of
-from amclr.objectives.blocks import Block, Positives
-from amclr.objectives.methods import PAIRS, Method, Pairs, Term, modality
+from amclr.objectives.blocks import NEG_INF, Blocks, Layout, Positives
+from amclr.objectives.methods import PAIRS, VIEWS, Method, Pairs, Term, modality
+from amclr.objectives.tables import Table
 
 UNIT_TOLERANCE = 2e-2
 REFERENCE_EPS = 1e-8
+SMALL = 1 << 18
+"""Grids of at most this many similarities are worked on at once: there, calls cost more than arithmetic."""
+QUANTILE_SAMPLE = 1 << 20
+"""torch.quantile takes at most 2^24 numbers, and a sample says as much."""
+DEAD = 0.01
+"""An anchor whose weights sum to less than this gives next to no gradient."""
 
 
 class Objective(nn.Module):
@@ -23,11 +33,17 @@ class Objective(nn.Module):
 
     Call it with a dict view -> (B, D) of unit rows and the sample ids; it returns the scalar loss
     and a dict of detached scalars. In training mode a call updates the estimators; in evaluation
-    mode it leaves them alone. All arithmetic is in float32 (float64 where the views are float64),
-    whatever autocast says. `state_dict()` carries the estimators, so it belongs in a checkpoint.
+    mode it leaves them alone. Arithmetic is in float32 (float64 where the views are float64), whatever
+    autocast says. `state_dict()` carries the estimators, so it belongs in a checkpoint.
 
     Several rows with the same id are positives of each other, never negatives, and give their
     sample one averaged update.
+
+    Where torch.distributed is initialised, the batch is that of all processes together: each passes
+    its own rows, as many as it has, and gets the loss of the whole batch and the gradient of it with
+    respect to its own rows. The estimators stay the same on all of them.
+
+    `diagnose = True` adds to the metrics what one looks at when training goes wrong (see `_diagnose`).
     """
 
     def __init__(
@@ -49,6 +65,12 @@ class Objective(nn.Module):
         cyclic_weight: float,
         estimator: str,
         validate: bool | None,
+        distributed: bool,
+        averaged: bool,
+        storage: str,
+        folder: Path | None,
+        products: str,
+        backend: str,
     ) -> None:
         super().__init__()
         self.name, self.method = name, method
@@ -63,9 +85,15 @@ class Objective(nn.Module):
         self.rho = rho if temperature_mode != "fixed" else 0.0
         self.cyclic_weight = cyclic_weight if method.cyclic else 0.0
         self.estimator = estimator
-        self.validate = validate
+        self.validate, self.distributed, self.averaged = validate, distributed, averaged
+        self.products, self.backend = products, backend
         self.initial_temperature = temperature
+        self.diagnose = False
         self._first_epoch = True
+        self._stacked = tuple(v for v in VIEWS if v in self.required_views)
+        self._layouts_of = {whole: self._layouts(whole) for whole in (True, False)}
+        self._weight_tensors: dict[Any, Tensor] = {}
+        self._columns = {of: [t for t in self.terms if modality(t.anchor) == of] for of in ("image", "text")}
 
         if temperature_mode == "learnable":
             # As in CLIP: learned on a log scale, so that it stays positive.
@@ -73,21 +101,15 @@ class Objective(nn.Module):
         if method.contrast == "sigmoid":
             self.bias = nn.Parameter(torch.tensor(-10.0))
         if method.contrast == "global":
+            fills = {"log_u": NEG_INF}
+            if temperature_mode == "individual":
+                fills |= {"tau": temperature, "tau_velocity": 0.0}
             for of in sorted({modality(t.anchor) for t in self.terms}):
-                self._make_tables(of)
+                columns = 1 if estimator == "reference" else len(self._columns[of])
+                for what, fill in fills.items():
+                    self.add_module(f"{what}_{of}", Table(self.num_samples[of], columns, fill, storage, folder))
         if gamma_schedule == "cosine":
             self.start_epoch(0, 1)
-
-    def _make_tables(self, of: str) -> None:
-        rows = self.num_samples[of]
-        columns = 1 if self.estimator == "reference" else len(self._columns(of))
-        self.register_buffer(f"log_u_{of}", torch.full((rows, columns), math_of.NEG_INF))
-        if self.temperature_mode == "individual":
-            self.register_buffer(f"tau_{of}", torch.full((rows, columns), self.initial_temperature))
-            self.register_buffer(f"tau_velocity_{of}", torch.zeros(rows, columns))
-
-    def _columns(self, of: str) -> list[Term]:
-        return [t for t in self.terms if modality(t.anchor) == of]
 
     # -- schedule ---------------------------------------------------------------------------------
 
@@ -109,7 +131,8 @@ class Objective(nn.Module):
         if self.temperature_mode == "learnable":
             return self.log_temperature.exp().clamp(self.tau_min, self.tau_max)
         if self.temperature_mode == "individual":
-            return torch.cat([b.flatten() for n, b in self.named_buffers() if n.startswith("tau_i")]).mean()
+            every = [self.get_submodule(f"tau_{of}").values for of, columns in self._columns.items() if columns]
+            return torch.cat([t.flatten() for t in every]).mean()
         return torch.tensor(self.initial_temperature, dtype=torch.float64)
 
     # -- one step ---------------------------------------------------------------------------------
@@ -122,174 +145,389 @@ class Objective(nn.Module):
         views: view name -> (B, D), unit rows. ids: (B,) int64 in [0, num_samples), or
         {"image": ids, "text": ids} where an image has several captions.
         Raises ValueError, naming the view or argument, for missing views, unlike shapes, a batch
-        of one, or ids of the wrong type; values are checked as `validate` says.
+        of one, or ids of the wrong type; values are checked as `validate` says. Of several processes,
+        all raise if one does.
         """
-        id_of = self._check(views, ids)
-        device_type = next(iter(views.values())).device.type
-        with torch.autocast(device_type, enabled=False):
-            dtype = torch.promote_types(torch.float32, views[self.required_views[0]].dtype)
-            return self._loss({v: views[v].to(dtype) for v in self.required_views}, id_of)
-
-    def _loss(self, views: dict[str, Tensor], ids: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        if self.method.contrast == "global":
-            total, metrics = self._global_loss(views, ids)
-        else:
-            total, metrics = self._batch_loss(views, ids)
-        with torch.no_grad():
-            first = self.terms[0]
-            metrics["positive"] = (views[first.anchor] * views[first.candidate]).sum(1).mean()
-            metrics["temperature"] = self.temperature.detach().to(total.dtype)
+        device = next((v.device for v in views.values() if isinstance(v, Tensor)), torch.device("cpu"))
+        try:
+            id_of = self._check(views, ids)
+        except ValueError:
+            if self.distributed and processes() > 1:
+                _tell_the_others(device)
+            raise
+        rows = len(views[self._stacked[0]])
+        world = World.of(rows, device, self.distributed)
+        if sum(world.sizes) < 2:
+            raise ValueError("a batch of 1 has no negatives: pass at least 2 samples")
+        with torch.autocast(device.type, enabled=False):
+            dtype = torch.promote_types(torch.float32, views[self._stacked[0]].dtype)
+            inputs = {v: views[v].to(dtype) for v in self._stacked}
+            if self.averaged and len(world.sizes) > 1:
+                inputs = {v: _Scaled.apply(x, float(len(world.sizes))) for v, x in inputs.items()}
+            if self.method.contrast == "sigmoid" or any(t.also for t in self.terms):
+                total, metrics = self._autograd_loss(inputs, id_of, world)
+            else:
+                total, metrics = self._closed_form_loss(inputs, id_of, world)
+            if self.cyclic_weight:
+                penalty = self._cyclic_penalty({v: world.gather_rows(x) for v, x in inputs.items()})
+                total, metrics["loss_cyclic"] = total + penalty, penalty.detach()
         return total, {"loss": total.detach(), **metrics}
 
-    # -- global objectives: closed form ----------------------------------------------------------
+    # -- the closed form --------------------------------------------------------------------------
 
-    def _global_loss(self, views: dict[str, Tensor], ids: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Sum of the global terms. The gradient is known in the forward pass; backward only multiplies it."""
-        tau = self.temperature.to(views[self.required_views[0]])
+    def _closed_form_loss(
+        self, views: dict[str, Tensor], ids: dict[str, Tensor], world: World
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of the terms. Its gradient is computed with it; backward only multiplies."""
         metrics: dict[str, Tensor] = {}
+        tau = self.temperature if self.temperature_mode == "learnable" else None
 
-        def compute(wanted: bool) -> tuple[Tensor, list[Tensor | None]]:
-            values = {name: view.detach() for name, view in views.items()}
-            loss, gradients, tau_gradient = self._closed_form(values, ids, tau.detach(), wanted, metrics)
-            return loss, [gradients.get(name) for name in views] + [tau_gradient]
+        def compute(wanted: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+            stack = torch.stack([views[v].detach() for v in self._stacked])
+            return self._closed_form(stack, ids, None if tau is None else tau.detach(), world, wanted, metrics)
 
-        return _ClosedForm.apply(compute, *views.values(), tau), metrics
+        return _ClosedForm.apply(compute, tau, *views.values()), metrics
 
     def _closed_form(
-        self, views: dict[str, Tensor], ids: dict[str, Tensor], tau: Tensor, wanted: bool, metrics: dict[str, Tensor]
-    ) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
-        """Loss, gradient per view and gradient of a learned temperature; updates the tables, fills the metrics."""
+        self,
+        stack: Tensor,
+        ids: dict[str, Tensor],
+        learned_tau: Tensor | None,
+        world: World,
+        wanted: bool,
+        metrics: dict[str, Tensor],
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Loss, gradient (V, M, D) of the stacked views, and gradient of a learned temperature.
+
+        stack: (V, M, D), the rows of this process. Updates the tables; fills in the metrics.
+        """
+        if self.products in ("float16", "bfloat16"):
+            stack = stack.to(getattr(torch, self.products)).to(stack.dtype)
+        every = world.gather(stack, 1)
+        ids = {of: world.gather(i) for of, i in ids.items()}
+        size = every.shape[1]
         positives = Positives.of(tuple(ids.values()))
-        first = views[self.required_views[0]]
-        count = positives.negatives(first)
-        some = count > 0
-        batch = len(first)
-        loss, gradients = first.new_zeros(()), dict[str, Tensor]()
-        tau_gradient = first.new_zeros(()) if self.temperature_mode == "learnable" else None
-        individual = self.temperature_mode == "individual" and self.training
-        # The reference estimator's terms overwrite one table in their order, so it needs all blocks first.
-        waves = [[pair] for pair in self._blocks] if self.estimator != "reference" else [self._blocks]
-        for wave in waves:
-            blocks: dict[Term, tuple[Block, Term]] = {}
-            log_g: dict[Term, Tensor] = {}
-            taus: dict[Term, Tensor] = {}
-            for forth, back in wave:
-                for term in (forth, back):
-                    taus[term] = tau if self.temperature_mode != "individual" else self._row("tau", term, ids, first)
-                block = Block(views[forth.anchor], views[forth.candidate], taus[forth], taus[back], positives, count)
-                log_g[forth], log_g[back] = block.log_inner_means()
-                blocks[forth] = (block, back)
-            unique = positives.ids is None
-            log_u = {t: self._update_log_u(t, log_g[t], ids, some, unique) for t in self.terms if t in log_g}
-            for term, u in log_u.items():
-                value = term.weight * torch.where(some, taus[term] * (u + self.rho), 0.0).mean()
-                loss = loss + value
-                metrics[f"loss_{term.kind}"] = metrics.get(f"loss_{term.kind}", 0.0) + value
-            if "margin" not in metrics:
-                lead = self.terms[0]
-                metrics["margin"] = torch.where(some, -taus[lead] * log_g[lead], 0.0).mean()
-            for forth, (block, back) in blocks.items() if wanted or individual else ():
-                sums = {t: torch.where(some, (log_g[t] - log_u[t]).exp(), 0.0) for t in (forth, back)}
-                slopes = individual or tau_gradient is not None
-                d_rows, d_columns, *slope = block.gradients(
-                    log_u[forth], log_u[back], sums[forth] + sums[back], forth.weight / batch, slopes
-                )
-                for view, gradient in ((forth.anchor, d_rows), (forth.candidate, d_columns)):
-                    gradients[view] = gradients[view].add_(gradient) if view in gradients else gradient
-                for term, pull in zip((forth, back), slope, strict=True) if slopes else ():
-                    derivative = log_u[term] + self.rho - pull / taus[term]
-                    if individual:
-                        self._update_temperatures(term, derivative, ids, some, taus[term])
-                    elif tau_gradient is not None:
-                        tau_gradient += term.weight * torch.where(some, derivative, 0.0).mean()
-        return loss, gradients, tau_gradient
+        # Where no id stands twice, everybody has size - 1 negatives.
+        count = positives.negatives(every) if positives.ids else None
+        some = None if count is None else count > 0
+        log_n: Tensor | float = math.log(size - 1) if count is None else count.clamp(min=1).log()
+        tau: float | Tensor = self.initial_temperature
+        if learned_tau is not None:
+            tau = float(learned_tau) if stack.device.type == "cpu" else learned_tau.to(stack.dtype)
+        individual = self.temperature_mode == "individual"
+        slopes = self.diagnose or (individual and self.training)
+        loss = every.new_zeros(())
+        gradient = torch.zeros_like(stack) if wanted or slopes else None
 
-    @property
-    def _blocks(self) -> list[tuple[Term, Term]]:
-        """The terms in pairs of opposite directions: each pair shares a similarity block."""
+        for wave in self._waves(size, world):
+            terms = [t for layout in wave for t in layout.terms]
+            weights = self._weights(terms, every)
+            taus = self._read("tau", wave, ids, every) if individual else tau
+            blocks = self._blocks(every, world, wave, taus, positives)
+            sums, positive = blocks.log_sums()
+            if not world.alone:
+                sums, positive = world.gather(torch.stack([sums, positive]), 2)
+            log_rest = positive / taus
+            log_g = sums - log_rest - log_n
+            if some is not None:
+                log_g = torch.where(some, log_g, 0.0)
+            if self.method.contrast == "batch":
+                # Cross-entropy: -log softmax of the positive among itself and its negatives.
+                values = log_total = torch.nn.functional.softplus(log_g + log_n)
+                log_u = log_total - log_n
+            else:
+                log_u = self._update_log_u(wave, log_g, ids, some, positives.ids is None)
+                values, log_total = taus * (log_u + self.rho if self.rho else log_u), log_u + log_n
+            if some is not None:
+                values = torch.where(some, values, 0.0)
+            parts = values.mean(1) * weights
+            loss = loss + parts.sum()
+            self._report(metrics, terms, parts, positive, log_g, taus)
+            if gradient is None:
+                continue
+            # The coefficient of the gradient goes into the exponents.
+            coefficient = (weights / size if self.method.contrast == "global" else weights / (size * tau))
+            log_c = math.log(coefficient) if isinstance(coefficient, float) else coefficient.log()[..., None]
+            sum_of_weights = (log_g - log_u).exp()
+            offsets, own = log_rest + (log_total - log_c), (log_g - log_u + log_c).exp()
+            if some is not None:
+                offsets, own = torch.where(some, offsets, math.inf), torch.where(some, own, 0.0)
+            pulls = blocks.gradients(offsets, own, gradient, slopes)
+            if pulls is not None:
+                pulls = pulls if world.alone else world.gather(pulls, 1)
+                pulls = (pulls - own * positive) / (math.exp(log_c) if isinstance(log_c, float) else log_c.exp()) / taus
+                if individual and self.training:
+                    slope = log_u + self.rho - pulls
+                    self._update_temperatures(wave, slope, ids, some, taus, positives.ids is None)
+                if self.diagnose:
+                    self._diagnose(metrics, terms, log_g, log_g - log_u, log_n, pulls, taus, some)
+
+        tau_gradient = None
+        if learned_tau is not None and gradient is not None:
+            # Every pair of an anchor and a candidate stands in the gradients of both: hence the half.
+            tau_gradient = -world.sum((every[:, world.mine] * gradient).sum()) / 2 / tau
+            if self.method.contrast == "global":
+                tau_gradient = tau_gradient + loss / tau
+        return loss, gradient if wanted else None, tau_gradient
+
+    def _layouts(self, whole: bool) -> list[Layout]:
+        """The terms as grids of blocks. whole: all image-text pairs as one grid, where they make one."""
+        place = {v: k for k, v in enumerate(self._stacked)}
         by_views = {(t.anchor, t.candidate): t for t in self.terms}
-        pairs = [(t, by_views[t.candidate, t.anchor]) for t in self.terms]
-        return [p for k, p in enumerate(pairs) if p[::-1] not in pairs[:k]]
+        images, texts = ([v for v in self._stacked if modality(v) == of] for of in ("image", "text"))
+        cross = [(i, t) for i in images for t in texts if (i, t) in by_views]
+        groups: list[tuple[list[str], list[str]]]
+        if not cross or len(cross) < len(images) * len(texts):
+            groups = [([i], [t]) for i, t in cross]
+        else:
+            groups = [(images, texts)] if whole else [([i], texts) for i in images]
+        groups += [([v[0]], [v[1]]) for v in (images, texts) if len(v) == 2 and tuple(v) in by_views]
+        found = []
+        for rows, columns in groups:
+            forth = [by_views[r, c] for r in rows for c in columns]
+            back = [by_views[c, r] for r in rows for c in columns]
+            found.append(Layout(
+                range(place[rows[0]], place[rows[-1]] + 1), range(place[columns[0]], place[columns[-1]] + 1),
+                (*forth, *back),
+            ))  # fmt: skip
+        return found
 
-    def _table(self, name: str, term: Term) -> tuple[Tensor, int]:
-        """The table of a term's anchors, and the term's column in it."""
-        of = modality(term.anchor)
-        return self.get_buffer(f"{name}_{of}"), 0 if self.estimator == "reference" else self._columns(of).index(term)
+    def _waves(self, size: int, world: World) -> list[list[Layout]]:
+        """The layouts of all terms, in groups that are worked on at once, for a batch of `size`.
 
-    def _row(self, name: str, term: Term, ids: dict[str, Tensor], like: Tensor) -> Tensor:
-        table, column = self._table(name, term)
-        return table[ids[modality(term.anchor)], column].to(like)
+        The reference estimator's terms overwrite one table in their order, so it needs them all at
+        once; so does a batch over several processes, to exchange all its numbers in one go.
+        """
+        small = len(self.terms) * size * size <= SMALL
+        layouts = self._layouts_of[small]
+        if small or self.estimator == "reference" or not world.alone:
+            return [layouts]
+        return [[layout] for layout in layouts]
 
-    def _update_log_u(self, term: Term, log_g: Tensor, ids: dict[str, Tensor], some: Tensor, unique: bool) -> Tensor:
-        """The anchors' updated log u (B,), 0 where there is no negative; written to the table when training."""
-        table, column = self._table("log_u", term)
-        rows = ids[modality(term.anchor)]
-        before = table[rows, column].to(log_g)
-        # An anchor without negatives has learned nothing: it keeps what it had.
-        log_g = torch.where(some, log_g, 0.0)
-        fresh = self.estimator == "reference" and self._first_epoch
-        after = math_of.update_log_u(torch.full_like(before, math_of.NEG_INF) if fresh else before, log_g, self.gamma)
-        if self.training:
-            mean = after if unique else math_of.mean_by_id(rows, after, log=True)
-            table[rows, column] = torch.where(some, mean, before).to(table.dtype)
+    def _weights(self, terms: list[Term], like: Tensor) -> float | Tensor:
+        """Weights of terms: one number where they are equal, else (T,)."""
+        weights = tuple(t.weight for t in terms)
+        if len(set(weights)) == 1:
+            return weights[0]
+        key = weights, like.dtype, like.device
+        if key not in self._weight_tensors:  # made once: a copy to a device may not stand in a CUDA graph
+            self._weight_tensors[key] = torch.tensor(weights, dtype=like.dtype, device=like.device)
+        return self._weight_tensors[key]
+
+    def _blocks(
+        self, every: Tensor, world: World, wave: list[Layout], taus: float | Tensor, positives: Positives
+    ) -> Blocks:
+        return Blocks(every, world.mine, wave, taus, positives)
+
+    # -- estimators and individual temperatures ----------------------------------------------------
+
+    def _sides(self, wave: list[Layout]) -> Iterator[tuple[slice, str, int, int]]:
+        """The terms of a wave by table: which of the wave's, whose table, its first column and the one after the last."""
+        start = 0
+        for layout in wave:
+            half = len(layout.terms) // 2
+            for terms in (layout.terms[:half], layout.terms[half:]):
+                of = modality(terms[0].anchor)
+                first = self._columns[of].index(terms[0])
+                yield slice(start, start + half), of, first, first + half
+                start += half
+
+    def _table(self, what: str, of: str) -> Table:
+        table = self.get_submodule(f"{what}_{of}")
+        assert isinstance(table, Table)
+        return table
+
+    def _read(self, what: str, wave: list[Layout], ids: dict[str, Tensor], like: Tensor) -> Tensor:
+        """What the tables `what` hold for the terms of a wave and the samples of a batch, (T, N)."""
+        found = [self._table(what, of).read(ids[of], first, last, like) for _, of, first, last in self._sides(wave)]
+        return torch.cat(found)
+
+    def _write(self, what: str, wave: list[Layout], ids: dict[str, Tensor], values: Tensor) -> None:
+        for part, of, first, last in self._sides(wave):
+            self._table(what, of).write(ids[of], first, last, values[part])
+
+    def _mean_by_sample(self, wave: list[Layout], ids: dict[str, Tensor], values: Tensor, log: bool) -> Tensor:
+        """Values (T, N) averaged over the rows of the batch that are the same sample."""
+        if len({id(i) for i in ids.values()}) == 1:
+            return math_of.mean_by_id(next(iter(ids.values())), values, log)
+        return torch.cat([math_of.mean_by_id(ids[of], values[part], log) for part, of, _, _ in self._sides(wave)])
+
+    def _update_log_u(
+        self, wave: list[Layout], log_g: Tensor, ids: dict[str, Tensor], some: Tensor | None, unique: bool
+    ) -> Tensor:
+        """The anchors' updated log u (T, N), 0 where there is no negative; written to the tables when training."""
         if self.estimator == "reference":
-            after = torch.logaddexp(after, torch.full_like(after, math.log(REFERENCE_EPS)))
-        return torch.where(some, after, 0.0)
+            return self._update_reference(wave, log_g, ids, some, unique)
+        before = self._read("log_u", wave, ids, log_g)
+        after = math_of.update_log_u(before, log_g, self.gamma)
+        if self.training:
+            mean = after if unique else self._mean_by_sample(wave, ids, after, log=True)
+            # An anchor without negatives has learned nothing: it keeps what it had.
+            self._write("log_u", wave, ids, mean if some is None else torch.where(some, mean, before))
+        return after if some is None else torch.where(some, after, 0.0)
+
+    def _update_reference(
+        self, wave: list[Layout], log_g: Tensor, ids: dict[str, Tensor], some: Tensor | None, unique: bool
+    ) -> Tensor:
+        """As the public AmCLR code: the terms overwrite one estimate per sample in their order; u = g at first; eps."""
+        found = torch.empty_like(log_g)
+        place = {t: k for k, t in enumerate(t for layout in wave for t in layout.terms)}
+        for term in self.terms:
+            k, of = place[term], modality(term.anchor)
+            table, g = self._table("log_u", of), log_g[k : k + 1]
+            before = table.read(ids[of], 0, 1, g)
+            after = math_of.update_log_u(torch.full_like(before, NEG_INF) if self._first_epoch else before, g, self.gamma)
+            if self.training:
+                mean = after if unique else math_of.mean_by_id(ids[of], after, log=True)
+                table.write(ids[of], 0, 1, mean if some is None else torch.where(some, mean, before))
+            found[k] = torch.logaddexp(after, torch.full_like(after, math.log(REFERENCE_EPS)))[0]
+        return found if some is None else torch.where(some, found, 0.0)
 
     def _update_temperatures(
-        self, term: Term, derivative: Tensor, ids: dict[str, Tensor], some: Tensor, tau: Tensor
+        self, wave: list[Layout], slope: Tensor, ids: dict[str, Tensor], some: Tensor | None, taus: Tensor, unique: bool
     ) -> None:
         """One step of iSogCLR's temperatures: momentum on d F_i / d tau_i, then a clamp to the range."""
-        rows = ids[modality(term.anchor)]
-        velocities, column = self._table("tau_velocity", term)
-        temperatures, _ = self._table("tau", term)
-        before = velocities[rows, column].to(tau)
-        velocity = self.tau_momentum * before + (1 - self.tau_momentum) * math_of.mean_by_id(rows, derivative)
-        moved = (tau - self.tau_lr * velocity).clamp(self.tau_min, self.tau_max)
-        velocities[rows, column] = torch.where(some, velocity, before).to(velocities.dtype)
-        temperatures[rows, column] = torch.where(some, moved, tau).to(temperatures.dtype)
+        before = self._read("tau_velocity", wave, ids, taus)
+        mean = slope if unique else self._mean_by_sample(wave, ids, slope, log=False)
+        velocity = self.tau_momentum * before + (1 - self.tau_momentum) * mean
+        moved = (taus - self.tau_lr * velocity).clamp(self.tau_min, self.tau_max)
+        if some is not None:
+            velocity, moved = torch.where(some, velocity, before), torch.where(some, moved, taus)
+        self._write("tau_velocity", wave, ids, velocity)
+        self._write("tau", wave, ids, moved)
 
-    # -- mini-batch objectives: autograd ---------------------------------------------------------
+    # -- what to look at ---------------------------------------------------------------------------
 
-    def _batch_loss(self, views: dict[str, Tensor], ids: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        negatives = self._negatives(ids)
-        count = negatives.sum(dim=1)
-        blocks: dict[tuple[str, str], Tensor] = {}
+    def _report(
+        self, metrics: dict[str, Tensor], terms: list[Term], parts: Tensor, positive: Tensor, log_g: Tensor,
+        taus: float | Tensor,
+    ) -> None:  # fmt: skip
+        """Losses by kind of term; of the first term the mean similarity of positives and their margin over a
+        soft maximum of the negatives; the temperature."""
+        kinds = [t.kind for t in terms]
+        for kind in dict.fromkeys(kinds):
+            chosen = parts[kinds.index(kind) : len(kinds) - kinds[::-1].index(kind)]
+            name = f"loss_{kind}"
+            metrics[name] = metrics[name] + chosen.sum() if name in metrics else chosen.sum()
+        if "margin" not in metrics:
+            tau = taus[0] if isinstance(taus, Tensor) and taus.dim() else taus
+            metrics["positive"], metrics["margin"] = positive[0].mean(), (-tau * log_g[0]).mean()
+            metrics["temperature"] = torch.as_tensor(taus, dtype=log_g.dtype).mean()
 
-        def similarity(a: str, b: str) -> Tensor:
-            if (b, a) in blocks:
-                return blocks[b, a].T
-            if (a, b) not in blocks:
-                blocks[a, b] = views[a] @ views[b].T
-            return blocks[a, b]
+    def _diagnose(
+        self, metrics: dict[str, Tensor], terms: list[Term], log_g: Tensor, log_share: Tensor, log_n: Tensor | float,
+        pulls: Tensor, taus: float | Tensor, some: Tensor | None,
+    ) -> None:  # fmt: skip
+        """Add to the metrics, by kind of term, from sums that the gradient needs anyway:
 
-        total = zero = views[self.required_views[0]].new_zeros(())
+        effective_negatives: exp of the entropy of an anchor's weights, normalised to one: among how many
+        negatives its gradient is shared. dead: share of anchors whose weights sum to less than DEAD: their
+        estimate has run away from what the batch shows. share_p05, share_p95: quantiles of the sums of
+        weights, g / u, which are 1 without memory. tau_p05, _p50, _p95: of individual temperatures.
+        """
+        kinds = [t.kind for t in terms]
+        for kind in dict.fromkeys(kinds):
+            rows = [k for k, of in enumerate(kinds) if of == kind]
+            share = log_share[rows].exp()
+            entropy = log_g[rows] + log_n - pulls[rows] / share.clamp(min=1e-30)
+            alive = share >= DEAD if some is None else (share >= DEAD) & some
+            # An anchor without weights has no entropy to speak of.
+            effective = torch.where(alive, entropy.exp(), 0.0).sum() / alive.sum().clamp(min=1)
+            quantiles = torch.quantile(share.flatten()[:QUANTILE_SAMPLE], share.new_tensor([0.05, 0.95]))
+            metrics[f"effective_negatives_{kind}"] = effective
+            metrics[f"dead_{kind}"] = 1 - alive.to(share.dtype).mean()
+            metrics[f"share_p05_{kind}"], metrics[f"share_p95_{kind}"] = quantiles.unbind()
+            if isinstance(taus, Tensor) and taus.dim():
+                found = torch.quantile(taus[rows].flatten()[:QUANTILE_SAMPLE], taus.new_tensor([0.05, 0.5, 0.95]))
+                for name, value in zip(("p05", "p50", "p95"), found.unbind(), strict=True):
+                    metrics[f"tau_{name}_{kind}"] = value
+
+    @torch.no_grad()
+    def estimator_error(
+        self, views: Mapping[str, Tensor], ids: Tensor | Mapping[str, Tensor], probe: Tensor, chunk: int = 1024
+    ) -> dict[str, float]:
+        """How far the estimates are from the truth: an exact pass of some anchors over a whole data set.
+
+        views: view name -> (N, D), unit rows of all samples, at the present weights. ids: (N,) or by
+        modality, as in a step. probe: (P,) int64, rows of the anchors to look at. chunk: anchors at once.
+
+        Returns, by term and as the mean over terms, `bias` (mean of log u - log of the exact inner mean)
+        and `rms` of the same, over the anchors that were visited; and `unseen`, the share that was not.
+        """
+        if self.method.contrast != "global":
+            raise ValueError(f"'{self.name}' keeps no estimates")
+        id_of = self._check(views, ids)
+        found: dict[str, float] = {}
+        totals: list[tuple[float, float, float]] = []
+        for term in self.terms:
+            of = modality(term.anchor)
+            column = 0 if self.estimator == "reference" else self._columns[of].index(term)
+            anchors, candidates = views[term.anchor].float(), views[term.candidate].float()
+            errors = []
+            for rows in probe.split(chunk):
+                tau: float | Tensor = self.initial_temperature
+                if self.temperature_mode == "individual":
+                    tau = self._table("tau", of).read(id_of[of][rows], column, column + 1, anchors).T
+                elif self.temperature_mode == "learnable":
+                    tau = self.temperature.to(anchors)
+                s = anchors[rows] @ candidates.T
+                own = (anchors[rows] * candidates[rows]).sum(1, keepdim=True)
+                same = [i[rows][:, None] == i[None, :] for i in id_of.values()]
+                positive = same[0] if len(same) == 1 else same[0] | same[1]
+                exact = ((s - own) / tau).masked_fill(positive, NEG_INF).logsumexp(1)
+                exact -= (~positive).sum(1).to(exact.dtype).log()
+                errors.append(self._table("log_u", of).read(id_of[of][rows], column, column + 1, exact)[0] - exact)
+            error = torch.cat(errors)
+            seen = error[torch.isfinite(error)]
+            row = (float(seen.mean()), float(seen.square().mean().sqrt()), 1 - len(seen) / len(error))
+            totals.append(row)
+            found |= {f"{name}/{term}": value for name, value in zip(("bias", "rms", "unseen"), row, strict=True)}
+        means = (sum(column) / len(totals) for column in zip(*totals, strict=True))
+        return found | dict(zip(("bias", "rms", "unseen"), means, strict=True))
+
+    # -- the tables, apart from the state dict ------------------------------------------------------
+
+    def save_tables(self, folder: str | Path) -> None:
+        """Write all tables into a folder, in pieces with checksums: for tables too large for one checkpoint file."""
+        for name, table in self._tables():
+            table.save(Path(folder), name)
+
+    def load_tables(self, folder: str | Path) -> None:
+        """Take up what `save_tables` wrote, whatever the storage. Raises ValueError if it is damaged or another's."""
+        for name, table in self._tables():
+            table.load(Path(folder), name)
+
+    def _tables(self) -> list[tuple[str, Table]]:
+        return [(name, module) for name, module in self.named_children() if isinstance(module, Table)]
+
+    # -- the other mini-batch objectives: autograd -------------------------------------------------
+
+    def _autograd_loss(
+        self, views: dict[str, Tensor], ids: dict[str, Tensor], world: World
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Pairwise sigmoids, and terms with pooled negatives; every process works on the whole batch."""
+        views = {v: world.gather_rows(x) for v, x in views.items()}
+        masks = [i[:, None] != i[None, :] for i in (world.gather(i) for i in ids.values())]
+        negatives = masks[0] if len(masks) == 1 else masks[0] & masks[1]
+        total = zero = views[self._stacked[0]].new_zeros(())
         tau = self.temperature.to(total)
         metrics: dict[str, Tensor] = {}
         for term in self.terms:
-            s = similarity(term.anchor, term.candidate)
+            s = views[term.anchor] @ views[term.candidate].T
             if self.method.contrast == "sigmoid":
                 per_anchor = math_of.sigmoid_terms(s, negatives, 1 / tau, self.bias.to(total))
             else:
-                extra = tuple(similarity(term.anchor, view) for view in term.also)
-                log_g, some = math_of.log_inner_mean(s, negatives, tau, extra)
-                per_anchor = math_of.cross_entropy_term(log_g, count * (1 + len(extra)), some)
-                metrics.setdefault("margin", -(tau * log_g).detach().mean())
+                extra = (views[term.anchor] @ views[v].T for v in term.also)
+                per_anchor = math_of.cross_entropy_terms(s, negatives, tau, *extra)
             value = term.weight * per_anchor.mean()
             total = total + value
             metrics[f"loss_{term.kind}"] = metrics.get(f"loss_{term.kind}", zero) + value.detach()
-        if self.cyclic_weight:
-            for image, text in self.pairs:
-                in_modal, cross_modal = math_of.cyclic_penalties(views[image], views[text])
-                penalty = self.cyclic_weight * (in_modal + cross_modal) / len(self.pairs)
-                total = total + penalty
-                metrics["loss_cyclic"] = metrics.get("loss_cyclic", zero) + penalty.detach()
-        return total, metrics
+            metrics.setdefault("positive", s.detach().diagonal().mean())
+        return total, {**metrics, "temperature": tau.detach()}
 
-    def _negatives(self, ids: Mapping[str, Tensor]) -> Tensor:
-        """(B, B) bool: True where two rows share neither their image nor their text."""
-        masks = [i[:, None] != i[None, :] for i in ids.values()]
-        return masks[0] if len(masks) == 1 else masks[0] & masks[1]
+    def _cyclic_penalty(self, views: dict[str, Tensor]) -> Tensor:
+        parts = [sum(math_of.cyclic_penalties(views[i], views[t])) for i, t in self.pairs]
+        return self.cyclic_weight / len(parts) * torch.stack(parts).sum()  # type: ignore[arg-type]
 
     # -- arguments --------------------------------------------------------------------------------
 
@@ -310,8 +548,8 @@ class Objective(nn.Module):
                     f"view '{name}' has shape {tuple(view.shape)}, view '{self.required_views[0]}' has {shape}: "
                     "all views of a batch must agree"
                 )
-        if shape[0] < 2:
-            raise ValueError(f"a batch of {shape[0]} has no negatives: pass at least 2 samples")
+        if shape[0] < 1:
+            raise ValueError("the batch is empty: pass at least 2 samples")
         id_of = self._ids_by_modality(ids, shape[0])
         on_cpu = views[self.required_views[0]].device.type == "cpu"
         if on_cpu if self.validate is None else self.validate:
@@ -362,15 +600,35 @@ class _ClosedForm(torch.autograd.Function):
     """A loss whose gradient is computed with its value: `compute(wanted)` gives both."""
 
     @staticmethod
-    def forward(ctx: Any, compute: Any, *inputs: Tensor) -> Tensor:
-        loss, gradients = compute(any(ctx.needs_input_grad))
-        ctx.save_for_backward(*gradients)
+    def forward(ctx: Any, compute: Any, tau: Tensor | None, *views: Tensor) -> Tensor:
+        loss, gradient, tau_gradient = compute(any(ctx.needs_input_grad))
+        ctx.save_for_backward(gradient, tau_gradient)
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, weight: Tensor) -> tuple[Tensor | None, ...]:
-        return (None, *(None if g is None else g * weight for g in ctx.saved_tensors))
+        gradient, tau_gradient = ctx.saved_tensors
+        return None, None if tau_gradient is None else tau_gradient * weight, *(gradient * weight).unbind()
+
+
+class _Scaled(torch.autograd.Function):
+    """The identity, with its gradient times a factor."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient * ctx.factor, None
+
+
+def _tell_the_others(device: torch.device) -> None:
+    """Let the other processes raise too, rather than wait for a batch that will not come."""
+    with suppress(ValueError):
+        World.of(-1, device)
 
 
 def _describe(value: object) -> str:

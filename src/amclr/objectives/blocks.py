@@ -26,12 +26,13 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from amclr.objectives.methods import Term
 
-TILE_ROWS, TILE_COLUMNS = 256, 1024
+TILE_ROWS, TILE_COLUMNS = 512, 512
 """A tile on the CPU: 1 MiB of float32, so that it stays in a core's cache between its uses."""
 ACCELERATOR_TILE_BYTES = 1 << 26
 """A tile elsewhere: large enough for the device's matrix units."""
@@ -63,7 +64,7 @@ class Positives:
         """From the (N,) ids of each modality. Looks for duplicates only where that costs no synchronisation."""
         different = ids[:1] if all(i is ids[0] for i in ids) else ids
         size = len(ids[0])
-        if ids[0].device.type == "cpu" and all(len(torch.unique(i)) == size for i in different):
+        if ids[0].device.type == "cpu" and not any(_has_duplicates(i) for i in different):
             return cls(size, None)
         return cls(size, different)
 
@@ -89,6 +90,11 @@ class Positives:
         return torch.cat(counts).to(like)
 
 
+def _has_duplicates(ids: Tensor) -> bool:
+    ordered = np.sort(ids.numpy())
+    return bool((ordered[1:] == ordered[:-1]).any())
+
+
 Tile = tuple[slice, slice, slice, slice]
 """Row views, their rows, column views, their rows."""
 
@@ -96,17 +102,17 @@ Tile = tuple[slice, slice, slice, slice]
 class Grid:
     """The blocks of R row views with C column views.
 
-    rows (R, M, D), columns (C, N, D): on one process M = N = B. Where the columns are those of all
-    processes, the rows are this process's, beginning at `start` of N, and `both` is False: then only
-    what the rows need is computed.
+    rows: R views (M, D), columns: C views (N, D). On one process M = N = B. Where the columns are those
+    of all processes, the rows are this process's, beginning at `start` of N, and `both` is False: then
+    only what the rows need is computed.
     tau_rows, tau_columns: (R, C, M) and (R, C, N), where each anchor has a temperature of its own, or
     both None: then `tau` is everyone's, a float, or a tensor () where its value is not known here.
     """
 
     def __init__(
         self,
-        rows: Tensor,
-        columns: Tensor,
+        rows: Sequence[Tensor],
+        columns: Sequence[Tensor],
         positives: Positives,
         tau: float | Tensor | None,
         tau_rows: Tensor | None = None,
@@ -116,37 +122,45 @@ class Grid:
     ) -> None:
         self.rows, self.columns, self.positives, self.start, self.both = rows, columns, positives, start, both
         self.tau, self.tau_rows, self.tau_columns = tau, tau_rows, tau_columns
-        self.on_cpu = rows.device.type == "cpu"
+        self.like = rows[0]
+        self.on_cpu = self.like.device.type == "cpu"
+        self.shape = len(rows), len(rows[0]), len(columns), len(columns[0])
         self.rate = LOG2E / tau if isinstance(tau, float) else 1.0
         # One exponential for both directions: always where no shift is needed, and on the CPU with a shift.
         self.single = isinstance(tau, float) and (self.on_cpu or PLAIN_EXPONENT * tau >= 1)
         self.shifts = self.single and PLAIN_EXPONENT * float(tau or 0) < 1
-        size = rows.element_size() * rows.shape[0] * rows.shape[1] * columns.shape[0] * columns.shape[1]
-        self.keeps = self.single and size <= KEPT_BYTES
+        self.keeps = self.single and self.like.element_size() * math.prod(self.shape) <= KEPT_BYTES
+        self.joined: dict[int, Tensor] = {}
         self.kept: dict[int, tuple[Tensor, float]] = {}
+        self.tiles = list(self._tiles())
 
     # -- tiles ------------------------------------------------------------------------------------
 
     def _tiles(self) -> Iterator[Tile]:
         """All tiles. A tile spans several views only where it holds them whole."""
-        (r, m, _), (c, n, _) = self.rows.shape, self.columns.shape
-        if self.on_cpu:
-            height, width = TILE_ROWS, TILE_COLUMNS
-        else:
-            height = max(16, ACCELERATOR_TILE_BYTES // (self.rows.element_size() * c * n))
-            width = c * n
+        r, m, c, n = self.shape
+        height, width = TILE_ROWS, TILE_COLUMNS
+        if not self.on_cpu:
+            height, width = max(16, ACCELERATOR_TILE_BYTES // (self.like.element_size() * n)), n
         all_rows, all_columns = r * m <= height, c * n <= width
         for p, s in [(slice(0, r), slice(0, m))] if all_rows else _pieces(r, m, height):
             for k, j in [(slice(0, c), slice(0, n))] if all_columns else _pieces(c, n, width):
                 yield p, s, k, j
 
+    def _rows(self, views: Sequence[Tensor], which: slice, rows: slice) -> Tensor:
+        """Rows of some views, one below the other; joined once where a tile holds several views whole."""
+        if which.stop - which.start == 1:
+            return views[which.start][rows]
+        if id(views) not in self.joined:
+            self.joined[id(views)] = torch.cat(list(views))
+        return self.joined[id(views)]
+
     def _scores(self, tile: Tile) -> Tensor:
         """s_ij of a tile, times `rate`: (p, m, k, n)."""
         p, s, k, j = tile
-        x, y = self.rows[p, s], self.columns[k, j]
-        shape = (x.shape[0], x.shape[1], y.shape[0], y.shape[1])
-        x, y = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
-        return torch.addmm(x.new_zeros(1), x, y.T, beta=0, alpha=self.rate).view(shape)
+        x, y = self._rows(self.rows, p, s), self._rows(self.columns, k, j)
+        shape = p.stop - p.start, s.stop - s.start, k.stop - k.start, j.stop - j.start
+        return torch.addmm(self.like[0, :1], x, y.T, beta=0, alpha=self.rate).view(shape)
 
     def _put(self, values: Tensor, tile: Tile, at_positives: float) -> Tensor:
         """Overwrite a tile at its positives."""
@@ -194,37 +208,39 @@ class Grid:
 
     def _single_sums(self) -> tuple[Tensor, Tensor | None, Tensor] | None:
         """By one exponential for both directions; None where that would lose precision."""
-        (r, m, _), (c, n, _) = self.rows.shape, self.columns.shape
-        row = self.rows.new_zeros(r, c, m)
-        column = self.rows.new_zeros(r, c, n) if self.both else None
-        diagonal = self.rows.new_empty(r, c, m)
+        r, m, c, n = self.shape
+        row, diagonal = self.like.new_empty(2, r, c, m)
+        column = self.like.new_empty(r, c, n) if self.both else None
         level = 0.0  # the sums so far are in units of 2 ** level
-        for number, tile in enumerate(self._tiles()):
+        for number, tile in enumerate(self.tiles):
             p, s, k, j = tile
-            e = self._scores(tile)
+            e, shift = self._scores(tile), 0.0
             self._take_own(e, tile, diagonal)
-            shift = 0.0
             if self.shifts:
                 shift = float(e.amax())
                 e.sub_(shift)
                 if number == 0:
                     level = shift
                 elif shift > level:
-                    row *= 2.0 ** (level - shift)
-                    if column is not None:
-                        column *= 2.0 ** (level - shift)
+                    for sums in (row, column):
+                        if sums is not None:
+                            sums *= 2.0 ** (level - shift)
                     level = shift
             self._put(e.exp2_(), tile, 0.0)
             unit = 2.0 ** (shift - level)
-            row[p, k, s] += (e.sum(3) * unit).transpose(1, 2)
+            _add(row[p, k, s], e.sum(3).transpose(1, 2), unit, j.start == 0)
             if column is not None:
-                column[p, k, j] += e.sum(1) * unit
+                _add(column[p, k, j], e.sum(1), unit, s.start == 0)
             if self.keeps:
                 self.kept[number] = e, shift
         if self.shifts and not self._sound(row, column):
             return None
-        low = level / LOG2E
-        return row.log_().add_(low), None if column is None else column.log_().add_(low), diagonal
+        row.log_(), None if column is None else column.log_()
+        if level:
+            row += level / LOG2E
+            if column is not None:
+                column += level / LOG2E
+        return row, column, diagonal
 
     def _sound(self, row: Tensor, column: Tensor | None) -> bool:
         least = min(float(x.amin()) for x in (row, column) if x is not None)
@@ -233,11 +249,11 @@ class Grid:
 
     def _exact_sums(self) -> tuple[Tensor, Tensor | None, Tensor]:
         """By a shift for every row and every column, in one pass."""
-        (r, m, _), (c, n, _) = self.rows.shape, self.columns.shape
-        row = self.rows.new_full((r, c, m), NEG_INF)
-        column = self.rows.new_full((r, c, n), NEG_INF) if self.both else None
-        diagonal = self.rows.new_empty(r, c, m)
-        for tile in self._tiles():
+        r, m, c, n = self.shape
+        row = self.like.new_full((r, c, m), NEG_INF)
+        column = self.like.new_full((r, c, n), NEG_INF) if self.both else None
+        diagonal = self.like.new_empty(r, c, m)
+        for tile in self.tiles:
             p, s, k, j = tile
             scores = self._scores(tile)
             self._take_own(scores, tile, diagonal)
@@ -252,7 +268,7 @@ class Grid:
     def _tau(self, tile: Tile, side: str) -> Tensor | float:
         p, s, k, j = tile
         if side == "rows" and self.tau_rows is not None:
-            return self.tau_rows[p, k, s].transpose(1, 2)[..., None]
+            return _along(self.tau_rows[p, k, s])
         if side == "columns" and self.tau_columns is not None:
             return self.tau_columns[p, k, j][:, None]
         assert self.tau is not None
@@ -261,37 +277,47 @@ class Grid:
     # -- second pass ------------------------------------------------------------------------------
 
     def gradients(
-        self, a: Tensor, b: Tensor, own: Tensor, d_rows: Tensor, d_columns: Tensor | None, slopes: bool = False
+        self,
+        a: Tensor,
+        b: Tensor,
+        own: Tensor,
+        d_rows: Tensor,
+        d_columns: Tensor | None,
+        slopes: bool = False,
+        fresh: tuple[bool, bool] = (False, False),
     ) -> tuple[Tensor, Tensor | None] | None:
         """Add the gradients to d_rows (R, M, D) and d_columns (C, N, D), None unless `both`.
 
-        a (R, C, M), b (R, C, N): what to take from the exponents of row and column anchors, +inf where
-        an anchor has no weight. own (R, C, M): R_i + C_i. With `slopes`, returns sum_j w_ij s_ij of the
-        row anchors and sum_i v_ij s_ij of the column anchors, shaped like a and b.
+        a (R, C, M), b (R, C, N): what to take from the exponents (in base 2) of row and column anchors,
+        +inf where an anchor has no weight. own (R, C, M): -(R_i + C_i). fresh: d_rows, d_columns hold nothing yet and
+        are overwritten. With `slopes`, returns sum_j w_ij s_ij of the row anchors and sum_i v_ij s_ij of
+        the column anchors, shaped like a and b.
         """
         sums = (torch.zeros_like(a), torch.zeros_like(b) if self.both else None) if slopes else None
-        for tile, g in self._weights(a * LOG2E, b * LOG2E, sums):
+        for tile, g in self._weights(a, b, sums):
             p, s, k, j = tile
             diagonal = self._own(g, tile)
             if diagonal is not None:
-                diagonal[0].copy_(own[p, k, diagonal[1]]).neg_()
+                diagonal[0].copy_(own[p, k, diagonal[1]])
             flat = g.view(g.shape[0] * g.shape[1], -1)
-            x, y = self.rows[p, s], self.columns[k, j]
-            _add_product(d_rows[p, s], flat, y.reshape(-1, y.shape[-1]))
+            _add_product(d_rows[p, s], flat, self._rows(self.columns, k, j), fresh[0] and k.start == j.start == 0)
             if d_columns is not None:
-                _add_product(d_columns[k, j], flat.T, x.reshape(-1, x.shape[-1]))
+                first = fresh[1] and p.start == s.start == 0
+                _add_product(d_columns[k, j], flat.T, self._rows(self.rows, p, s), first)
         self.kept.clear()
         return sums
 
     def _weights(
         self, a: Tensor, b: Tensor, sums: tuple[Tensor, Tensor | None] | None
     ) -> Iterator[tuple[Tile, Tensor]]:
-        """Tiles of W + V, zero at positives; on the way, where wanted, the sums of w_ij s_ij. a, b: in base 2."""
-        low = (float(a.amin()), float(b.amin())) if self.shifts and self.single else (0.0, 0.0)
-        for number, tile in enumerate(self._tiles()):
+        """Tiles of W + V, zero at positives; on the way, where wanted, the sums of w_ij s_ij."""
+        plain = self.single and sums is None
+        low = min(float(a.amin()), float(b.amin())) if self.shifts and plain else 0.0
+        if plain and not self.shifts:
+            row_factors, column_factors = a.neg().exp2_(), b.neg().exp2_()
+        for number, tile in enumerate(self.tiles):
             p, s, k, j = tile
-            row, column = a[p, k, s].transpose(1, 2)[..., None], b[p, k, j][:, None]
-            if self.single and sums is None:
+            if plain:
                 e, shift = self.kept.pop(number, (None, 0.0))
                 if e is None:
                     e = self._scores(tile)
@@ -299,12 +325,15 @@ class Grid:
                         shift = float(e.amax())
                         e.sub_(shift)
                     self._put(e.exp2_(), tile, 0.0)
-                if not self.shifts or shift - min(low) < LARGEST_FACTOR:
-                    yield tile, e.mul_((shift - row).exp2_() + (shift - column).exp2_())
+                if not self.shifts:
+                    yield tile, e.mul_(_along(row_factors[p, k, s]) + column_factors[p, k, j][:, None])
+                    continue
+                if shift - low < LARGEST_FACTOR:
+                    yield tile, e.mul_(_along((shift - a[p, k, s]).exp2_()) + (shift - b[p, k, j]).exp2_()[:, None])
                     continue
             scores = self._scores(tile)
-            w = scores * (LOG2E / self.rate / self._tau(tile, "rows")) - row
-            v = scores * (LOG2E / self.rate / self._tau(tile, "columns")) - column
+            w = scores * (LOG2E / self.rate / self._tau(tile, "rows")) - _along(a[p, k, s])
+            v = scores * (LOG2E / self.rate / self._tau(tile, "columns")) - b[p, k, j][:, None]
             w, v = (self._put(x.exp2_(), tile, 0.0) for x in (w, v))
             if sums is not None:
                 scores /= self.rate
@@ -320,9 +349,21 @@ def _pieces(views: int, length: int, step: int) -> Iterator[tuple[slice, slice]]
             yield slice(v, v + 1), slice(start, min(start + step, length))
 
 
-def _add_product(into: Tensor, left: Tensor, right: Tensor) -> None:
-    """Add left @ right to a (views, rows, D) piece that is contiguous in its views and rows."""
-    into.view(-1, into.shape[-1]).addmm_(left, right)
+def _along(rows: Tensor) -> Tensor:
+    """Numbers of row anchors (p, k, m) as they stand beside a tile (p, m, k, n): (p, m, k, 1)."""
+    return rows.transpose(1, 2)[..., None]
+
+
+def _add(into: Tensor, values: Tensor, unit: float, fresh: bool) -> None:
+    """Add values * unit, or put it there if nothing is there yet."""
+    if unit != 1.0:
+        values = values * unit
+    into.copy_(values) if fresh else into.add_(values)
+
+
+def _add_product(into: Tensor, left: Tensor, right: Tensor, fresh: bool) -> None:
+    """Add left @ right to a (views, rows, D) piece that is contiguous in its views and rows, or put it there."""
+    into.view(-1, into.shape[-1]).addmm_(left, right, beta=0 if fresh else 1)
 
 
 @dataclass(frozen=True)
@@ -345,15 +386,20 @@ class Layout:
 class Blocks:
     """All blocks of some layouts: the passes that the objective makes, over any backend's grids.
 
-    every: (V, N, D), the views of the whole batch. mine: the rows of this process in it (M). T terms,
+    every: V views (N, D) of the whole batch. mine: the rows of this process in it (M). T terms,
     in the order of the layouts'. taus: a number, a tensor () or (T, N).
     """
 
     def __init__(
-        self, every: Tensor, mine: slice, layouts: Sequence[Layout], taus: float | Tensor, positives: Positives
+        self,
+        every: Sequence[Tensor],
+        mine: slice,
+        layouts: Sequence[Layout],
+        taus: float | Tensor,
+        positives: Positives,
     ) -> None:
         self.layouts = layouts
-        self.size = every.shape[1]
+        self.size = len(every[0])
         self.alone = mine.stop - mine.start == self.size
         shared = taus if isinstance(taus, float) or taus.dim() == 0 else None
         self.grids: list[list[tuple[Grid, range]]] = []
@@ -373,7 +419,7 @@ class Blocks:
             turned = [None if o is None else o.transpose(0, 1) for o in own]
             sides = ((rows, columns, own, layout.rows), (columns, rows, turned[::-1], layout.columns))
             self.grids.append([
-                (Grid(x[:, mine], y, positives, shared, None if t[0] is None else t[0][..., mine], t[1], mine.start, False), v)
+                (Grid([v[mine] for v in x], y, positives, shared, None if t[0] is None else t[0][..., mine], t[1], mine.start, False), v)
                 for x, y, t, v in sides
             ])  # fmt: skip
 
@@ -389,29 +435,43 @@ class Blocks:
             positives += [diagonal.flatten(0, 1)] * 2
         return torch.cat(sums), torch.cat(positives)
 
-    def gradients(self, offsets: Tensor, own: Tensor, gradient: Tensor, slopes: bool) -> Tensor | None:
+    def gradients(
+        self, offsets: Tensor, own: Tensor, gradient: Tensor, written: set[int], slopes: bool
+    ) -> Tensor | None:
         """Add to `gradient` (V, M, D) that of this process's rows.
 
         offsets (T, N): what to take from an anchor's exponents, +inf where it has no weight. own (T, N):
-        the sums of the weights. With `slopes`, returns sum_j w_ij s_ij of this process's anchors, (T, M).
+        the sums of its weights. written: the views whose gradient holds something; the others' is
+        overwritten, and they join. With `slopes`, returns sum_j w_ij s_ij of this process's anchors, (T, M).
         """
         pulls: list[Tensor] = []
+        offsets = offsets * LOG2E
         for layout, grids, (forth, back) in zip(self.layouts, self.grids, self.parts, strict=True):
             shape = (*layout.shape, self.size)
-            a, b, both = offsets[forth].view(shape), offsets[back].view(shape), (own[forth] + own[back]).view(shape)
+            a, b, both = offsets[forth].view(shape), offsets[back].view(shape), (own[forth] + own[back]).neg_().view(shape)
             if self.alone:
                 [(grid, _)] = grids
-                found = grid.gradients(a, b, both, gradient[_slice(layout.rows)], gradient[_slice(layout.columns)], slopes)
+                fresh = _fresh(layout.rows, written), _fresh(layout.columns, written)
+                d_rows, d_columns = gradient[_slice(layout.rows)], gradient[_slice(layout.columns)]
+                found = grid.gradients(a, b, both, d_rows, d_columns, slopes, fresh)
                 pulls += [p.flatten(0, 1) for p in found or () if p is not None]
                 continue
             for (grid, views), (x, y, z) in zip(
                 grids, ((a, b, both), (b.transpose(0, 1), a.transpose(0, 1), both.transpose(0, 1))), strict=True
             ):
-                mine = slice(grid.start, grid.start + grid.rows.shape[1])
-                found = grid.gradients(x[..., mine], y, z[..., mine], gradient[_slice(views)], None, slopes)
+                mine = slice(grid.start, grid.start + grid.shape[1])
+                fresh = _fresh(views, written), False
+                found = grid.gradients(x[..., mine], y, z[..., mine], gradient[_slice(views)], None, slopes, fresh)
                 if found:
                     pulls.append((found[0] if views is layout.rows else found[0].transpose(0, 1)).flatten(0, 1))
         return torch.cat(pulls) if pulls else None
+
+
+def _fresh(views: range, written: set[int]) -> bool:
+    """Whether none of the views is among those written; they are from now on."""
+    fresh = written.isdisjoint(views)
+    written.update(views)
+    return fresh
 
 
 def _slice(views: range) -> slice:

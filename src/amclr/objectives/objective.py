@@ -155,8 +155,7 @@ class Objective(nn.Module):
             if self.distributed and processes() > 1:
                 _tell_the_others(device)
             raise
-        rows = len(views[self._stacked[0]])
-        world = World.of(rows, device, self.distributed)
+        world = World.of(len(views[self._stacked[0]]), device, self.distributed)
         if sum(world.sizes) < 2:
             raise ValueError("a batch of 1 has no negatives: pass at least 2 samples")
         with torch.autocast(device.type, enabled=False):
@@ -183,46 +182,48 @@ class Objective(nn.Module):
         tau = self.temperature if self.temperature_mode == "learnable" else None
 
         def compute(wanted: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
-            stack = torch.stack([views[v].detach() for v in self._stacked])
-            return self._closed_form(stack, ids, None if tau is None else tau.detach(), world, wanted, metrics)
+            own = [views[v].detach() for v in self._stacked]
+            return self._closed_form(own, ids, None if tau is None else tau.detach(), world, wanted, metrics)
 
         return _ClosedForm.apply(compute, tau, *views.values()), metrics
 
     def _closed_form(
         self,
-        stack: Tensor,
+        views: list[Tensor],
         ids: dict[str, Tensor],
         learned_tau: Tensor | None,
         world: World,
         wanted: bool,
         metrics: dict[str, Tensor],
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Loss, gradient (V, M, D) of the stacked views, and gradient of a learned temperature.
+        """Loss, gradient (V, M, D) of the views, and gradient of a learned temperature.
 
-        stack: (V, M, D), the rows of this process. Updates the tables; fills in the metrics.
+        views: V of (M, D), the rows of this process. Updates the tables; fills in the metrics.
         """
         if self.products in ("float16", "bfloat16"):
-            stack = stack.to(getattr(torch, self.products)).to(stack.dtype)
-        every = world.gather(stack, 1)
-        ids = {of: world.gather(i) for of, i in ids.items()}
-        size = every.shape[1]
+            views = [v.to(getattr(torch, self.products)).to(v.dtype) for v in views]
+        every = views if world.alone else list(world.gather(torch.stack(views), 1))
+        if not world.alone:
+            ids = {of: world.gather(i) for of, i in ids.items()}
+        like, size = every[0], len(every[0])
         positives = Positives.of(tuple(ids.values()))
         # Where no id stands twice, everybody has size - 1 negatives.
-        count = positives.negatives(every) if positives.ids else None
+        count = positives.negatives(like) if positives.ids else None
         some = None if count is None else count > 0
         log_n: Tensor | float = math.log(size - 1) if count is None else count.clamp(min=1).log()
         tau: float | Tensor = self.initial_temperature
         if learned_tau is not None:
-            tau = float(learned_tau) if stack.device.type == "cpu" else learned_tau.to(stack.dtype)
+            tau = float(learned_tau) if like.device.type == "cpu" else learned_tau.to(like.dtype)
         individual = self.temperature_mode == "individual"
         slopes = self.diagnose or (individual and self.training)
-        loss = every.new_zeros(())
-        gradient = torch.zeros_like(stack) if wanted or slopes else None
+        loss = None
+        gradient = like.new_empty(len(views), len(views[0]), like.shape[1]) if wanted or slopes else None
+        written: set[int] = set()
 
         for wave in self._waves(size, world):
             terms = [t for layout in wave for t in layout.terms]
-            weights = self._weights(terms, every)
-            taus = self._read("tau", wave, ids, every) if individual else tau
+            weights = self._weights(terms, like)
+            taus = self._read("tau", wave, ids, like) if individual else tau
             blocks = self._blocks(every, world, wave, taus, positives)
             sums, positive = blocks.log_sums()
             if not world.alone:
@@ -241,18 +242,19 @@ class Objective(nn.Module):
             if some is not None:
                 values = torch.where(some, values, 0.0)
             parts = values.mean(1) * weights
-            loss = loss + parts.sum()
-            self._report(metrics, terms, parts, positive, log_g, taus)
+            value = parts.sum()
+            loss = value if loss is None else loss + value
+            self._report(metrics, terms, parts, value, positive, log_g, taus)
             if gradient is None:
                 continue
             # The coefficient of the gradient goes into the exponents.
-            coefficient = (weights / size if self.method.contrast == "global" else weights / (size * tau))
+            coefficient = weights / size if self.method.contrast == "global" else weights / (size * tau)
             log_c = math.log(coefficient) if isinstance(coefficient, float) else coefficient.log()[..., None]
-            sum_of_weights = (log_g - log_u).exp()
-            offsets, own = log_rest + (log_total - log_c), (log_g - log_u + log_c).exp()
+            share = log_g - log_u  # of an anchor, the log of the sum of its weights
+            offsets, own = log_rest + log_total - log_c, (share + log_c).exp()
             if some is not None:
                 offsets, own = torch.where(some, offsets, math.inf), torch.where(some, own, 0.0)
-            pulls = blocks.gradients(offsets, own, gradient, slopes)
+            pulls = blocks.gradients(offsets, own, gradient, written, slopes)
             if pulls is not None:
                 pulls = pulls if world.alone else world.gather(pulls, 1)
                 pulls = (pulls - own * positive) / (math.exp(log_c) if isinstance(log_c, float) else log_c.exp()) / taus
@@ -260,12 +262,14 @@ class Objective(nn.Module):
                     slope = log_u + self.rho - pulls
                     self._update_temperatures(wave, slope, ids, some, taus, positives.ids is None)
                 if self.diagnose:
-                    self._diagnose(metrics, terms, log_g, log_g - log_u, log_n, pulls, taus, some)
+                    self._diagnose(metrics, terms, log_g, share, log_n, pulls, taus, some)
 
+        assert loss is not None
         tau_gradient = None
         if learned_tau is not None and gradient is not None:
             # Every pair of an anchor and a candidate stands in the gradients of both: hence the half.
-            tau_gradient = -world.sum((every[:, world.mine] * gradient).sum()) / 2 / tau
+            pulls = torch.stack([(v * g).sum() for v, g in zip(views, gradient, strict=True)]).sum()
+            tau_gradient = -world.sum(pulls) / 2 / tau
             if self.method.contrast == "global":
                 tau_gradient = tau_gradient + loss / tau
         return loss, gradient if wanted else None, tau_gradient
@@ -315,7 +319,7 @@ class Objective(nn.Module):
         return self._weight_tensors[key]
 
     def _blocks(
-        self, every: Tensor, world: World, wave: list[Layout], taus: float | Tensor, positives: Positives
+        self, every: list[Tensor], world: World, wave: list[Layout], taus: float | Tensor, positives: Positives
     ) -> Blocks:
         return Blocks(every, world.mine, wave, taus, positives)
 
@@ -399,20 +403,25 @@ class Objective(nn.Module):
     # -- what to look at ---------------------------------------------------------------------------
 
     def _report(
-        self, metrics: dict[str, Tensor], terms: list[Term], parts: Tensor, positive: Tensor, log_g: Tensor,
-        taus: float | Tensor,
+        self, metrics: dict[str, Tensor], terms: list[Term], parts: Tensor, value: Tensor, positive: Tensor,
+        log_g: Tensor, taus: float | Tensor,
     ) -> None:  # fmt: skip
         """Losses by kind of term; of the first term the mean similarity of positives and their margin over a
         soft maximum of the negatives; the temperature."""
         kinds = [t.kind for t in terms]
         for kind in dict.fromkeys(kinds):
-            chosen = parts[kinds.index(kind) : len(kinds) - kinds[::-1].index(kind)]
+            own = value
+            if kinds.count(kind) < len(kinds):
+                own = parts[kinds.index(kind) : len(kinds) - kinds[::-1].index(kind)].sum()
             name = f"loss_{kind}"
-            metrics[name] = metrics[name] + chosen.sum() if name in metrics else chosen.sum()
+            metrics[name] = metrics[name] + own if name in metrics else own
         if "margin" not in metrics:
-            tau = taus[0] if isinstance(taus, Tensor) and taus.dim() else taus
-            metrics["positive"], metrics["margin"] = positive[0].mean(), (-tau * log_g[0]).mean()
-            metrics["temperature"] = torch.as_tensor(taus, dtype=log_g.dtype).mean()
+            metrics["positive"] = positive[0].mean()
+            if isinstance(taus, Tensor) and taus.dim():
+                metrics["margin"], metrics["temperature"] = -(taus[0] * log_g[0]).mean(), taus.mean()
+            else:
+                metrics["margin"] = log_g[0].mean() * -taus
+                metrics["temperature"] = torch.as_tensor(taus, dtype=log_g.dtype)
 
     def _diagnose(
         self, metrics: dict[str, Tensor], terms: list[Term], log_g: Tensor, log_share: Tensor, log_n: Tensor | float,
@@ -573,20 +582,27 @@ class Objective(nn.Module):
         return found
 
     def _check_values(self, views: Mapping[str, Tensor], ids: Mapping[str, Tensor]) -> None:
-        for name in self.required_views:
-            lengths = views[name].detach().float().norm(dim=1)
-            if not bool(torch.isfinite(lengths).all()):
-                raise ValueError(f"view '{name}' holds NaN or infinite values")
-            worst = float((lengths - 1).abs().max())
-            if worst > UNIT_TOLERANCE:
-                raise ValueError(
-                    f"rows of view '{name}' are not unit length (off by up to {worst:.3g}): "
-                    "pass torch.nn.functional.normalize(embeddings, dim=-1)"
-                )
-        for of, i in ids.items():
-            low, high, n = int(i.min()), int(i.max()), self.num_samples[of]
-            if low < 0 or high >= n:
-                raise ValueError(f"{of} ids must lie in [0, {n}), got values from {low} to {high}")
+        # One look at all views tells whether a closer one is needed: comparisons with NaN are false.
+        lengths = torch.cat([torch.linalg.vector_norm(views[v].detach(), dim=1).float() for v in self._stacked])
+        low, high = (float(x) for x in lengths.aminmax())
+        if not (low >= 1 - UNIT_TOLERANCE and high <= 1 + UNIT_TOLERANCE):
+            for name in self.required_views:
+                lengths = views[name].detach().float().norm(dim=1)
+                if not bool(torch.isfinite(lengths).all()):
+                    raise ValueError(f"view '{name}' holds NaN or infinite values")
+                off = float((lengths - 1).abs().max())
+                if off > UNIT_TOLERANCE:
+                    raise ValueError(
+                        f"rows of view '{name}' are not unit length (off by up to {off:.3g}): "
+                        "pass torch.nn.functional.normalize(embeddings, dim=-1)"
+                    )
+        same = len({id(i) for i in ids.values()}) == 1
+        least = min(self.num_samples[of] for of in ids)
+        for of, i in list(ids.items())[: 1 if same else None]:
+            low, high = (int(x) for x in i.aminmax())
+            rows = least if same else self.num_samples[of]
+            if low < 0 or high >= rows:
+                raise ValueError(f"{of} ids must lie in [0, {rows}), got values from {low} to {high}")
 
     def extra_repr(self) -> str:
         """What `print(objective)` shows."""

@@ -61,12 +61,19 @@ class Table(nn.Module):
 
     def read(self, ids: Tensor, first: int, last: int, like: Tensor) -> Tensor:
         """Columns first to last - 1 of the samples `ids` (B,): (last - first, B), in the type and place of `like`."""
-        return self.values[ids.to(self.values.device), first:last].to(like.device).to(like.dtype).T
+        values = self.values
+        found = (values if last - first == values.shape[1] else values[:, first:last])[self._here(ids)].T
+        return found if (found.device, found.dtype) == (like.device, like.dtype) else found.to(like)
 
     def write(self, ids: Tensor, first: int, last: int, numbers: Tensor) -> None:
         """Put numbers (last - first, B) there. Equal ids must come with equal numbers."""
-        place = self.values.device
-        self.values[ids.to(place), first:last] = numbers.T.to(place).to(self.values.dtype)
+        values = self.values
+        if (numbers.device, numbers.dtype) != (values.device, values.dtype):
+            numbers = numbers.to(values)
+        (values if last - first == values.shape[1] else values[:, first:last])[self._here(ids)] = numbers.T
+
+    def _here(self, ids: Tensor) -> Tensor:
+        return ids if ids.device == self.values.device else ids.to(self.values.device)
 
     def _pieces(self) -> Iterator[Tensor]:
         rows, columns = self.values.shape

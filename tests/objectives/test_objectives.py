@@ -111,9 +111,14 @@ def test_samples_that_stand_twice_are_positives_with_one_update(name: str) -> No
     objective = build(name, {"image": 6, "text": 12}, temperature=0.25, rho=0.5, gamma=0.7).double()
     rho = 0.5 if METHODS[name].temperature == "individual" else 0.0
     sums = oracle_for(name, gamma=0.7, tau=0.25, rho=rho)
-    batches = [([0, 1, 0, 2, 3, 1], [0, 2, 1, 4, 6, 2]), ([3, 3, 3, 1, 5, 4], [6, 7, 6, 3, 10, 3])]
+    batches = [
+        ([0, 1, 0, 2, 3, 1], [0, 2, 1, 4, 6, 2]),
+        ([3, 3, 3, 1, 5, 4], [6, 7, 6, 3, 10, 3]),
+        # Image 0 stands twice, once with a negative and once without: row 0 shares an id with every other.
+        ([0, 0, 1], [5, 6, 5]),
+    ]
     for seed, (images, texts) in enumerate(batches * 2):
-        views = draw_views(seed)
+        views = draw_views(seed, batch=len(images))
         t = tensors(views)
         loss, _ = objective(t, {"image": torch.tensor(images), "text": torch.tensor(texts)})
         loss.backward()

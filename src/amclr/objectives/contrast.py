@@ -25,24 +25,28 @@ def update_log_u(log_u: Tensor, log_g: Tensor, gamma: float) -> Tensor:
     return torch.where(log_u == NEG_INF, log_g, mixed)
 
 
-def mean_by_id(ids: Tensor, values: Tensor, log: bool = False) -> Tensor:
+def mean_by_id(ids: Tensor, values: Tensor, some: Tensor | None = None, log: bool = False) -> Tensor:
     """Replace every column by the mean over the columns with the same id; `log` means: of exp(values).
 
     A sample that stands twice in a batch gets one update, whatever the order of the rows.
-    ids: (N,) int64. values: (T, N), a row per term. Costs O(N log N) time and O(T N) memory.
+    ids: (N,) int64. values: (T, N), a row per term. some: (N,) bool, which columns have something to say;
+    where none of an id's has, the mean is NaN (or, `log`, -inf). Costs O(N log N) time and O(T N) memory.
     """
     order = ids.argsort(stable=True)
     sorted_ids = ids[order]
     starts = torch.ones_like(sorted_ids)
     starts[1:] = (sorted_ids[1:] != sorted_ids[:-1]).long()
     group = torch.empty_like(starts).scatter_(0, order, starts.cumsum(0) - 1)
-    size = values.new_zeros(len(ids)).index_add_(0, group, values.new_ones(len(ids)))[group]
+    says = values.new_ones(len(ids)) if some is None else some.to(values.dtype)
+    size = torch.zeros_like(says).index_add_(0, group, says)[group]
     if not log:
-        return torch.zeros_like(values).index_add_(1, group, values)[:, group] / size
+        return torch.zeros_like(values).index_add_(1, group, values * says)[:, group] / size
+    if some is not None:
+        values = torch.where(some, values, NEG_INF)
     top = torch.full_like(values, NEG_INF).scatter_reduce_(1, group.expand_as(values), values, "amax")[:, group]
     top = top.clamp(min=torch.finfo(values.dtype).min)
     total = torch.zeros_like(values).index_add_(1, group, (values - top).exp())[:, group]
-    return top + total.log() - size.log()
+    return top + total.log() - size.clamp(min=1).log()
 
 
 def cross_entropy_terms(similarities: Tensor, negatives: Tensor, tau: Tensor, *extra: Tensor) -> Tensor:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -200,7 +203,7 @@ class Objective(nn.Module):
 
         views: V of (M, D), the rows of this process. Updates the tables; fills in the metrics.
         """
-        if self.products in ("float16", "bfloat16"):
+        if self.products in ("float16", "bfloat16") and not self._uses_triton(views[0]):
             views = [v.to(getattr(torch, self.products)).to(v.dtype) for v in views]
         every = views if world.alone else list(world.gather(torch.stack(views), 1))
         if not world.alone:
@@ -220,7 +223,7 @@ class Objective(nn.Module):
         gradient = like.new_empty(len(views), len(views[0]), like.shape[1]) if wanted or slopes else None
         written: set[int] = set()
 
-        for wave in self._waves(size, world):
+        for wave in self._waves(size, world, like):
             terms = [t for layout in wave for t in layout.terms]
             weights = self._weights(terms, like)
             taus = self._read("tau", wave, ids, like) if individual else tau
@@ -296,7 +299,7 @@ class Objective(nn.Module):
             ))  # fmt: skip
         return found
 
-    def _waves(self, size: int, world: World) -> list[list[Layout]]:
+    def _waves(self, size: int, world: World, like: Tensor) -> list[list[Layout]]:
         """The layouts of all terms, in groups that are worked on at once, for a batch of `size`.
 
         The reference estimator's terms overwrite one table in their order, so it needs them all at
@@ -304,7 +307,7 @@ class Objective(nn.Module):
         """
         small = len(self.terms) * size * size <= SMALL
         layouts = self._layouts_of[small]
-        if small or self.estimator == "reference" or not world.alone:
+        if small or self.estimator == "reference" or not world.alone or self._uses_triton(like):
             return [layouts]
         return [[layout] for layout in layouts]
 
@@ -320,8 +323,23 @@ class Objective(nn.Module):
 
     def _blocks(
         self, every: list[Tensor], world: World, wave: list[Layout], taus: float | Tensor, positives: Positives
-    ) -> Blocks:
-        return Blocks(every, world.mine, wave, taus, positives)
+    ) -> Any:
+        """The passes over some layouts' blocks, by the backend that this batch is for."""
+        if not self._uses_triton(every[0]):
+            return Blocks(every, world.mine, wave, taus, positives)
+        from amclr.objectives.kernels import TritonBlocks
+
+        return TritonBlocks(every, world.mine, wave, taus, positives, self.products)
+
+    def _uses_triton(self, like: Tensor) -> bool:
+        """Whether a batch goes to Triton. Raises ValueError where it was asked for and cannot run."""
+        if self.backend == "eager" or like.dtype == torch.float64:
+            return False
+        if self.backend == "triton":
+            if like.device.type == "cpu" and not os.environ.get("TRITON_INTERPRET"):
+                raise ValueError("backend 'triton' needs views on a GPU (or TRITON_INTERPRET=1): use backend='auto'")
+            return True
+        return like.device.type == "cuda" and _triton_installed()
 
     # -- estimators and individual temperatures ----------------------------------------------------
 
@@ -350,11 +368,13 @@ class Objective(nn.Module):
         for part, of, first, last in self._sides(wave):
             self._table(what, of).write(ids[of], first, last, values[part])
 
-    def _mean_by_sample(self, wave: list[Layout], ids: dict[str, Tensor], values: Tensor, log: bool) -> Tensor:
-        """Values (T, N) averaged over the rows of the batch that are the same sample."""
+    def _mean_by_sample(
+        self, wave: list[Layout], ids: dict[str, Tensor], values: Tensor, some: Tensor | None, log: bool
+    ) -> Tensor:
+        """Values (T, N) averaged over the rows of the batch that are the same sample and have negatives."""
         if len({id(i) for i in ids.values()}) == 1:
-            return math_of.mean_by_id(next(iter(ids.values())), values, log)
-        return torch.cat([math_of.mean_by_id(ids[of], values[part], log) for part, of, _, _ in self._sides(wave)])
+            return math_of.mean_by_id(next(iter(ids.values())), values, some, log)
+        return torch.cat([math_of.mean_by_id(ids[of], values[part], some, log) for part, of, _, _ in self._sides(wave)])
 
     def _update_log_u(
         self, wave: list[Layout], log_g: Tensor, ids: dict[str, Tensor], some: Tensor | None, unique: bool
@@ -365,9 +385,9 @@ class Objective(nn.Module):
         before = self._read("log_u", wave, ids, log_g)
         after = math_of.update_log_u(before, log_g, self.gamma)
         if self.training:
-            mean = after if unique else self._mean_by_sample(wave, ids, after, log=True)
-            # An anchor without negatives has learned nothing: it keeps what it had.
-            self._write("log_u", wave, ids, mean if some is None else torch.where(some, mean, before))
+            mean = after if unique else self._mean_by_sample(wave, ids, after, some, log=True)
+            # A sample without negatives has learned nothing: it keeps what it had.
+            self._write("log_u", wave, ids, mean if some is None else torch.where(mean == NEG_INF, before, mean))
         return after if some is None else torch.where(some, after, 0.0)
 
     def _update_reference(
@@ -382,8 +402,8 @@ class Objective(nn.Module):
             before = table.read(ids[of], 0, 1, g)
             after = math_of.update_log_u(torch.full_like(before, NEG_INF) if self._first_epoch else before, g, self.gamma)
             if self.training:
-                mean = after if unique else math_of.mean_by_id(ids[of], after, log=True)
-                table.write(ids[of], 0, 1, mean if some is None else torch.where(some, mean, before))
+                mean = after if unique else math_of.mean_by_id(ids[of], after, some, log=True)
+                table.write(ids[of], 0, 1, mean if some is None else torch.where(mean == NEG_INF, before, mean))
             found[k] = torch.logaddexp(after, torch.full_like(after, math.log(REFERENCE_EPS)))[0]
         return found if some is None else torch.where(some, found, 0.0)
 
@@ -392,11 +412,12 @@ class Objective(nn.Module):
     ) -> None:
         """One step of iSogCLR's temperatures: momentum on d F_i / d tau_i, then a clamp to the range."""
         before = self._read("tau_velocity", wave, ids, taus)
-        mean = slope if unique else self._mean_by_sample(wave, ids, slope, log=False)
+        mean = slope if unique else self._mean_by_sample(wave, ids, slope, some, log=False)
         velocity = self.tau_momentum * before + (1 - self.tau_momentum) * mean
         moved = (taus - self.tau_lr * velocity).clamp(self.tau_min, self.tau_max)
         if some is not None:
-            velocity, moved = torch.where(some, velocity, before), torch.where(some, moved, taus)
+            learned = ~mean.isnan()
+            velocity, moved = torch.where(learned, velocity, before), torch.where(learned, moved, taus)
         self._write("tau_velocity", wave, ids, velocity)
         self._write("tau", wave, ids, moved)
 
@@ -639,6 +660,11 @@ class _Scaled(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return gradient * ctx.factor, None
+
+
+@cache
+def _triton_installed() -> bool:
+    return find_spec("triton") is not None
 
 
 def _tell_the_others(device: torch.device) -> None:

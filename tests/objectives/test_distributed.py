@@ -1,0 +1,146 @@
+"""Several gloo processes, each with its part of a batch, against one process with the whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch import multiprocessing as mp
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+from amclr.objectives import METHODS, build
+
+VIEWS = ("image", "image_aug", "text", "text_aug")
+BATCH, SAMPLES, STEPS = 12, 20, 3
+PARTS = {"equal": (6, 6), "unequal": (9, 3), "three": (5, 1, 6)}
+SETTINGS: dict[str, dict[str, Any]] = {
+    **{name: {"name": name} for name in METHODS},
+    "reference": {"name": "xamclr", "estimator": "reference"},
+    "learnable": {"name": "amclr", "temperature_mode": "learnable", "rho": 1.0},
+    "aligned": {"name": "sogclr", "pairs": "aligned"},
+    "weighted": {"name": "xamclr", "weights": {"image": 0.3, "text": 0.1}},
+}
+
+
+def make(settings: dict[str, Any]) -> Any:
+    return build(num_samples={"image": SAMPLES, "text": SAMPLES}, temperature=0.1, **settings).double()
+
+
+def batch(step: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Views and ids of a whole batch; from the second on, samples stand twice, across the processes too."""
+    generator = torch.Generator().manual_seed(step)
+    views = {v: torch.randn(BATCH, 5, generator=generator, dtype=torch.float64) for v in VIEWS}
+    ids = torch.randperm(SAMPLES, generator=generator)[:BATCH]
+    text = ids.clone()
+    if step:
+        ids[0], ids[1], text[2] = ids[-1], ids[-2], text[-3]
+    return {v: F.normalize(x, dim=-1) for v, x in views.items()}, {"image": ids, "text": text}
+
+
+def steps_of(settings: dict[str, Any], rows: slice) -> dict[str, Any]:
+    """Losses, gradients of `rows`, and the final state, of a few steps."""
+    objective = make(settings)
+    objective.diagnose = True
+    losses, gradients = [], []
+    for step in range(STEPS):
+        views, ids = batch(step)
+        own = {v: x[rows].clone().requires_grad_() for v, x in views.items()}
+        loss, metrics = objective(own, {of: i[rows] for of, i in ids.items()})
+        objective.zero_grad()
+        loss.backward()
+        losses.append({k: m.detach() for k, m in metrics.items()} | {"loss": loss.detach()})
+        gradients.append({v: x.grad for v, x in own.items() if x.grad is not None})
+    learned = {k: p.grad for k, p in objective.named_parameters()}
+    return {"losses": losses, "gradients": gradients, "state": objective.state_dict(), "learned": learned}
+
+
+def start(rank: int, world: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
+
+
+def work(rank: int, sizes: tuple[int, ...], folder: str) -> None:
+    start(rank, len(sizes), folder)
+    first = sum(sizes[:rank])
+    rows = slice(first, first + sizes[rank])
+    found = {name: steps_of(settings, rows) for name, settings in SETTINGS.items()}
+    torch.save(found, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("parts", PARTS)
+def test_processes_equal_one(parts: str, tmp_path: Path) -> None:
+    """Loss, metrics, gradients, tables and learned temperatures of every objective, over steps with duplicates."""
+    sizes = PARTS[parts]
+    mp.spawn(work, (sizes, str(tmp_path)), nprocs=len(sizes))
+    ranks = [torch.load(tmp_path / f"{r}.pt", weights_only=True) for r in range(len(sizes))]
+    for name, settings in SETTINGS.items():
+        whole = steps_of(settings, slice(None))
+        for found in (r[name] for r in ranks):
+            for mine, expected in zip(found["losses"], whole["losses"], strict=True):
+                torch.testing.assert_close(mine, expected, rtol=1e-9, atol=1e-11, msg=lambda m, n=name: f"{n}: {m}")
+            torch.testing.assert_close(found["state"], whole["state"], rtol=1e-9, atol=1e-11)
+            torch.testing.assert_close(found["learned"], whole["learned"], rtol=1e-8, atol=1e-10)
+            assert all(torch.equal(v, ranks[0][name]["state"][k]) for k, v in found["state"].items()), "not one table"
+        for step in range(STEPS):
+            joined = {v: torch.cat([r[name]["gradients"][step][v] for r in ranks]) for v in whole["gradients"][step]}
+            torch.testing.assert_close(joined, whole["gradients"][step], rtol=1e-8, atol=1e-11)
+
+
+def work_with_ddp(rank: int, sizes: tuple[int, ...], folder: str) -> None:
+    start(rank, len(sizes), folder)
+    first = sum(sizes[:rank])
+    torch.save(weights_after(DistributedDataParallel, slice(first, first + sizes[rank])), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def weights_after(wrap: Any, rows: slice) -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(5, 4).double()
+    model = wrap(layer)
+    objective = build("amclr", SAMPLES, temperature=0.2, averaged=True).double()
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.5)
+    for step in range(STEPS):
+        views, ids = batch(step)
+        stacked = F.normalize(model(torch.cat([views[v][rows] for v in VIEWS])), dim=-1)
+        loss, _ = objective(dict(zip(VIEWS, stacked.chunk(4), strict=True)), ids["image"][rows])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return {k: v.detach() for k, v in layer.state_dict().items()}
+
+
+def test_under_ddp_the_weights_are_those_of_one_process(tmp_path: Path) -> None:
+    """DDP averages gradients: `averaged` makes the average the gradient of the whole batch, whatever the parts."""
+    mp.spawn(work_with_ddp, ((8, 4), str(tmp_path)), nprocs=2)
+    expected = weights_after(lambda m: m, slice(None))
+    for rank in range(2):
+        torch.testing.assert_close(torch.load(tmp_path / f"{rank}.pt", weights_only=True), expected, rtol=1e-9, atol=1e-12)
+
+
+def work_with_a_fault(rank: int, folder: str) -> None:
+    start(rank, 2, folder)
+    objective = build("sogclr", SAMPLES)
+    views, ids = batch(0)
+    if rank == 1:
+        views["text"] = views["text"][:3]
+    try:
+        objective(views, ids)
+    except ValueError as error:
+        Path(folder, f"{rank}.txt").write_text(str(error))
+    # On a process alone it still works, and can be told to stay alone.
+    alone = build("sogclr", SAMPLES, distributed=False)
+    alone(batch(0)[0], batch(0)[1])
+    dist.destroy_process_group()
+
+
+@pytest.mark.timeout(120)
+def test_if_one_process_refuses_its_batch_all_do(tmp_path: Path) -> None:
+    mp.spawn(work_with_a_fault, (str(tmp_path),), nprocs=2)
+    assert "view 'text' has shape (3, 5)" in (tmp_path / "1.txt").read_text()
+    assert "process 1 refused its part of the batch" in (tmp_path / "0.txt").read_text()

@@ -135,6 +135,36 @@ def test_the_same_seed_gives_the_same_run(folder: Path) -> None:
     assert not torch.equal(weights(first)["image_head.weight"], weights(other)["image_head.weight"])
 
 
+@pytest.mark.parametrize("objective", ["xamclr", "clip"])
+def test_micro_batches_train_the_same(objective: str, folder: Path) -> None:
+    """Embedded three at a time or all at once: the same weights, but for rounding. Without dropout, whose draws differ."""
+    changes: dict[str, Any] = {"objective": objective, "optim": OptimConfig(name="sgd", lr=0.1)}
+    config = frozen(folder, "whole", **changes)
+    config = replace(config, model=replace(config.model, dropout=0.0))
+    whole = train(config, progress=False)
+    parts = train(replace(config, out=str(folder.parent / "parts"), micro_batch=3), progress=False)
+    for name, tensor in weights(whole).items():
+        torch.testing.assert_close(weights(parts)[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
+    losses = [[r["loss"] for r in run.metrics() if r["kind"] == "train"] for run in (whole, parts)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_micro_batches_of_trained_towers(folder: Path) -> None:
+    """With towers, dropout and batch norm: it runs, and resumes bit by bit."""
+    config = config_for(folder, "a", micro_batch=3, loss=LossConfig(temperature=0.1, storage="disk"))
+    first = train(config, progress=False)
+    second = train(replace(config, out=str(folder.parent / "b")), progress=False)
+    assert_same_run(first, second)
+
+
+def test_what_is_logged_says_how_the_estimators_do(folder: Path) -> None:
+    run = train(frozen(folder, objective="ixamclr"), progress=False)
+    row = next(r for r in run.metrics() if r["kind"] == "train")
+    for kind in ("cross", "image", "text"):
+        assert 1 <= row[f"effective_negatives_{kind}"] <= 7 and 0 <= row[f"dead_{kind}"] <= 1
+        assert row[f"tau_p05_{kind}"] <= row[f"tau_p95_{kind}"]
+
+
 @pytest.mark.parametrize(("make", "stop"), [(config_for, 3), (frozen, 6)])
 def test_stopped_and_resumed_equals_uninterrupted(
     make: Any, stop: int, folder: Path, monkeypatch: pytest.MonkeyPatch

@@ -134,6 +134,10 @@ class LossConfig:
     """Weight of text-text terms."""
     estimator: Literal["per-term", "reference"] = "per-term"
     """per-term: an estimate per sample and term. reference: one per sample, as the public AmCLR code."""
+    storage: Literal["auto", "device", "host", "disk"] = "auto"
+    """Where the estimators are: on the device, in memory, or memory-mapped on disk; auto: the first that they fit."""
+    products: Literal["auto", "float32", "tf32", "float16", "bfloat16"] = "auto"
+    """Type of the embeddings in the objective's matrix products; auto is exact. tf32 on a GPU alone."""
 
 
 @dataclass(frozen=True)
@@ -170,6 +174,9 @@ class Config:
     """Passes over the training pictures."""
     batch_size: int = 128
     """Pictures per step."""
+    micro_batch: int = 0
+    """Pictures embedded at a time; 0 is the whole batch. The gradient is that of the whole batch all the same,
+    for one more forward pass: a batch of thousands trains in the memory of a small one."""
     seed: int = 0
     """Seed of everything random."""
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
@@ -204,6 +211,7 @@ def problems(config: Config) -> list[str]:
     bounds: list[tuple[str, float, float, float]] = [
         ("epochs", config.epochs, 1, 1e9),
         ("batch_size", config.batch_size, 2, 1e9),
+        ("micro_batch", config.micro_batch, 0, 1e9),
         ("workers", config.workers, 0, 1024),
         ("eval_every", config.eval_every, 1, 1e9),
         ("keep", config.keep, 1, 1e9),

@@ -60,7 +60,9 @@ class World:
         part = part.detach().movedim(dim, 0).contiguous()
         # Collectives want equal shapes: the smaller parts are padded.
         longest = max(self.sizes)
-        padded = part if len(part) == longest else torch.cat([part, part.new_zeros(longest - len(part), *part.shape[1:])])
+        padded = (
+            part if len(part) == longest else torch.cat([part, part.new_zeros(longest - len(part), *part.shape[1:])])
+        )
         parts = [torch.empty_like(padded) for _ in self.sizes]
         dist.all_gather(parts, padded)
         return torch.cat([p[:n] for p, n in zip(parts, self.sizes, strict=True)]).movedim(0, dim)

@@ -30,7 +30,7 @@ from amclr.errors import UserError
 from amclr.features import FeatureBatches
 from amclr.measure import Evaluator, draw_gallery, measure_classes, model_reads_pictures
 from amclr.model import DualEncoder, build_tokenizer
-from amclr.objectives import Objective, build
+from amclr.objectives import Objective, backward_in_chunks, build
 from amclr.optim import build_optimizer, choose_optimizer, learning_rate, set_lr
 from amclr.randomness import derive
 from amclr.run import Loggers, Run, write_atomically
@@ -132,9 +132,8 @@ def fit(t: Training, progress: bool) -> None:
             torch.manual_seed(derive(config.seed, "dropout", t.step))
             t.wrapped.train()
 
-            batch = batch.to(t.fabric.device)
-            loss, metrics = t.objective(embed(t.wrapped, batch), batch.ids)
-            t.fabric.backward(loss)
+            t.objective.diagnose = t.step % LOG_EVERY == 0
+            loss, metrics = backward(t, batch)
             if config.optim.clip:
                 t.fabric.clip_gradients(t.wrapped, t.optimizer, max_norm=config.optim.clip)
             t.optimizer.step()
@@ -165,6 +164,20 @@ def fit(t: Training, progress: bool) -> None:
                 written = time.monotonic()
             if signals and t.step < t.steps:
                 raise Stopped(signals[0], t.run.folder)
+
+
+def backward(t: Training, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss, metrics and gradient of a batch, embedded at once or in parts."""
+    device, size = t.fabric.device, t.config.micro_batch
+    if 0 < size < len(batch.ids):
+        return backward_in_chunks(
+            lambda part: embed(t.wrapped, part.to(device)), batch.chunks(size), t.objective, batch.ids.to(device),
+            model=t.model, backward=t.fabric.backward, no_sync=lambda: t.fabric.no_backward_sync(t.wrapped),
+        )  # fmt: skip
+    batch = batch.to(device)
+    loss, metrics = t.objective(embed(t.wrapped, batch), batch.ids)
+    t.fabric.backward(loss)
+    return loss, metrics
 
 
 def refuse_infinite(loss: Tensor, t: Training) -> None:
@@ -238,6 +251,7 @@ def build_objective(config: Config, samples: int) -> Objective:
             config.objective, samples, temperature=c.temperature, gamma=c.gamma, gamma_schedule=c.gamma_schedule,
             temperature_mode=c.temperature_mode, temperature_lr=c.temperature_lr, rho=c.rho, pairs=c.pairs,
             weights={"cross": c.cross_weight, "image": c.image_weight, "text": c.text_weight}, estimator=c.estimator,
+            storage=c.storage, folder=manifests.cache_folder(config) / "tables", products=c.products, averaged=True,
             validate=False,  # embeddings made here are unit rows, and ids are the plan's own
         )  # fmt: skip
     except ValueError as error:

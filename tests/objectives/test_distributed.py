@@ -120,7 +120,9 @@ def test_under_ddp_the_weights_are_those_of_one_process(tmp_path: Path) -> None:
     mp.spawn(work_with_ddp, ((8, 4), str(tmp_path)), nprocs=2)
     expected = weights_after(lambda m: m, slice(None))
     for rank in range(2):
-        torch.testing.assert_close(torch.load(tmp_path / f"{rank}.pt", weights_only=True), expected, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(
+            torch.load(tmp_path / f"{rank}.pt", weights_only=True), expected, rtol=1e-9, atol=1e-12
+        )
 
 
 def work_with_a_fault(rank: int, folder: str) -> None:

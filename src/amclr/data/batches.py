@@ -74,6 +74,27 @@ class Batch:
     ids: Tensor
     replaced: dict[str, str] = field(default_factory=dict)
 
+    def chunks(self, size: int) -> list[Batch]:
+        """The batch in parts of at most `size` samples, each with all its views."""
+
+        def part(value: Any, views: int, start: int) -> Any:
+            if isinstance(value, dict):
+                return {k: part(v, views, start) for k, v in value.items()}
+            if value is None:
+                return None
+            return value.unflatten(0, (views, -1))[:, start : start + size].flatten(0, 1)
+
+        return [
+            replace(
+                self,
+                images=part(self.images, len(self.image_views), start),
+                tokens=part(self.tokens, len(self.text_views), start),
+                ids=self.ids[start : start + size],
+                replaced={},
+            )
+            for start in range(0, len(self.ids), size)
+        ]
+
     def to(self, device: torch.device) -> Batch:
         """The batch with its tensors on a device."""
 

@@ -13,10 +13,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from amclr.objectives.methods import METHODS, PAIRS, VIEWS, Method, Pairs, Temperature, Term, modality
+from amclr.objectives.microbatch import backward_in_chunks
 from amclr.objectives.objective import Objective
 from amclr.objectives.tables import STORAGES, choose_storage
 
-__all__ = ["METHODS", "PAIRS", "VIEWS", "Method", "Objective", "Term", "build", "modality"]
+__all__ = ["METHODS", "PAIRS", "VIEWS", "Method", "Objective", "Term", "backward_in_chunks", "build", "modality"]
 
 ESTIMATORS = ("per-term", "reference")
 GAMMA_SCHEDULES = ("constant", "cosine")
@@ -130,7 +131,9 @@ def build(
     if storage == "auto":
         columns = {"reference": 1}.get(estimator) or len(method.terms(pairs, weights)) // 2
         kinds = 3 if mode == "individual" else 1
-        storage = choose_storage(4 * kinds * columns * sum(samples.values())) if method.contrast == "global" else "device"
+        storage = (
+            choose_storage(4 * kinds * columns * sum(samples.values())) if method.contrast == "global" else "device"
+        )
     return Objective(
         name,
         replace(method, temperature=mode),

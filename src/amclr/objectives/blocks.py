@@ -410,18 +410,24 @@ class Blocks:
             forth, back = slice(start, start + half), slice(start + half, start := start + 2 * half)
             self.parts.append((forth, back))
             shape = (*layout.shape, self.size)
-            own = [None if shared is not None else taus[part].view(shape) for part in (forth, back)]  # type: ignore[index]
+            tau_rows = tau_columns = None
+            if shared is None:
+                assert isinstance(taus, Tensor)
+                tau_rows, tau_columns = taus[forth].view(shape), taus[back].view(shape)
             rows, columns = every[_slice(layout.rows)], every[_slice(layout.columns)]
             if self.alone:
-                self.grids.append([(Grid(rows, columns, positives, shared, *own), layout.rows)])
+                self.grids.append([(Grid(rows, columns, positives, shared, tau_rows, tau_columns), layout.rows)])
                 continue
             # Each process has the rows of its own anchors, in both directions.
-            turned = [None if o is None else o.transpose(0, 1) for o in own]
-            sides = ((rows, columns, own, layout.rows), (columns, rows, turned[::-1], layout.columns))
-            self.grids.append([
-                (Grid([v[mine] for v in x], y, positives, shared, None if t[0] is None else t[0][..., mine], t[1], mine.start, False), v)
-                for x, y, t, v in sides
-            ])  # fmt: skip
+            grids = []
+            for x, y, views, own, others in (
+                (rows, columns, layout.rows, tau_rows, tau_columns),
+                (columns, rows, layout.columns, _turned(tau_columns), _turned(tau_rows)),
+            ):
+                own = own if own is None else own[..., mine]
+                part = [v[mine] for v in x]
+                grids.append((Grid(part, y, positives, shared, own, others, start=mine.start, both=False), views))
+            self.grids.append(grids)
 
     def log_sums(self) -> tuple[Tensor, Tensor]:
         """Of this process's anchors: log of the sum over the negatives of exp(s / tau), and s_ii, (T, M) each."""
@@ -448,7 +454,11 @@ class Blocks:
         offsets = offsets * LOG2E
         for layout, grids, (forth, back) in zip(self.layouts, self.grids, self.parts, strict=True):
             shape = (*layout.shape, self.size)
-            a, b, both = offsets[forth].view(shape), offsets[back].view(shape), (own[forth] + own[back]).neg_().view(shape)
+            a, b, both = (
+                offsets[forth].view(shape),
+                offsets[back].view(shape),
+                (own[forth] + own[back]).neg_().view(shape),
+            )
             if self.alone:
                 [(grid, _)] = grids
                 fresh = _fresh(layout.rows, written), _fresh(layout.columns, written)
@@ -465,6 +475,11 @@ class Blocks:
                 if found:
                     pulls.append((found[0] if views is layout.rows else found[0].transpose(0, 1)).flatten(0, 1))
         return torch.cat(pulls) if pulls else None
+
+
+def _turned(numbers: Tensor | None) -> Tensor | None:
+    """Numbers (R, C, N) of row views by column views, as (C, R, N)."""
+    return None if numbers is None else numbers.transpose(0, 1)
 
 
 def _fresh(views: range, written: set[int]) -> bool:

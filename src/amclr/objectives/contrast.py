@@ -50,7 +50,7 @@ def mean_by_id(ids: Tensor, values: Tensor, some: Tensor | None = None, log: boo
 
 
 def cross_entropy_terms(similarities: Tensor, negatives: Tensor, tau: Tensor, *extra: Tensor) -> Tensor:
-    """-log softmax of each anchor's positive among itself and its negatives, 0 where there is none. (B,)
+    """Cross-entropy of each anchor's positive among itself and its negatives, 0 where there is none. (B,).
 
     similarities: (B, B), the positives on its diagonal. negatives: (B, B) bool. tau: (). extra: further
     (B, B) blocks whose other samples are negatives too (NT-Xent).

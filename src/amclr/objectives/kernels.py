@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -58,10 +59,10 @@ def _positives(ids, i, j, n, IDS: tl.constexpr):
 
 @triton.jit
 def _log_sums(
-    z, terms, rates, ids, sums, positive, first, last, n, d, rate_stride,
+    z, terms, rates, ids, sums, positive, counts, first, last, n, d, rate_stride,
     IDS: tl.constexpr, ROWS: tl.constexpr, CANDIDATES: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Program (block of anchors, term): log of the sum over negatives of exp(s / tau), and s_ii."""
+    """Program (block of anchors, term): log of the sum over negatives of exp(s / tau), s_ii, how many negatives."""
     t = tl.program_id(1)
     a, c = tl.load(terms + 2 * t), tl.load(terms + 2 * t + 1)
     i = first + tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -70,11 +71,14 @@ def _log_sums(
     top = tl.full((ROWS,), float("-inf"), dtype=tl.float32)
     total = tl.zeros((ROWS,), dtype=tl.float32)
     own = tl.zeros((ROWS,), dtype=tl.float32)
+    count = tl.zeros((ROWS,), dtype=tl.float32)
     for start in range(0, n, CANDIDATES):
         j = start + tl.arange(0, CANDIDATES)
         s = _similarities(z, a, c, i, j, n, d, DEPTH, PRECISION)
         own += tl.sum(tl.where(i[:, None] == j[None, :], s, 0.0), 1)
-        s = tl.where(_positives(ids, i, j, n, IDS), float("-inf"), s * rate[:, None])
+        positives = _positives(ids, i, j, n, IDS)
+        count += tl.sum(tl.where(positives, 0.0, 1.0), 1)
+        s = tl.where(positives, float("-inf"), s * rate[:, None])
         higher = tl.maximum(top, tl.max(s, 1))
         level = tl.where(higher == float("-inf"), 0.0, higher)
         total = total * tl.exp2(top - level) + tl.sum(tl.exp2(s - level[:, None]), 1)
@@ -83,6 +87,105 @@ def _log_sums(
     out = t * (last - first) + i - first
     tl.store(sums + out, found, mask=mine)
     tl.store(positive + out, own, mask=mine)
+    if t == 0:
+        tl.store(counts + i - first, count, mask=mine)
+
+
+@triton.jit
+def _logaddexp(x, y):
+    top = tl.maximum(x, y)
+    level = tl.where(top == float("-inf"), 0.0, top)
+    return level + tl.log(tl.maximum(tl.exp(x - level) + tl.exp(y - level), 1e-38))
+
+
+@triton.jit
+def _estimate(
+    sums, positive, counts, columns, weights, rates, ids, image_table, text_table, gamma_logs, offsets, own, updated,
+    partials, n, lift, rho,
+    GLOBAL: tl.constexpr, IDS: tl.constexpr, BLOCK: tl.constexpr, CANDIDATES: tl.constexpr,
+):  # fmt: skip
+    """Program (block of anchors, term): from log-sum-exps to estimates, losses, and what the gradient needs.
+
+    columns: per term its modality (0 image, 1 text), its column in that table, and the table's width.
+    partials (3, T, blocks): sums of weighted losses, of -tau log g, and of s_ii, over n.
+    """
+    t = tl.program_id(1)
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < n
+    of, column, width = tl.load(columns + 3 * t), tl.load(columns + 3 * t + 1), tl.load(columns + 3 * t + 2)
+    rate, weight = tl.load(rates), tl.load(weights + t)
+    tau = 1.4426950408889634 / rate
+    count = tl.load(counts + i, mask=inside, other=0.0)
+    some = count > 0
+    log_n = tl.log(tl.maximum(count, 1.0))
+    s = tl.load(positive + t * n + i, mask=inside, other=0.0)
+    log_g = tl.where(some, tl.load(sums + t * n + i, mask=inside, other=0.0) - s / tau - log_n, 0.0)
+    if GLOBAL:
+        row = ids + tl.minimum(of, IDS - 1) * n
+        sample = tl.load(row + i, mask=inside, other=-1)
+        if of == 0:
+            before = tl.load(image_table + sample * width + column, mask=inside, other=0.0)
+        else:
+            before = tl.load(text_table + sample * width + column, mask=inside, other=0.0)
+        # A sample that stands several times gets one update: with the mean of its rows' g.
+        top = tl.full((BLOCK,), float("-inf"), dtype=tl.float32)
+        total = tl.zeros((BLOCK,), dtype=tl.float32)
+        number = tl.zeros((BLOCK,), dtype=tl.float32)
+        for start in range(0, n, CANDIDATES):
+            j = start + tl.arange(0, CANDIDATES)
+            other = tl.load(row + j, mask=j < n, other=-2)
+            there = tl.load(counts + j, mask=j < n, other=0.0)
+            g = (
+                tl.load(sums + t * n + j, mask=j < n, other=0.0)
+                - tl.load(positive + t * n + j, mask=j < n, other=0.0) / tau
+            )
+            same = (sample[:, None] == other[None, :]) & (there > 0)[None, :]
+            x = tl.where(same, (g - tl.log(tl.maximum(there, 1.0)))[None, :], float("-inf"))
+            higher = tl.maximum(top, tl.max(x, 1))
+            level = tl.where(higher == float("-inf"), 0.0, higher)
+            total = total * tl.exp(top - level) + tl.sum(tl.exp(x - level[:, None]), 1)
+            top = higher
+            number += tl.sum(tl.where(same, 1.0, 0.0), 1)
+        mean = top + tl.log(tl.maximum(total, 1e-38)) - tl.log(tl.maximum(number, 1.0))
+        unseen = before == float("-inf")
+        old = tl.load(gamma_logs) + before
+        new = tl.load(gamma_logs + 1)
+        log_u = tl.where(unseen, log_g, _logaddexp(old, new + log_g))
+        mixed = tl.where(unseen, mean, _logaddexp(old, new + mean))
+        tl.store(updated + t * n + i, tl.where(number > 0, mixed, before), mask=inside)
+        value = tau * (log_u + rho)
+        log_total = log_u + log_n
+        log_c = tl.log(weight / n)
+    else:
+        x = log_g + log_n
+        log_total = tl.maximum(x, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(x)))
+        log_u = log_total - log_n
+        value = log_total
+        log_c = tl.log(weight / (n * tau))
+    rest = s / tau + log_total - log_c - tl.log(lift)
+    tl.store(offsets + t * n + i, tl.where(some, rest * 1.4426950408889634, float("inf")), mask=inside)
+    tl.store(own + t * n + i, tl.where(some, tl.exp(log_g - log_u + log_c) * lift, 0.0), mask=inside)
+    place = t * tl.num_programs(0) + tl.program_id(0)
+    size = tl.num_programs(0) * tl.num_programs(1)
+    tl.store(partials + place, tl.sum(tl.where(some, value, 0.0), 0) * weight / n)
+    tl.store(partials + size + place, -tau * tl.sum(log_g, 0) / n)
+    tl.store(partials + 2 * size + place, tl.sum(s, 0) / n)
+
+
+@triton.jit
+def _store(
+    updated, columns, ids, image_table, text_table, n, IDS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Write the updated estimates. Apart from `_estimate`, whose programs may still read what is overwritten."""
+    t = tl.program_id(1)
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    of, column, width = tl.load(columns + 3 * t), tl.load(columns + 3 * t + 1), tl.load(columns + 3 * t + 2)
+    sample = tl.load(ids + tl.minimum(of, IDS - 1) * n + i, mask=i < n, other=0)
+    value = tl.load(updated + t * n + i, mask=i < n)
+    if of == 0:
+        tl.store(image_table + sample * width + column, value, mask=i < n)
+    else:
+        tl.store(text_table + sample * width + column, value, mask=i < n)
 
 
 @triton.jit
@@ -107,7 +210,9 @@ def _gradients(
             back = tl.load(partners + (v * PARTNERS + e) * 3 + 2)
             a = tl.load(offsets + forth * n + i, mask=mine, other=float("inf"))
             rate_a = tl.load(rates + forth * rate_stride * n + i * rate_stride, mask=mine, other=0.0)
-            owned = tl.load(own + forth * n + i, mask=mine, other=0.0) + tl.load(own + back * n + i, mask=mine, other=0.0)
+            owned = tl.load(own + forth * n + i, mask=mine, other=0.0) + tl.load(
+                own + back * n + i, mask=mine, other=0.0
+            )
             pull = tl.zeros((ROWS,), dtype=tl.float32)
             for start in range(0, n, CANDIDATES):
                 j = start + tl.arange(0, CANDIDATES)
@@ -123,9 +228,8 @@ def _gradients(
                 y = tl.load(z + (p * n + j[:, None]).to(tl.int64) * d + k[None, :],
                             mask=(j < n)[:, None] & (k < d)[None, :], other=0.0)  # fmt: skip
                 out = tl.dot(w.to(y.dtype), y, out, input_precision=PRECISION)
-            if SLOPES:
-                if part == 0:
-                    tl.store(pulls + forth * (last - first) + i - first, pull * unscale, mask=mine)
+            if SLOPES and part == 0:
+                tl.store(pulls + forth * (last - first) + i - first, pull * unscale, mask=mine)
     place = gradient + (v * (last - first) + i - first)[:, None].to(tl.int64) * d + k[None, :]
     tl.store(place, out * unscale, mask=mine[:, None] & (k < d)[None, :])
 
@@ -154,14 +258,15 @@ class TritonBlocks:
         self.mine, self.layouts = mine, layouts
         self.views, self.size, self.dim = self.z.shape
         self.terms, self.partners = _tables(tuple(layouts), self.views, self.z.device)
-        like = every[0].float()
-        rates = LOG2E / taus if isinstance(taus, Tensor) else like.new_full((), LOG2E / taus)
+        rates = LOG2E / taus.float() if isinstance(taus, Tensor) else _constant((LOG2E / taus,), self.z.device)[0]
         self.rate_stride = 1 if rates.dim() else 0
         self.rates = rates.contiguous()
         if positives.ids is None:
             self.ids = torch.arange(self.size, device=self.z.device)[None]
         else:
-            self.ids = torch.stack(positives.ids)
+            self.ids = positives.ids[0][None] if len(positives.ids) == 1 else torch.stack(positives.ids)
+        half = self.z.dtype == torch.float16
+        self.lift = HALF_SCALE * self.size if half else 1.0
         self.options = {
             "IDS": len(self.ids), "ROWS": ROWS, "CANDIDATES": CANDIDATES, "DEPTH": DEPTH,
             "PRECISION": "tf32" if products == "tf32" else "ieee",
@@ -173,27 +278,68 @@ class TritonBlocks:
 
     def log_sums(self) -> tuple[Tensor, Tensor]:
         """As `Blocks.log_sums`."""
-        sums, positive = torch.empty(2, len(self.terms), self._rows, device=self.z.device)
-        _log_sums[(triton.cdiv(self._rows, ROWS), len(self.terms))](
-            self.z, self.terms, self.rates, self.ids, sums, positive, self.mine.start, self.mine.stop,
-            self.size, self.dim, self.rate_stride, **self.options,
+        found = self.anchors()
+        return found[: len(self.terms)], found[len(self.terms) : -1]
+
+    def anchors(self) -> Tensor:
+        """What is known of this process's anchors after the first pass, (2 T + 1, M).
+
+        T rows of log-sum-exps, T of s_ii, and one with the number of negatives.
+        """
+        count = len(self.terms)
+        found = torch.empty(2 * count + 1, self._rows, device=self.z.device)
+        _log_sums[(triton.cdiv(self._rows, ROWS), count)](
+            self.z, self.terms, self.rates, self.ids, found, found[count:], found[2 * count :], self.mine.start,
+            self.mine.stop, self.size, self.dim, self.rate_stride, **self.options,
         )  # fmt: skip
-        return sums, positive
+        return found
+
+    def estimate(
+        self, anchors: Tensor, ids: Sequence[Tensor], columns: tuple[tuple[int, int, int], ...], weights: Sequence[float],
+        tables: Sequence[Tensor], gamma: float, rho: float, write: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """Update the estimates of a batch, of all processes, in two launches.
+
+        anchors: (2 T + 1, N), as `anchors` gives it. ids: of each modality, (N,). columns: per term its
+        modality (0 image, 1 text), its column and the width of the table. tables: of log u, by modality;
+        none for mini-batch terms, whose loss is the cross-entropy. write: put the new estimates there.
+        Returns offsets and own (T, N) as `gradients_from` takes them, and (3, T): losses, margins, similarities.
+        """
+        count, device = len(self.terms), self.z.device
+        both = ids[0][None] if all(i is ids[0] for i in ids) else torch.stack(list(ids))
+        blocks = triton.cdiv(self.size, ROWS)
+        offsets, own, updated = torch.empty(3, count, self.size, device=device)
+        partials = torch.empty(3, count, blocks, device=device)
+        image, text = (tables[0], tables[-1]) if tables else (offsets, offsets)
+        where = _constant(columns, device, torch.int32)
+        logs = _constant((math.log1p(-gamma) if gamma < 1 else -math.inf, math.log(gamma)), device)
+        _estimate[(blocks, count)](
+            anchors, anchors[count:], anchors[2 * count :], where, _constant(tuple(weights), device), self.rates, both,
+            image, text, logs, offsets, own, updated, partials, self.size, self.lift, rho,
+            GLOBAL=bool(tables), IDS=len(both), BLOCK=ROWS, CANDIDATES=CANDIDATES,
+        )  # fmt: skip
+        if tables and write:
+            _store[(blocks, count)](updated, where, both, image, text, self.size, IDS=len(both), BLOCK=ROWS)
+        return offsets, own, partials.sum(2)
 
     def gradients(
         self, offsets: Tensor, own: Tensor, gradient: Tensor, written: set[int], slopes: bool
     ) -> Tensor | None:
         """As `Blocks.gradients`."""
-        half = self.z.dtype == torch.float16
-        scale = HALF_SCALE * self.size if half else 1.0
-        offsets = torch.add(offsets.float(), -math.log(scale)).mul_(LOG2E)
+        offsets = torch.add(offsets.float(), -math.log(self.lift)).mul_(LOG2E).contiguous()
+        return self.gradients_from(offsets, (own * self.lift).float(), gradient, written, slopes)
+
+    def gradients_from(
+        self, offsets: Tensor, own: Tensor, gradient: Tensor, written: set[int], slopes: bool
+    ) -> Tensor | None:
+        """`gradients`, with offsets in base 2 and weights lifted into the range of the products' type."""
         pulls = torch.empty(len(self.terms), self._rows, device=self.z.device) if slopes else None
         fresh = gradient if not written else torch.empty_like(gradient)
         width = min(WIDTH, max(16, triton.next_power_of_2(self.dim)))
         _gradients[(triton.cdiv(self._rows, ROWS), self.views, triton.cdiv(self.dim, width))](
-            self.z, self.partners, self.rates, offsets.contiguous(), (own * scale).float(), self.ids, fresh,
-            pulls if pulls is not None else fresh, self.mine.start, self.mine.stop, self.size, self.dim,
-            self.rate_stride, 1.0 / scale, PARTNERS=self.partners.shape[1], SLOPES=slopes, WIDTH=width, **self.options,
+            self.z, self.partners, self.rates, offsets, own, self.ids, fresh, pulls if pulls is not None else fresh,
+            self.mine.start, self.mine.stop, self.size, self.dim, self.rate_stride, 1.0 / self.lift,
+            PARTNERS=self.partners.shape[1], SLOPES=slopes, WIDTH=width, **self.options,
         )  # fmt: skip
         if fresh is not gradient:
             gradient += fresh
@@ -201,24 +347,24 @@ class TritonBlocks:
         return pulls
 
 
-_CACHE: dict[Any, tuple[Tensor, Tensor]] = {}
+@cache
+def _constant(values: tuple[Any, ...], device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Numbers on a device, copied there once: a copy would wait, and may not stand in a CUDA graph."""
+    return torch.tensor(values, dtype=dtype, device=device)
 
 
+@cache
 def _tables(layouts: tuple[Layout, ...], views: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(T, 2) views of each term, and (V, K, 3) partners of each view; made once per device."""
-    key = layouts, views, device
-    if key not in _CACHE:
-        terms: list[tuple[int, int]] = []
-        partners: list[list[tuple[int, int, int]]] = [[] for _ in range(views)]
-        for layout in layouts:
-            pairs = [(r, c) for r in layout.rows for c in layout.columns]
-            for k, (r, c) in enumerate(pairs):
-                forth, back = len(terms) + k, len(terms) + len(pairs) + k
-                partners[r].append((c, forth, back))
-                partners[c].append((r, back, forth))
-            terms += pairs + [(c, r) for r, c in pairs]
-        longest = max(map(len, partners))
-        padded = [p + [(-1, -1, -1)] * (longest - len(p)) for p in partners]
-        made = (torch.tensor(x, dtype=torch.int32, device=device) for x in (terms, padded))
-        _CACHE[key] = next(made), next(made)
-    return _CACHE[key]
+    """(T, 2) views of each term, and (V, K, 3) partners of each view."""
+    terms: list[tuple[int, int]] = []
+    partners: list[list[tuple[int, int, int]]] = [[] for _ in range(views)]
+    for layout in layouts:
+        pairs = [(r, c) for r in layout.rows for c in layout.columns]
+        for k, (r, c) in enumerate(pairs):
+            forth, back = len(terms) + k, len(terms) + len(pairs) + k
+            partners[r].append((c, forth, back))
+            partners[c].append((r, back, forth))
+        terms += pairs + [(c, r) for r, c in pairs]
+    longest = max(map(len, partners))
+    padded = [tuple(p + [(-1, -1, -1)] * (longest - len(p))) for p in partners]
+    return _constant(tuple(terms), device, torch.int32), _constant(tuple(padded), device, torch.int32)

@@ -134,7 +134,7 @@ class Objective(nn.Module):
         if self.temperature_mode == "learnable":
             return self.log_temperature.exp().clamp(self.tau_min, self.tau_max)
         if self.temperature_mode == "individual":
-            every = [self.get_submodule(f"tau_{of}").values for of, columns in self._columns.items() if columns]
+            every = [self._table("tau", of).values for of, columns in self._columns.items() if columns]
             return torch.cat([t.flatten() for t in every]).mean()
         return torch.tensor(self.initial_temperature, dtype=torch.float64)
 
@@ -210,6 +210,8 @@ class Objective(nn.Module):
             ids = {of: world.gather(i) for of, i in ids.items()}
         like, size = every[0], len(every[0])
         positives = Positives.of(tuple(ids.values()))
+        if self._uses_triton(like) and self._is_plain():
+            return self._few_launches(every, ids, learned_tau, world, positives, wanted, metrics)
         # Where no id stands twice, everybody has size - 1 negatives.
         count = positives.negatives(like) if positives.ids else None
         some = None if count is None else count > 0
@@ -261,21 +263,69 @@ class Objective(nn.Module):
             if pulls is not None:
                 pulls = pulls if world.alone else world.gather(pulls, 1)
                 pulls = (pulls - own * positive) / (math.exp(log_c) if isinstance(log_c, float) else log_c.exp()) / taus
-                if individual and self.training:
+                if isinstance(taus, Tensor) and individual and self.training:
                     slope = log_u + self.rho - pulls
                     self._update_temperatures(wave, slope, ids, some, taus, positives.ids is None)
                 if self.diagnose:
                     self._diagnose(metrics, terms, log_g, share, log_n, pulls, taus, some)
 
         assert loss is not None
-        tau_gradient = None
-        if learned_tau is not None and gradient is not None:
-            # Every pair of an anchor and a candidate stands in the gradients of both: hence the half.
-            pulls = torch.stack([(v * g).sum() for v, g in zip(views, gradient, strict=True)]).sum()
-            tau_gradient = -world.sum(pulls) / 2 / tau
-            if self.method.contrast == "global":
-                tau_gradient = tau_gradient + loss / tau
-        return loss, gradient if wanted else None, tau_gradient
+        if gradient is None or not wanted:
+            return loss, None, None
+        return loss, gradient, self._tau_gradient(views, gradient, learned_tau, tau, loss, world)
+
+    def _is_plain(self) -> bool:
+        """Whether the step's numbers per anchor can stay in the Triton kernels."""
+        on_device = all(table.storage == "device" for _, table in self._tables())
+        return (
+            on_device and self.estimator == "per-term" and self.temperature_mode != "individual" and not self.diagnose
+        )
+
+    def _few_launches(
+        self, every: list[Tensor], ids: dict[str, Tensor], learned_tau: Tensor | None, world: World,
+        positives: Positives, wanted: bool, metrics: dict[str, Tensor],
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+        """`_closed_form` in a handful of launches: at small batches on a GPU, nothing else counts."""
+        [wave] = self._waves(len(every[0]), world, every[0])
+        terms = [t for layout in wave for t in layout.terms]
+        tau = self.initial_temperature if learned_tau is None else learned_tau.float()
+        blocks = self._blocks(every, world, wave, tau, positives)
+        tables = [table for name, table in self._tables() if name.startswith("log_u")]
+        modalities = list(ids)
+        places = []
+        for _, of, first, last in self._sides(wave):
+            width = len(self._columns[of])
+            places += [(modalities.index(of), column, width) for column in range(first, last)]
+        offsets, own, found = blocks.estimate(
+            world.gather(blocks.anchors(), 1), list(ids.values()), tuple(places), [t.weight for t in terms],
+            [table.values for table in tables], self.gamma, self.rho, self.training,
+        )  # fmt: skip
+        loss = found[0].sum()
+        self._report_losses(metrics, terms, found[0], loss)
+        metrics["margin"], metrics["positive"] = found[1, 0], found[2, 0]
+        metrics["temperature"] = torch.as_tensor(tau, dtype=torch.float32)
+        if not wanted:
+            return loss, None, None
+        own_rows = world.mine
+        gradient = every[0].new_empty(len(every), own_rows.stop - own_rows.start, every[0].shape[1])
+        blocks.gradients_from(offsets, own, gradient, set(), False)
+        return loss, gradient, self._tau_gradient([v[own_rows] for v in every], gradient, learned_tau, tau, loss, world)
+
+    def _tau_gradient(
+        self, views: list[Tensor], gradient: Tensor, learned_tau: Tensor | None, tau: float | Tensor, loss: Tensor,
+        world: World,
+    ) -> Tensor | None:  # fmt: skip
+        """The derivative of the loss with respect to a learned temperature, from the views' gradient.
+
+        With G of `blocks`, sum_ij G_ij s_ij is the sum over anchors of c sum_j w_ij d_ij: the part of the
+        derivative that depends on similarities, times -tau. Every pair stands in the gradients of both its
+        members: hence the half. A global term, tau (log u + rho), also has its own value over tau.
+        """
+        if learned_tau is None:
+            return None
+        pulls = torch.stack([(v * g).sum() for v, g in zip(views, gradient, strict=True)]).sum()
+        slope = -world.sum(pulls) / 2 / tau
+        return slope + loss / tau if self.method.contrast == "global" else slope
 
     def _layouts(self, whole: bool) -> list[Layout]:
         """The terms as grids of blocks. whole: all image-text pairs as one grid, where they make one."""
@@ -400,7 +450,9 @@ class Objective(nn.Module):
             k, of = place[term], modality(term.anchor)
             table, g = self._table("log_u", of), log_g[k : k + 1]
             before = table.read(ids[of], 0, 1, g)
-            after = math_of.update_log_u(torch.full_like(before, NEG_INF) if self._first_epoch else before, g, self.gamma)
+            after = math_of.update_log_u(
+                torch.full_like(before, NEG_INF) if self._first_epoch else before, g, self.gamma
+            )
             if self.training:
                 mean = after if unique else math_of.mean_by_id(ids[of], after, some, log=True)
                 table.write(ids[of], 0, 1, mean if some is None else torch.where(mean == NEG_INF, before, mean))
@@ -429,13 +481,7 @@ class Objective(nn.Module):
     ) -> None:  # fmt: skip
         """Losses by kind of term; of the first term the mean similarity of positives and their margin over a
         soft maximum of the negatives; the temperature."""
-        kinds = [t.kind for t in terms]
-        for kind in dict.fromkeys(kinds):
-            own = value
-            if kinds.count(kind) < len(kinds):
-                own = parts[kinds.index(kind) : len(kinds) - kinds[::-1].index(kind)].sum()
-            name = f"loss_{kind}"
-            metrics[name] = metrics[name] + own if name in metrics else own
+        self._report_losses(metrics, terms, parts, value)
         if "margin" not in metrics:
             metrics["positive"] = positive[0].mean()
             if isinstance(taus, Tensor) and taus.dim():
@@ -443,6 +489,16 @@ class Objective(nn.Module):
             else:
                 metrics["margin"] = log_g[0].mean() * -taus
                 metrics["temperature"] = torch.as_tensor(taus, dtype=log_g.dtype)
+
+    @staticmethod
+    def _report_losses(metrics: dict[str, Tensor], terms: list[Term], parts: Tensor, value: Tensor) -> None:
+        kinds = [t.kind for t in terms]
+        for kind in dict.fromkeys(kinds):
+            own = value
+            if kinds.count(kind) < len(kinds):
+                own = parts[kinds.index(kind) : len(kinds) - kinds[::-1].index(kind)].sum()
+            name = f"loss_{kind}"
+            metrics[name] = metrics[name] + own if name in metrics else own
 
     def _diagnose(
         self, metrics: dict[str, Tensor], terms: list[Term], log_g: Tensor, log_share: Tensor, log_n: Tensor | float,

@@ -46,7 +46,9 @@ class Table(nn.Module):
 
     values: Tensor
 
-    def __init__(self, rows: int, columns: int, fill: float, storage: str = "device", folder: Path | None = None) -> None:
+    def __init__(
+        self, rows: int, columns: int, fill: float, storage: str = "device", folder: Path | None = None
+    ) -> None:
         super().__init__()
         self.storage = storage
         if storage == "device":
@@ -88,7 +90,7 @@ class Table(nn.Module):
         for number, piece in enumerate(self._pieces()):
             file = folder / f"{name}-{number:05d}.npy"
             array = piece.detach().cpu().numpy()
-            _replace(file, lambda handle, array=array: np.save(handle, array))  # type: ignore[misc]
+            _replace(file, lambda handle, array=array: np.save(handle, array))
             listed.append({"file": file.name, "rows": len(array), "sha256": _digest(array)})
         index = {"shape": list(self.values.shape), "pieces": listed}
         _replace(folder / f"{name}.json", lambda handle: handle.write(json.dumps(index, indent=1).encode()))
@@ -103,7 +105,9 @@ class Table(nn.Module):
         except FileNotFoundError:
             raise ValueError(f"'{folder}' holds no table '{name}'") from None
         if list(self.values.shape) != index["shape"]:
-            raise ValueError(f"table '{name}' in '{folder}' has shape {index['shape']}, wanted {list(self.values.shape)}")
+            raise ValueError(
+                f"table '{name}' in '{folder}' has shape {index['shape']}, wanted {list(self.values.shape)}"
+            )
         start = 0
         for piece in index["pieces"]:
             file = folder / piece["file"]

@@ -1,0 +1,209 @@
+"""The Triton kernels against the eager blocks in float64: on a GPU where there is one, else in Triton's interpreter."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+pytest.importorskip("triton", reason="Triton is not installed")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+from amclr.objectives import build, kernels  # noqa: E402
+from amclr.objectives.blocks import Blocks, Positives  # noqa: E402
+from amclr.objectives.kernels import TritonBlocks  # noqa: E402
+
+VIEWS = ("image", "image_aug", "text", "text_aug")
+# Relative errors of the gradient, by the type of the features in the products.
+TOLERANCES = {"auto": 1e-5, "tf32": 1e-5 if DEVICE == "cpu" else 2e-2, "float16": 2e-2, "bfloat16": 1e-1}
+
+
+def draw(seed: int, batch: int, dim: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    rows = {v: F.normalize(torch.randn(batch, dim, generator=generator), dim=-1) for v in VIEWS}
+    return {v: x.to(DEVICE, dtype).requires_grad_() for v, x in rows.items()}
+
+
+def run(
+    backend: str, name: str, ids: Any, batch: int, dim: int, products: str, dtype: torch.dtype, diagnose: bool = False,
+    **settings: Any,
+) -> Any:  # fmt: skip
+    objective = build(name, 2 * batch, backend=backend, products=products, **settings).to(DEVICE)
+    objective.diagnose = diagnose
+    for step in range(3):
+        views = draw(step, batch, dim, dtype)
+        loss, metrics = objective(views, {k: i.to(DEVICE) for k, i in ids.items()})
+        loss.backward()
+    return metrics, {v: x.grad for v, x in views.items() if x.grad is not None}, objective.state_dict()
+
+
+@pytest.mark.parametrize("name", ["sogclr", "amclr", "xamclr", "ixamclr", "clip"])
+@pytest.mark.parametrize("products", TOLERANCES)
+@pytest.mark.parametrize(("batch", "dim", "tau", "diagnose"), [(70, 20, 0.1, False), (16, 140, 0.03, True)])
+def test_kernels_equal_the_blocks(name: str, products: str, batch: int, dim: int, tau: float, diagnose: bool) -> None:
+    """Loss, metrics, gradients and tables after some steps, with sizes that fill no tile and ids that stand twice.
+
+    With diagnostics the numbers per anchor are worked out by torch, without them in the kernels.
+    """
+    ids = {"image": torch.arange(batch), "text": torch.arange(batch)}
+    ids["image"][3], ids["text"][1], ids["text"][2] = 5, 7, 7
+    given = run("triton", name, ids, batch, dim, products, torch.float32, diagnose, temperature=tau)
+    exact = run("eager", name, ids, batch, dim, "auto", torch.float64, diagnose, temperature=tau)
+    tolerance = TOLERANCES[products]
+    assert set(given[1]) == set(exact[1])
+    for view, gradient in given[1].items():
+        error = float((gradient.double() - exact[1][view]).norm() / exact[1][view].norm())
+        assert error < tolerance, (view, error)
+    for key, value in exact[0].items():
+        torch.testing.assert_close(
+            given[0][key].double(), value.double(), rtol=10 * tolerance, atol=10 * tolerance, msg=key
+        )
+    torch.testing.assert_close(given[2], exact[2], rtol=10 * tolerance, atol=10 * tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_views_are_taken_as_they_are(dtype: torch.dtype) -> None:
+    ids = {"image": torch.arange(40), "text": torch.arange(40)}
+    given = run("triton", "amclr", ids, 40, 24, "auto", dtype, temperature=0.1)
+    expected = run("eager", "amclr", ids, 40, 24, "auto", dtype, temperature=0.1)
+    torch.testing.assert_close(given[0]["loss"], expected[0]["loss"], rtol=2e-3, atol=2e-3)
+    assert all(g.dtype == dtype for g in given[1].values())
+
+
+@pytest.mark.parametrize("mine", [slice(0, 17), slice(17, 40)])
+def test_rows_of_one_process(mine: slice) -> None:
+    """With other processes' rows as candidates only: what the eager blocks give for the same rows."""
+    views = [x.detach() for x in draw(0, 40, 12, torch.float32).values()]
+    ids = torch.arange(40, device=DEVICE) // 2
+    objective = build("xamclr", 40)
+    positives = Positives(40, (ids,))
+    results = []
+    for blocks in (
+        Blocks([views[VIEWS.index(v)] for v in objective._stacked], mine, objective._layouts_of[False], 0.1, positives),
+        TritonBlocks(
+            [views[VIEWS.index(v)] for v in objective._stacked],
+            mine,
+            objective._layouts_of[False],
+            0.1,
+            positives,
+            "auto",
+        ),
+    ):
+        sums, positive = blocks.log_sums()
+        offsets = torch.linspace(-2, 4, 12 * 40, device=DEVICE).view(12, 40)
+        own = torch.linspace(0, 1, 12 * 40, device=DEVICE).view(12, 40)
+        gradient = torch.empty(4, mine.stop - mine.start, 12, device=DEVICE)
+        pulls = blocks.gradients(offsets, own, gradient, set(), True)
+        results.append((sums, positive, gradient, pulls))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-3, atol=1e-4)
+
+
+def test_same_bits_twice() -> None:
+    ids = {"image": torch.arange(70), "text": torch.arange(70)}
+    first, second = (run("triton", "xamclr", ids, 70, 20, "auto", torch.float32, temperature=0.05) for _ in range(2))
+    assert all(torch.equal(g, second[1][v]) for v, g in first[1].items())
+    assert all(torch.equal(t, second[2][k]) for k, t in first[2].items())
+
+
+class Calls(TorchDispatchMode):
+    """The names of the operations called, but for those that only look at a tensor in another way."""
+
+    LOOKS = ("view", "slice", "select", "alias", "detach", "permute", "transpose", "unsqueeze", "unbind", "expand", "t.", "empty",
+             "_unsafe_view", "squeeze", "promote_types", "lift_fresh")  # fmt: skip
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = str(func).removeprefix("aten.")
+        if not name.startswith(self.LOOKS):
+            self.names.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+class Launches:
+    """A kernel that is counted as one call, whatever the interpreter calls inside it."""
+
+    def __init__(self, kernel: Any, calls: Calls) -> None:
+        self.kernel, self.calls = kernel, calls
+
+    def __getitem__(self, grid: Any) -> Any:
+        def launch(*args: Any, **kwargs: Any) -> None:
+            before = list(self.calls.names)
+            self.kernel[grid](*args, **kwargs)
+            self.calls.names = [*before, "kernel"]
+
+        return launch
+
+
+@pytest.mark.parametrize(("name", "most"), [("sogclr", 10), ("amclr", 10), ("xamclr", 14), ("clip", 29)])
+def test_a_step_is_a_handful_of_launches_and_waits_for_none(
+    name: str, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Forward and backward. No value is read back, so that a step can be captured in a CUDA graph."""
+    if DEVICE == "cpu":  # what costs nothing on the CPU is not done on a GPU
+        monkeypatch.setattr(Positives, "of", classmethod(lambda cls, ids: cls(len(ids[0]), ids[:1])))
+    objective = build(name, 40, backend="triton", validate=False).to(DEVICE)
+    views, ids = draw(0, 32, 16, torch.float32), torch.arange(32, device=DEVICE)
+    objective(views, ids)
+    calls = Calls()
+    for kernel in ("_log_sums", "_estimate", "_store", "_gradients"):
+        monkeypatch.setattr(kernels, kernel, Launches(getattr(kernels, kernel), calls))
+    with calls:
+        objective(views, ids)[0].backward()
+    waits = [
+        n for n in calls.names if n.startswith(("_local_scalar_dense", "nonzero", "unique", "item", "masked_select"))
+    ]
+    assert not waits, waits
+    assert len(calls.names) <= most, calls.names
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+def test_a_step_in_a_cuda_graph() -> None:
+    objective, plain = (build("amclr", 40, backend="triton", validate=False).to(DEVICE) for _ in range(2))
+    views, ids = draw(0, 32, 16, torch.float32), torch.arange(32, device=DEVICE)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            objective(views, ids)[0].backward()
+            plain(views, ids)[0].backward()
+    torch.cuda.current_stream().wait_stream(side)
+    for v in views.values():
+        v.grad = None
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss, _ = objective(views, ids)
+        loss.backward()
+    graph.replay()
+    captured = {k: v.grad.clone() for k, v in views.items()}
+    for v in views.values():
+        v.grad = None
+    expected, _ = plain(views, ids)
+    expected.backward()
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(captured, {k: v.grad for k, v in views.items()})
+
+
+def test_asked_for_without_a_gpu() -> None:
+    """A process of its own, without the interpreter."""
+    code = (
+        "import torch, amclr\n"
+        "o = amclr.objectives.build('sogclr', 4, backend='triton')\n"
+        "v = torch.eye(4)\n"
+        "try: o({'image': v, 'text': v}, torch.arange(4))\n"
+        "except ValueError as e: print(e)"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    out = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    ).stdout
+    assert "backend 'triton' needs views on a GPU" in out

@@ -35,7 +35,12 @@ class Embed(nn.Module):
 def make(name: str, norm: bool = False) -> tuple[Embed, Any, Tensor, Tensor]:
     torch.manual_seed(0)
     model = Embed(norm).double()
-    return model, build(name, 20, temperature=0.2).double(), torch.randn(BATCH, 4, 8).double(), torch.arange(BATCH) // 2 * 2
+    return (
+        model,
+        build(name, 20, temperature=0.2).double(),
+        torch.randn(BATCH, 4, 8).double(),
+        torch.arange(BATCH) // 2 * 2,
+    )
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -295,8 +295,8 @@ class TritonBlocks:
         return found
 
     def estimate(
-        self, anchors: Tensor, ids: Sequence[Tensor], columns: tuple[tuple[int, int, int], ...], weights: Sequence[float],
-        tables: Sequence[Tensor], gamma: float, rho: float, write: bool,
+        self, anchors: Tensor, ids: Sequence[Tensor], columns: tuple[tuple[int, int, int], ...],
+        weights: Sequence[float], tables: Sequence[Tensor], gamma: float, rho: float, write: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """Update the estimates of a batch, of all processes, in two launches.
 

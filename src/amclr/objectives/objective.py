@@ -215,6 +215,8 @@ class Objective(nn.Module):
         # Where no id stands twice, everybody has size - 1 negatives.
         count = positives.negatives(like) if positives.ids else None
         some = None if count is None else count > 0
+        if some is not None and self._validates(like) and not bool(some.any()):
+            raise ValueError("no row of the batch has a negative: all share an id, so there is nothing to contrast")
         log_n: Tensor | float = math.log(size - 1) if count is None else count.clamp(min=1).log()
         tau: float | Tensor = self.initial_temperature
         if learned_tau is not None:
@@ -394,7 +396,7 @@ class Objective(nn.Module):
     # -- estimators and individual temperatures ----------------------------------------------------
 
     def _sides(self, wave: list[Layout]) -> Iterator[tuple[slice, str, int, int]]:
-        """The terms of a wave by table: which of the wave's, whose table, its first column and the one after the last."""
+        """The terms of a wave by table: which of them, whose table, its first column and the one after the last."""
         start = 0
         for layout in wave:
             half = len(layout.terms) // 2
@@ -479,8 +481,10 @@ class Objective(nn.Module):
         self, metrics: dict[str, Tensor], terms: list[Term], parts: Tensor, value: Tensor, positive: Tensor,
         log_g: Tensor, taus: float | Tensor,
     ) -> None:  # fmt: skip
-        """Losses by kind of term; of the first term the mean similarity of positives and their margin over a
-        soft maximum of the negatives; the temperature."""
+        """Losses by kind of term, the temperature, and what the first term says of its positives.
+
+        positive: their mean similarity. margin: by how much it exceeds a soft maximum of the negatives'.
+        """
         self._report_losses(metrics, terms, parts, value)
         if "margin" not in metrics:
             metrics["positive"] = positive[0].mean()
@@ -504,12 +508,13 @@ class Objective(nn.Module):
         self, metrics: dict[str, Tensor], terms: list[Term], log_g: Tensor, log_share: Tensor, log_n: Tensor | float,
         pulls: Tensor, taus: float | Tensor, some: Tensor | None,
     ) -> None:  # fmt: skip
-        """Add to the metrics, by kind of term, from sums that the gradient needs anyway:
+        """Add to the metrics, by kind of term, from sums that the gradient needs anyway.
 
-        effective_negatives: exp of the entropy of an anchor's weights, normalised to one: among how many
-        negatives its gradient is shared. dead: share of anchors whose weights sum to less than DEAD: their
-        estimate has run away from what the batch shows. share_p05, share_p95: quantiles of the sums of
-        weights, g / u, which are 1 without memory. tau_p05, _p50, _p95: of individual temperatures.
+        effective_negatives: exp of the entropy of an anchor's normalised weights: among how many negatives
+        its gradient is shared. dead: share of anchors whose weights sum to less than DEAD: their estimate
+        has run away from what the batch shows; they are left out of the first figure. share_p05, share_p95:
+        quantiles of the sums of weights, g / u, which are 1 without memory. tau_p05, _p50, _p95: of
+        individual temperatures.
         """
         kinds = [t.kind for t in terms]
         for kind in dict.fromkeys(kinds):
@@ -595,6 +600,8 @@ class Objective(nn.Module):
         views = {v: world.gather_rows(x) for v, x in views.items()}
         masks = [i[:, None] != i[None, :] for i in (world.gather(i) for i in ids.values())]
         negatives = masks[0] if len(masks) == 1 else masks[0] & masks[1]
+        if self._validates(negatives) and not bool(negatives.any()):
+            raise ValueError("no row of the batch has a negative: all share an id, so there is nothing to contrast")
         total = zero = views[self._stacked[0]].new_zeros(())
         tau = self.temperature.to(total)
         metrics: dict[str, Tensor] = {}
@@ -637,10 +644,13 @@ class Objective(nn.Module):
         if shape[0] < 1:
             raise ValueError("the batch is empty: pass at least 2 samples")
         id_of = self._ids_by_modality(ids, shape[0])
-        on_cpu = views[self.required_views[0]].device.type == "cpu"
-        if on_cpu if self.validate is None else self.validate:
+        if self._validates(views[self.required_views[0]]):
             self._check_values(views, id_of)
         return id_of
+
+    def _validates(self, like: Tensor) -> bool:
+        """Whether values are checked: as asked for, else where it costs no synchronisation."""
+        return like.device.type == "cpu" if self.validate is None else self.validate
 
     def _ids_by_modality(self, ids: Tensor | Mapping[str, Tensor], batch: int) -> dict[str, Tensor]:
         used = sorted({modality(v) for v in self.required_views})

@@ -1,0 +1,136 @@
+"""Tables of estimates: the same numbers wherever they are kept, saved in pieces, refused when damaged."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from amclr.objectives import build, tables
+from tests.objectives.test_objectives import draw_views, tensors
+
+SAMPLES = {"image": 40, "text": 60}
+
+
+def steps(objective: Any, first: int, last: int) -> list[float]:
+    losses = []
+    for step in range(first, last):
+        draw = torch.Generator().manual_seed(step)
+        ids = {of: torch.randint(n, (12,), generator=draw) for of, n in SAMPLES.items()}
+        loss, _ = objective(tensors(draw_views(step, batch=12), torch.float32), ids)
+        losses.append(float(loss.detach()))
+    return losses
+
+
+@pytest.mark.parametrize("storage", ["host", "disk"])
+@pytest.mark.parametrize("settings", [{"name": "ixamclr"}, {"name": "amclr", "estimator": "reference"}], ids=str)
+def test_where_they_are_kept_changes_no_bit(storage: str, settings: dict[str, Any], tmp_path: Path) -> None:
+    device, other = (
+        build(num_samples=SAMPLES, temperature=0.1, storage=s, folder=tmp_path, **settings) for s in ("device", storage)
+    )
+    assert steps(device, 0, 4) == steps(other, 0, 4)
+    first, second = device.state_dict(), other.state_dict()
+    assert first.keys() == second.keys() and all(torch.equal(v, second[k]) for k, v in first.items())
+    # A state from one place goes on in the other.
+    back = build(num_samples=SAMPLES, temperature=0.1, storage=storage, **settings)
+    back.load_state_dict(device.state_dict())
+    assert steps(back, 4, 6) == steps(device, 4, 6)
+    assert not list(tmp_path.iterdir()), "the file of a disk table has no name, and goes with the process"
+
+
+def test_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Saved in several pieces from one storage, loaded into another, and going on with the same bits."""
+    monkeypatch.setattr(tables, "PIECE_BYTES", 16 * 7)
+    whole = build("iamclr", SAMPLES, temperature=0.1)
+    steps(whole, 0, 3)
+    whole.save_tables(tmp_path)
+    names = sorted(p.name for p in tmp_path.iterdir())
+    assert [n for n in names if n.startswith("log_u_image")] == [f"log_u_image-0000{k}.npy" for k in range(6)] + [
+        "log_u_image.json"
+    ]
+    for storage in ("device", "host", "disk"):
+        other = build("iamclr", SAMPLES, temperature=0.1, storage=storage)
+        other.load_tables(tmp_path)
+        assert all(torch.equal(v, other.state_dict()[k]) for k, v in whole.state_dict().items())
+
+
+def test_a_damaged_piece_is_named(tmp_path: Path) -> None:
+    build("sogclr", SAMPLES).save_tables(tmp_path)
+    piece = tmp_path / "log_u_text-00000.npy"
+    good = piece.read_bytes()
+    for bad in (good[:-5], good[:-1] + bytes([good[-1] ^ 1]), b""):
+        piece.write_bytes(bad)
+        with pytest.raises(ValueError, match="log_u_text-00000.npy' is damaged: go back to an earlier checkpoint"):
+            build("sogclr", SAMPLES).load_tables(tmp_path)
+    piece.write_bytes(good)
+    with pytest.raises(ValueError, match=re.escape("has shape [40, 1], wanted [41, 1]")):
+        build("sogclr", {"image": 41, "text": 60}).load_tables(tmp_path)
+    with pytest.raises(ValueError, match="holds no table 'log_u_image'"):
+        build("sogclr", SAMPLES).load_tables(tmp_path / "nowhere")
+
+
+def test_a_piece_holds_numbers_alone(tmp_path: Path) -> None:
+    """A pickle in the place of a piece is not opened."""
+    build("sogclr", SAMPLES).save_tables(tmp_path)
+    mark = tmp_path / "executed"
+
+    class Payload:
+        def __reduce__(self) -> Any:
+            return os.mkdir, (str(mark),)
+
+    np.save(tmp_path / "log_u_text-00000.npy", np.array([Payload()], dtype=object), allow_pickle=True)
+    with pytest.raises(ValueError, match="damaged"):
+        build("sogclr", SAMPLES).load_tables(tmp_path)
+    assert not mark.exists()
+
+
+def test_a_state_of_another_size_is_refused() -> None:
+    state = build("sogclr", SAMPLES).state_dict()
+    for storage in ("device", "disk"):
+        with pytest.raises(RuntimeError, match="shape"):
+            build("sogclr", 7, storage=storage).load_state_dict(state)
+    with pytest.raises(RuntimeError, match="Missing key.*log_u_text"):
+        build("sogclr", SAMPLES, storage="disk").load_state_dict({k: v for k, v in state.items() if "text" not in k})
+
+
+def test_automatic_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(tables, "_free_memory", lambda: 10_000)
+    assert build("amclr", 100).log_u_image.storage == "device"  # 2 x 100 x 4 x 4 bytes
+    assert build("amclr", 1000).log_u_image.storage == "disk"
+    assert build("clip", 10**9).temperature_mode == "learnable", "a mini-batch objective has no tables to find room for"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: type("P", (), {"total_memory": 8_000}))
+    assert [tables.choose_storage(size) for size in (1000, 4000, 9000)] == ["device", "host", "disk"]
+
+
+def test_the_index_comes_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Saving interrupted half way leaves no index, so that nothing is taken for whole."""
+    monkeypatch.setattr(tables, "PIECE_BYTES", 16)
+    written: list[Path] = []
+    real = tables._replace
+
+    def stop(file: Path, write: Any) -> None:
+        if len(written) == 3:
+            raise OSError(28, "No space left on device")
+        written.append(file)
+        real(file, write)
+
+    monkeypatch.setattr(tables, "_replace", stop)
+    with pytest.raises(OSError, match="No space left"):
+        build("sogclr", SAMPLES).save_tables(tmp_path)
+    assert not list(tmp_path.glob("*.json"))
+    with pytest.raises(ValueError, match="holds no table"):
+        build("sogclr", SAMPLES).load_tables(tmp_path)
+
+
+def test_the_index_says_what_is_there(tmp_path: Path) -> None:
+    build("sogclr", SAMPLES).save_tables(tmp_path)
+    index = json.loads((tmp_path / "log_u_image.json").read_text())
+    assert index["shape"] == [40, 1] and sum(p["rows"] for p in index["pieces"]) == 40

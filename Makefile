@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 DEMO := runs/demo
 DATA ?= ../shared/data
 
-.PHONY: help demo test test-slow lint format bench bench-flickr8k pretrained clean
+.PHONY: help demo test test-slow lint format bench bench-core bench-flickr8k pretrained clean
 
 help: ## show the verbs
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 17
@@ -44,8 +44,17 @@ format: $(VENV)/ready ## put the style right
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/ready ## time and memory of the objectives against other forms of them: a table
-	$(BIN)/python benchmarks/objectives.py
+$(VENV)/bench: $(VENV)/pretrained
+	$(BIN)/python -m pip install --quiet --editable '.[dev,pretrained,bench]'
+	touch $@
+
+bench: $(VENV)/bench ## time and memory of the objectives against other forms of them: a table
+	$(BIN)/python -m benchmarks.objectives
+
+bench-core: $(VENV)/bench ## numerics, size of the tables, and share of a step, of the objectives
+	$(BIN)/python -m benchmarks.precision
+	$(BIN)/python -m benchmarks.tables
+	$(BIN)/python -m benchmarks.step
 
 bench-flickr8k: $(VENV)/pretrained ## every objective on Flickr8k, frozen encoders (DATA=folder that holds flickr8k)
 	$(BIN)/python benchmarks/flickr8k.py --data $(DATA)/flickr8k --zeroshot $(wildcard $(DATA)/cifar10/test $(DATA)/tiny-imagenet/val)

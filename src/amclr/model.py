@@ -153,7 +153,11 @@ class DualEncoder(nn.Module):
         return {k: v for k, v in self.state_dict().items() if not k.startswith(skip)}
 
     def load_saved(self, state: Mapping[str, Tensor]) -> None:
-        """Load what `state_to_save` gave."""
+        """Load what `state_to_save` gave. Raises UserError where it was given by another model."""
+        own = self.state_dict()
+        sized = [k for k, v in state.items() if k in own and own[k].shape != v.shape]
+        if sized:
+            raise UserError(f"these weights belong to another model: {', '.join(sized[:3])} are of another size")
         missing, unexpected = self.load_state_dict(state, strict=False)
         skip = tuple(f"{p}." for p in self._reloadable())
         wrong = [k for k in missing if not k.startswith(skip)] + unexpected
@@ -173,6 +177,15 @@ class DualEncoder(nn.Module):
         """Where the weights are."""
         return next(self.parameters()).device
 
+    @property
+    def pictures_at_once(self) -> int:
+        """Pictures per forward pass without gradients.
+
+        On a CPU the activations of larger batches are handed back to the system and fetched again
+        page by page at every layer: 512 pictures at once took five times as long as 32 at a time.
+        """
+        return 32 if self.device.type == "cpu" else 256
+
     def tokenize(self, texts: list[str]) -> dict[str, Tensor]:
         """Token tensors (B, L) of captions, cut to `max_tokens` and padded to the longest."""
         out = self.tokenizer(
@@ -186,12 +199,15 @@ class DualEncoder(nn.Module):
         out: Tensor = policy("none", size)(read_picture(picture, size))
         return out
 
-    def encode_image(self, images: Iterable[Picture], batch_size: int = 128, progress: bool = False) -> Tensor:
+    def encode_image(self, images: Iterable[Picture], batch_size: int | None = None, progress: bool = False) -> Tensor:
         """Embed pictures (PIL images, paths or encoded bytes) as unit rows (n, D), float32 on the CPU.
+
+        batch_size: pictures embedded at once; None suits the device.
 
         Raises amclr.data.pictures.BadPicture, with the reason, for one that cannot be decoded.
         """
-        return self._encode(list(images), batch_size, progress, "pictures", self._embed_pictures)
+        size = batch_size or self.pictures_at_once
+        return self._encode(list(images), size, progress, "pictures", self._embed_pictures)
 
     def encode_text(self, texts: Iterable[str], batch_size: int = 256, progress: bool = False) -> Tensor:
         """Embed captions as unit rows (n, D), float32 on the CPU."""
@@ -226,8 +242,11 @@ class DualEncoder(nn.Module):
         was_training = self.training
         self.eval()
         try:
-            starts = tqdm(range(0, len(items), batch_size), f"Embedding {what}", disable=not progress, leave=False)
-            rows = [embed(items[k : k + batch_size]).float().cpu() for k in starts]
+            with tqdm(total=len(items), desc=f"Embedding {what}", disable=not progress, leave=False) as bar:
+                rows = []
+                for chunk in (items[k : k + batch_size] for k in range(0, len(items), batch_size)):
+                    rows.append(embed(chunk).float().cpu())
+                    bar.update(len(chunk))
         finally:
             self.train(was_training)
         return torch.cat(rows) if rows else torch.empty(0, self.config.dim)

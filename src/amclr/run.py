@@ -110,6 +110,7 @@ class Run:
 
         Each file is complete or absent at any moment: written beside, synced, then renamed.
         """
+        self.checkpoints.mkdir(exist_ok=True)
         file = self.checkpoints / f"step-{step:08d}.pt"
         part = file.with_suffix(".part")
         with part.open("wb") as handle:
@@ -164,6 +165,10 @@ class Run:
     def load_model(self) -> DualEncoder:
         """The model with its best weights, in evaluation mode."""
         state = self.load_best()
+        if self.config.model.text_tower == "small" and not (self.folder / "tokenizer").is_dir():
+            raise UserError(
+                f"'{self.folder}' has lost its folder tokenizer/, without which its captions have no meaning"
+            )
         tokenizer = build_tokenizer(self.config.model, [], self.folder / "tokenizer")
         model = DualEncoder(self.config.model, tokenizer)
         model.load_saved(state["model"])

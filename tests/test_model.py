@@ -59,6 +59,9 @@ def test_embeds_unit_rows_whatever_the_batching(tmp_path: Path) -> None:
     whole = model.encode_text(CAPTIONS)
     torch.testing.assert_close(model.encode_text(CAPTIONS, batch_size=1), whole)
     assert model.training, "encoding must leave the mode as it was"
+    assert model.pictures_at_once < 40, "the default must cut these into several passes"
+    many = pictures(3) * 20
+    torch.testing.assert_close(model.encode_image(many), model.encode_image(many, batch_size=60))
     picture = pictures(1)[0]
     picture.save(tmp_path / "p.png")
     kinds = [picture, tmp_path / "p.png", str(tmp_path / "p.png"), (tmp_path / "p.png").read_bytes()]
@@ -192,6 +195,8 @@ def test_saved_weights_come_back_and_strangers_are_refused() -> None:
     state.pop("text_head.weight")
     with pytest.raises(UserError, match="text_head.weight do not fit"):
         other.load_saved(state)
+    with pytest.raises(UserError, match="image_head.weight.* are of another size"):
+        encoder(replace(TINY, dim=8)).load_saved(model.state_to_save())
 
 
 def test_tokenizers_trained_twice_agree(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import shutil
 import signal
@@ -226,6 +227,26 @@ def test_resuming_a_finished_run_changes_nothing(folder: Path) -> None:
     before, rows = weights(run), run.metrics()
     again = train(Config(), resume=run.folder, progress=False)
     assert all(torch.equal(v, weights(again)[k]) for k, v in before.items()) and again.metrics() == rows
+
+
+def test_a_disk_that_is_full_keeps_the_checkpoint_before(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = train(frozen(folder, "whole"), progress=False)
+    save, saved = torch.save, []
+
+    def fill(state: Any, handle: Any) -> None:
+        saved.append(handle)
+        if len(saved) == 2:
+            handle.write(b"half of it")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(state, handle)
+
+    monkeypatch.setattr(torch, "save", fill)
+    config = frozen(folder, "parts")
+    with pytest.raises(UserError, match=r"\(No space left on device\): make room, then go on by: amclr train --resume"):
+        train(config, progress=False)
+    run = Run.open(Path(config.out))
+    assert sorted(p.name for p in run.checkpoints.iterdir()) == ["best.pt", "last.pt", "step-00000004.pt"]
+    assert_same_run(whole, train(Config(), resume=run.folder, progress=False))
 
 
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

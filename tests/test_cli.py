@@ -119,8 +119,11 @@ def test_bad_data_ends_in_one_line_or_a_counted_skip(amclr: Command, folder: Pat
     rejects = [json.loads(line) for line in (tmp_path / "run" / "rejects.jsonl").read_text().splitlines()]
     assert len(rejects) == 5 and "5 rows or pictures left out" in done.stderr
     assert {Path(r["file"]).name for r in rejects} == {"captions.txt", "008.png", "009.png", "010.png"}
+    with (folder / "val.txt").open("a") as handle:
+        handle.write("020.png\n")
     looked = amclr("inspect", "--data", folder)
     assert "left out     5 of 82 rows" in looked.stdout and "too large" in looked.stdout
+    assert "overlap      1 pictures are in both train and val, such as 020.png" in looked.stdout
 
 
 def test_a_model_from_a_hub_that_cannot_be_reached(amclr: Command, folder: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -227,6 +228,9 @@ def inspect(config: Config, sheet: Path, progress: bool = True) -> str:
         f"repeated     {repeated} captions say what another says already",
         f"left out     {len(manifest.rejects)} of {manifest.rows} rows",
     ]
+    for one, other in combinations(manifest.splits, 2):
+        if shared := manifest.splits[one] & manifest.splits[other]:
+            lines.append(f"overlap      {len(shared)} pictures are in both {one} and {other}, such as {min(shared)}")
     if manifest.zeroshot:
         lines.append(f"zero-shot    {manifest.zeroshot}")
     lines += [f"  {reject}" for reject in manifest.rejects[:10]]

@@ -90,6 +90,7 @@ def test_settings_from_a_file_and_on_top_of_it(amclr: Command, folder: Path, tmp
         (["train", "--data", "nowhere"], "no data set at 'nowhere': give a folder"),
         (["train", "--config", "nowhere.yaml"], "does not exist"),
         (["train", "--config", "slip.yaml"], "unknown option '--epoch': did you mean --epochs?"),
+        (["train", "--config", "nested.yaml"], "unknown option '--optim.lrr': did you mean --optim.lr?"),
         (["train", "--resume", "nowhere"], "'nowhere' is no run folder"),
         (["train", "--resume", "x", "--epochs", "9"], "leave out --epochs 9"),
         (["train", "--optim.name", "adamx"], "choose from adamw, adam"),
@@ -101,6 +102,7 @@ def test_settings_from_a_file_and_on_top_of_it(amclr: Command, folder: Path, tmp
 )
 def test_slips_are_one_line_with_advice(amclr: Command, arguments: list[str], message: str, tmp_path: Path) -> None:
     (tmp_path / "slip.yaml").write_text("epoch: 3\n")
+    (tmp_path / "nested.yaml").write_text("optim:\n  lrr: 3\n")
     assert message in one_line(amclr(*arguments), 2 if arguments[0] == "trian" else 1)
 
 

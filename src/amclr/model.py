@@ -95,15 +95,16 @@ class DualEncoder(nn.Module):
     """Two towers and two projections; `forward` gives unit rows for whatever views it is handed.
 
     A tower with learning-rate factor 0 is frozen: it has no gradient, and its norm layers stay in
-    evaluation mode whatever `train()` says.
+    evaluation mode whatever `train()` says. from_checkpoint: `load_saved` follows, so that trained
+    towers need not fetch the published weights that they started from.
     """
 
-    def __init__(self, config: ModelConfig, tokenizer: Any) -> None:
+    def __init__(self, config: ModelConfig, tokenizer: Any, from_checkpoint: bool = False) -> None:
         super().__init__()
         self.config = config
         self.tokenizer = tokenizer
-        self.image_tower = build_image_tower(config)
-        self.text_tower = build_text_tower(config, tokenizer)
+        self.image_tower = build_image_tower(config, weights=not (from_checkpoint and config.image_lr))
+        self.text_tower = build_text_tower(config, tokenizer, weights=not (from_checkpoint and config.text_lr))
         self.image_head = self._head(self.image_tower.width)
         self.text_head = self._head(self.text_tower.width)
         for tower in self.frozen_towers:
@@ -252,9 +253,13 @@ class DualEncoder(nn.Module):
         return torch.cat(rows) if rows else torch.empty(0, self.config.dim)
 
 
-def build_image_tower(config: ModelConfig) -> ImageTower:
-    """The image tower that the settings name. Raises UserError, saying what would do, if it cannot be loaded."""
+def build_image_tower(config: ModelConfig, weights: bool = True) -> ImageTower:
+    """The image tower that the settings name. Raises UserError, saying what would do, if it cannot be loaded.
+
+    weights: false leaves pretrained weights out, where others are loaded afterwards.
+    """
     name = config.image_tower
+    load = config.image_pretrained and weights
     if name == "small":
         block: Any = BasicBlock
         resnet = ResNet(
@@ -263,14 +268,14 @@ def build_image_tower(config: ModelConfig) -> ImageTower:
         return ImageTower(resnet.to(memory_format=torch.channels_last), config.image_size, CLIP_MEAN, CLIP_STD)
     if name == pretrained.IMAGE_TOWER:
         packaged: Any = timm.create_model(pretrained.TIMM_NAME)
-        if config.image_pretrained:
+        if load:
             packaged.load_state_dict(pretrained.efficientnet_state(packaged.state_dict()))
         packaged.reset_classifier(0)
         cfg = packaged.pretrained_cfg
         return ImageTower(packaged.to(memory_format=torch.channels_last), config.image_size, cfg["mean"], cfg["std"])
     sized: dict[str, Any] = {"img_size": config.image_size} if _takes_img_size(name) else {}
     try:
-        trunk = timm.create_model(name, pretrained=config.image_pretrained, num_classes=0, **sized)
+        trunk = timm.create_model(name, pretrained=load, num_classes=0, **sized)
     except Exception as error:  # timm and the hub raise many kinds
         near = timm.list_models(f"*{name.split('.')[0]}*")[:3]
         hint = f" (timm has {', '.join(near)})" if near and name not in near else ""
@@ -288,8 +293,11 @@ def _takes_img_size(name: str) -> bool:
     return bare.startswith(("vit_", "deit", "eva", "beit"))
 
 
-def build_text_tower(config: ModelConfig, tokenizer: Any) -> TextTower:
-    """The text tower that the settings name. Raises UserError, saying what would do, if it cannot be loaded."""
+def build_text_tower(config: ModelConfig, tokenizer: Any, weights: bool = True) -> TextTower:
+    """The text tower that the settings name. Raises UserError, saying what would do, if it cannot be loaded.
+
+    weights: false leaves pretrained weights out, where others are loaded afterwards.
+    """
     if config.text_tower == "small":
         bert = BertConfig(
             vocab_size=len(tokenizer),
@@ -303,7 +311,7 @@ def build_text_tower(config: ModelConfig, tokenizer: Any) -> TextTower:
         return TextTower(BertModel(bert, add_pooling_layer=False), config.text_pooling)
     source = _text_source(config)
     try:
-        if config.text_pretrained:
+        if config.text_pretrained and weights:
             trunk = AutoModel.from_pretrained(source, dtype=torch.float32)
         else:
             trunk = AutoModel.from_config(AutoConfig.from_pretrained(source), dtype=torch.float32)

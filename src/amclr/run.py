@@ -179,7 +179,7 @@ class Run:
                 f"'{self.folder}' has lost its folder tokenizer/, without which its captions have no meaning"
             )
         tokenizer = build_tokenizer(self.config.model, [], self.folder / "tokenizer")
-        model = DualEncoder(self.config.model, tokenizer)
+        model = DualEncoder(self.config.model, tokenizer, from_checkpoint=True)
         model.load_saved(state["model"])
         return model.eval()
 

@@ -16,7 +16,8 @@ import torch
 from PIL import Image
 
 import amclr as package
-from tests.conftest import REAL, SMALL, Command, needs_real_data
+from amclr import cli
+from tests.conftest import COLOURS, REAL, SMALL, Command, needs_real_data, paint
 from tests.data.test_manifest import bomb
 
 
@@ -36,7 +37,8 @@ def test_help(amclr: Command) -> None:
     for expected in ("--objective", "--loss.gamma", "recipes", "--resume RUN", "learning-rate factor", "frozen"):
         assert expected.lower() in text.lower()
     assert "--zeroshot" in amclr("evaluate", "--help").stdout
-    assert "contact sheet" in amclr("inspect", "--help").stdout
+    looked = amclr("inspect", "--help").stdout
+    assert "contact sheet" in looked and "--source.encoding" in looked and "--optim.lr" not in looked
 
 
 def test_train_evaluate_inspect(amclr: Command, folder: Path, tmp_path: Path) -> None:
@@ -88,15 +90,31 @@ def test_settings_from_a_file_and_on_top_of_it(amclr: Command, folder: Path, tmp
         (["train", "--recipe", "best"], "unknown recipe 'best': choose from scenes, frozen"),
         (["train", "--data", "nowhere"], "no data set at 'nowhere': give a folder"),
         (["train", "--config", "nowhere.yaml"], "does not exist"),
+        (["train", "--config", "slip.yaml"], "unknown option '--epoch': did you mean --epochs?"),
+        (["train", "--config", "nested.yaml"], "unknown option '--optim.lrr': did you mean --optim.lr?"),
         (["train", "--resume", "nowhere"], "'nowhere' is no run folder"),
         (["train", "--resume", "x", "--epochs", "9"], "leave out --epochs 9"),
         (["train", "--optim.name", "adamx"], "choose from adamw, adam"),
         (["evaluate", "nowhere"], "'nowhere' is no run folder"),
+        (["evaluate", "x", "--templates", "t.txt"], "belong to --zeroshot FOLDER: give it too"),
         (["inspect", "--data", "nowhere"], "no data set at 'nowhere'"),
+        (["inspect", "--sheet", "sheet.xyz"], "cannot draw a contact sheet as 'sheet.xyz': name a .png"),
     ],
 )
-def test_slips_are_one_line_with_advice(amclr: Command, arguments: list[str], message: str) -> None:
-    assert message in one_line(amclr(*arguments), 2 if arguments[0] == "trian" else 1)
+def test_slips_are_one_line_with_advice(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """In this process: a new one takes seconds to import all there is, and there are many slips."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "slip.yaml").write_text("epoch: 3\n")
+    (tmp_path / "nested.yaml").write_text("optim:\n  lrr: 3\n")
+    code = cli.main(arguments)
+    result = subprocess.CompletedProcess(arguments, code, *capsys.readouterr())
+    assert message in one_line(result, 2 if arguments[0] == "trian" else 1)
 
 
 def test_bad_data_ends_in_one_line_or_a_counted_skip(amclr: Command, folder: Path, tmp_path: Path) -> None:
@@ -114,8 +132,61 @@ def test_bad_data_ends_in_one_line_or_a_counted_skip(amclr: Command, folder: Pat
     rejects = [json.loads(line) for line in (tmp_path / "run" / "rejects.jsonl").read_text().splitlines()]
     assert len(rejects) == 5 and "5 rows or pictures left out" in done.stderr
     assert {Path(r["file"]).name for r in rejects} == {"captions.txt", "008.png", "009.png", "010.png"}
+    with (folder / "val.txt").open("a") as handle:
+        handle.write("020.png\n")
     looked = amclr("inspect", "--data", folder)
     assert "left out     5 of 82 rows" in looked.stdout and "too large" in looked.stdout
+    assert "overlap      1 pictures are in both train and val, such as 020.png" in looked.stdout
+
+
+def test_a_model_from_a_hub_that_cannot_be_reached(amclr: Command, folder: Path, tmp_path: Path) -> None:
+    offline = one_line(amclr("train", "--data", folder, "--recipe", "paper", "--batch_size", "8", "--out", "run"))
+    assert "cannot load text tower 'distilbert-base-uncased'" in offline
+    assert "give a folder with config.json, weights and tokenizer, minilm" in offline
+    assert not (tmp_path / "run").exists()
+
+
+def test_prompts_and_class_names_from_files(amclr: Command, folder: Path, tmp_path: Path) -> None:
+    """Words of the captions tell the patches apart; other words for the same folders do not."""
+    options = ("--epochs", "25", "--batch_size", "16", "--model.text_lr", "0.1", "--views.image", "weak")
+    trained = amclr("train", "--data", folder, *SMALL, *options, "--optim.lr", "3e-3", "--out", "run")
+    assert trained.returncode == 0, trained.stderr[-2000:]
+    for i, name in enumerate(("k0", "k1", "k2", "k3")):
+        (tmp_path / "classes" / name).mkdir(parents=True)
+        for k in range(8):
+            paint(list(COLOURS)[i], 400 + k).save(tmp_path / "classes" / name / f"{k}.png")
+    (tmp_path / "names.tsv").write_text("k0\tred, scarlet\nk1\tgreen\nk2\tblue\nk3\tyellow\n")
+    (tmp_path / "turned.tsv").write_text("k0\tgreen\nk1\tblue\nk2\tyellow\nk3\tred\n")
+    (tmp_path / "prompts.txt").write_text("a {} patch\n\nthis {} patch number 4\n")
+
+    files = {"zeroshot": "classes", "templates": "prompts.txt", "classnames": "names.tsv"}
+    done = amclr("evaluate", "run", "--retrieval", "false", *(f"--{k}={v}" for k, v in files.items()))
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads((tmp_path / "run" / "evaluations" / "zeroshot-classes.json").read_text())
+    assert found["zeroshot_pictures"] == 32 and found["zeroshot_top1"] > 70
+    files = {k: str(tmp_path / v) for k, v in files.items()} | {"classnames": str(tmp_path / "turned.tsv")}
+    turned = package.measure.evaluate_run(tmp_path / "run", retrieval=False, progress=False, **files)
+    assert turned["zeroshot_top1"] < 30
+
+
+def test_killed_and_resumed(amclr: Command, folder: Path, tmp_path: Path) -> None:
+    """kill -9 loses no more than the steps since the last checkpoint, and the run ends as if it had not happened."""
+    command = [sys.executable, "-m", "amclr", "train", "--data", str(folder), *SMALL, "--epochs", "12", "--out", "run"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL, env=environment)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "run" / "checkpoints" / "step-00000008.pt").is_file():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    process.kill()
+    assert process.wait(timeout=60) == -signal.SIGKILL
+    config = tmp_path / "run" / "config.yaml"
+    assert not (tmp_path / "run" / "results.json").exists() and "epochs: 12" in config.read_text()
+    resumed = amclr("train", "--resume", "run")
+    assert resumed.returncode == 0, resumed.stderr[-2000:]
+    whole = amclr("train", "--data", folder, *SMALL, "--epochs", "12", "--out", "whole")
+    assert whole.returncode == 0, whole.stderr[-2000:]
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == (tmp_path / "whole" / "metrics.jsonl").read_text()
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
+import shutil
 import signal
 import sys
 import types
@@ -15,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import amclr
 from amclr import engine, features
@@ -26,7 +29,8 @@ from amclr.data.views import image_view, policy
 from amclr.engine import Stopped, train
 from amclr.errors import UserError
 from amclr.features import FeatureBatches
-from amclr.model import DualEncoder, build_tokenizer
+from amclr.measure import Evaluator
+from amclr.model import DualEncoder, ImageTower, build_tokenizer
 from amclr.objectives import METHODS
 from amclr.run import Run
 from tests.conftest import make_folder
@@ -111,7 +115,8 @@ def test_run_folder(folder: Path) -> None:
             assert min(image.size) > 200
     with (run.folder / "metrics.csv").open() as handle:
         assert len(list(csv.DictReader(handle))) == len(run.metrics())
-    assert any((run.folder / "tensorboard").iterdir())
+    board = EventAccumulator(str(run.folder / "tensorboard")).Reload()
+    assert [e.step for e in board.Scalars("eval/r_mean")] == [4, 8] and board.Scalars("train/loss")
     names = sorted(p.name for p in run.checkpoints.iterdir())
     assert names == ["best.pt", "last.pt", "step-00000004.pt", "step-00000008.pt"]
 
@@ -193,11 +198,85 @@ def test_stopped_and_resumed_equals_uninterrupted(
     assert_same_run(whole, resumed)
 
 
+def test_a_signal_during_evaluation_loses_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = train(frozen(folder, "whole", epochs=3), progress=False)
+    measure = Evaluator.__call__
+
+    def interrupted(self: Evaluator) -> dict[str, float]:
+        signal.raise_signal(signal.SIGINT)
+        return measure(self)
+
+    monkeypatch.setattr(Evaluator, "__call__", interrupted)
+    config = frozen(folder, "parts", epochs=3)
+    with pytest.raises(Stopped):
+        train(config, progress=False)
+    run = Run.open(Path(config.out))
+    assert [r["epoch"] for r in run.metrics() if r["kind"] == "eval"] == [1.0]
+    monkeypatch.setattr(Evaluator, "__call__", measure)
+    assert_same_run(whole, train(Config(), resume=run.folder, progress=False))
+
+
+def test_stopped_while_features_are_computed(folder: Path, monkeypatch: pytest.MonkeyPatch, own_cache: Path) -> None:
+    """Ctrl-C before the first step: the run can go on, and ends as if it had not been stopped."""
+    whole = train(frozen(folder, "whole"), progress=False)
+    shutil.rmtree(own_cache)
+    forward = ImageTower.forward
+
+    def interrupt(self: ImageTower, pictures: torch.Tensor) -> torch.Tensor:
+        if len(pictures) > 1:  # one picture is asked for when the tower is built
+            raise KeyboardInterrupt
+        return forward(self, pictures)
+
+    monkeypatch.setattr(ImageTower, "forward", interrupt)
+    config = frozen(folder, "parts")
+    with pytest.raises(Stopped, match="amclr train --resume .*parts"):
+        train(config, progress=False)
+    monkeypatch.setattr(ImageTower, "forward", forward)
+    assert_same_run(whole, train(Config(), resume=Path(config.out), progress=False))
+
+
+def test_a_run_that_lost_files_says_so(folder: Path) -> None:
+    run = train(config_for(folder), progress=False)
+    kept = (run.folder / "config.yaml").read_text()
+    (run.folder / "config.yaml").write_text(kept.replace("epochs: 2", "epochs: two"))
+    with pytest.raises(UserError, match="cannot read .*config.yaml': epochs must be int, got 'two'"):
+        train(Config(), resume=run.folder, progress=False)
+    (run.folder / "config.yaml").write_text(kept)
+    shutil.rmtree(run.folder / "tokenizer")
+    with pytest.raises(UserError, match="has lost its folder tokenizer/"):
+        amclr.load(run.folder)
+    shutil.rmtree(run.checkpoints)
+    with pytest.raises(UserError, match="has no checkpoint yet: go on with it by"):
+        amclr.load(run.folder)
+    # Without checkpoints and without a tokenizer there is nothing to go on with but the settings.
+    assert train(Config(), resume=run.folder, progress=False).load_last() is not None
+
+
 def test_resuming_a_finished_run_changes_nothing(folder: Path) -> None:
     run = train(frozen(folder), progress=False)
     before, rows = weights(run), run.metrics()
     again = train(Config(), resume=run.folder, progress=False)
     assert all(torch.equal(v, weights(again)[k]) for k, v in before.items()) and again.metrics() == rows
+
+
+def test_a_disk_that_is_full_keeps_the_checkpoint_before(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = train(frozen(folder, "whole"), progress=False)
+    save, saved = torch.save, []
+
+    def fill(state: Any, handle: Any) -> None:
+        saved.append(handle)
+        if len(saved) == 2:
+            handle.write(b"half of it")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(state, handle)
+
+    monkeypatch.setattr(torch, "save", fill)
+    config = frozen(folder, "parts")
+    with pytest.raises(UserError, match=r"\(No space left on device\): make room, then go on by: amclr train --resume"):
+        train(config, progress=False)
+    run = Run.open(Path(config.out))
+    assert sorted(p.name for p in run.checkpoints.iterdir()) == ["best.pt", "last.pt", "step-00000004.pt"]
+    assert_same_run(whole, train(Config(), resume=run.folder, progress=False))
 
 
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -353,6 +432,34 @@ def test_feature_batches_hold_what_they_say(towers: Any, own_cache: Path) -> Non
             assert {tuple(text[row].tolist()), tuple(other[row].tolist())} == set(map(tuple, own.tolist()))
 
 
+def test_second_views_are_made_only_for_methods_that_use_them(folder: Path, own_cache: Path) -> None:
+    """A baseline computes one policy's features; `pairs` gives it the views of AmCLR, and so both."""
+    views = ViewsConfig(image="weak", image_aug="single")
+
+    def trained(out: str, **changes: Any) -> tuple[Run, int]:
+        run = train(frozen(folder, out, views=views, **changes), progress=False)
+        return run, len(list(own_cache.glob("images-*.npy")))
+
+    _, one = trained("plain", objective="sogclr")
+    assert one == 2, "weak views to train on, and plain pictures to evaluate on"
+    same, two = trained("pairs", objective="sogclr", loss=LossConfig(temperature=0.1, pairs="all"))
+    assert two == 3
+    published, three = trained("amclr", objective="amclr")
+    assert three == 3
+    assert all(torch.equal(v, weights(published)[k]) for k, v in weights(same).items())
+
+
+def test_gradients_are_clipped(folder: Path) -> None:
+    optim = OptimConfig(lr=1.0, name="sgd", warmup=0, weight_decay=0)
+    start, moved = (
+        weights(train(frozen(folder, out, optim=replace(optim, clip=clip, lr=lr), epochs=1), progress=False))
+        for out, clip, lr in (("start", 1.0, 1e-12), ("moved", 1e-3, 1.0))
+    )
+    distance = sum(float((v - moved[k]).square().sum()) for k, v in start.items() if "head" in k) ** 0.5
+    # Four steps with Nesterov momentum 0.9 go at most 1.9 + 2.71 + 3.44 + 4.1 times the largest norm.
+    assert 1e-4 < distance < 12.2e-3
+
+
 def test_word_noise_where_a_picture_has_one_caption(tmp_path: Path) -> None:
     folder = make_folder(tmp_path / "single", captions=1)
     run = train(frozen(folder, objective="amclr", views=ViewsConfig(word_noise=0.5)), progress=False)
@@ -389,6 +496,8 @@ def test_a_folder_in_use_is_refused(folder: Path) -> None:
     (folder.parent / "file").write_text("x")
     with pytest.raises(UserError, match="is in use: choose another --out"):
         train(frozen(folder, "file"), progress=False)
+    with pytest.raises(UserError, match="cannot make the run folder '.*file/run': Not a directory"):
+        train(frozen(folder, "file/run"), progress=False)
     with pytest.raises(UserError, match="no run folder"):
         train(Config(), resume=folder, progress=False)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -59,6 +60,9 @@ def test_embeds_unit_rows_whatever_the_batching(tmp_path: Path) -> None:
     whole = model.encode_text(CAPTIONS)
     torch.testing.assert_close(model.encode_text(CAPTIONS, batch_size=1), whole)
     assert model.training, "encoding must leave the mode as it was"
+    assert model.pictures_at_once < 40, "the default must cut these into several passes"
+    many = pictures(3) * 20
+    torch.testing.assert_close(model.encode_image(many), model.encode_image(many, batch_size=60))
     picture = pictures(1)[0]
     picture.save(tmp_path / "p.png")
     kinds = [picture, tmp_path / "p.png", str(tmp_path / "p.png"), (tmp_path / "p.png").read_bytes()]
@@ -104,6 +108,28 @@ def test_timm_local_folder(tmp_path: Path) -> None:
     loaded = encoder(replace(TINY, image_tower=f"local-dir:{tmp_path}"))
     assert torch.equal(loaded.image_tower.trunk.conv1[0].weight, model.conv1[0].weight)  # type: ignore[index, union-attr]
     check_encodes(loaded)
+
+
+def test_trained_towers_come_from_the_checkpoint_alone(bert_folder: Path, tmp_path: Path) -> None:
+    """The files that training started from may have gone; those of frozen towers are still needed."""
+    image, text = tmp_path / "image", tmp_path / "text"
+    timm.models.save_for_hf(timm.create_model("resnet10t", num_classes=4), image, model_args={"num_classes": 4})
+    shutil.copytree(bert_folder, text)
+    config = replace(TINY, image_tower=f"local-dir:{image}", text_tower=str(text))
+    tokenizer = build_tokenizer(config, [])
+    trained = DualEncoder(config, tokenizer)
+    frozen = [replace(config, image_lr=0.0), replace(config, text_lr=0.0)]
+    for file in (*image.iterdir(), *text.iterdir()):
+        if file.suffix in (".safetensors", ".bin"):
+            file.unlink()
+    again = DualEncoder(config, tokenizer, from_checkpoint=True)
+    again.load_saved(trained.state_to_save())
+    assert torch.equal(again.image_tower.mean, trained.image_tower.mean)
+    assert torch.equal(again.encode_image(pictures()), trained.encode_image(pictures()))
+    assert torch.equal(again.encode_text(CAPTIONS), trained.encode_text(CAPTIONS))
+    for needs_file in frozen:
+        with pytest.raises(UserError, match="cannot load"):
+            DualEncoder(needs_file, tokenizer, from_checkpoint=True)
 
 
 @pytest.mark.parametrize(
@@ -192,6 +218,8 @@ def test_saved_weights_come_back_and_strangers_are_refused() -> None:
     state.pop("text_head.weight")
     with pytest.raises(UserError, match="text_head.weight do not fit"):
         other.load_saved(state)
+    with pytest.raises(UserError, match="image_head.weight.* are of another size"):
+        encoder(replace(TINY, dim=8)).load_saved(model.state_to_save())
 
 
 def test_tokenizers_trained_twice_agree(tmp_path: Path) -> None:

@@ -151,6 +151,8 @@ def _configure(command: str, arguments: list[str]) -> Config:
     parser = _parser(command)
     parser.add_argument("--config", action="config", help="YAML file of settings, such as a run's config.yaml")
     parser.add_class_arguments(Config, as_group=False)
+    if command == "inspect":
+        _show_help_of(parser, ("config", "data", "seed", "cache", "source", "scenes", "views", "model.image_size"))
     base = asdict(RECIPES[name]())
     parser.set_defaults(_flat(base))
     options = _parse(parser, rest)
@@ -158,6 +160,15 @@ def _configure(command: str, arguments: list[str]) -> Config:
     values.pop("config", None)
     config: Config = from_dict(values)
     return config
+
+
+def _show_help_of(parser: ArgumentParser, shown: tuple[str, ...]) -> None:
+    """Leave other options out of the help. They still parse, so that a run's own config.yaml can be given."""
+    import argparse
+
+    for action in parser._actions:
+        if action.dest not in ("help", *shown) and not action.dest.startswith(tuple(f"{s}." for s in shown)):
+            action.help = argparse.SUPPRESS
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -209,11 +220,8 @@ def _parse(parser: ArgumentParser, arguments: list[str]) -> Any:
         return parser.parse_args(arguments)
     except (ArgumentError, ValueError, TypeError) as error:
         message = " ".join(str(error).split())
-        if found := re.search(
-            r"(?:Unrecognized arguments|Unknown option|unrecognized arguments): (\S+)", message, re.I
-        ):
+        if option := _unknown_option(message):
             known = [o for action in parser._actions for o in action.option_strings]
-            option = found[1].split("=")[0]
             near = difflib.get_close_matches(option, known, n=1)
             message = f"unknown option '{option}'" + (f": did you mean {near[0]}?" if near else "")
         elif found := re.search(r'key "([\w.]+)": (.*)(?:Got|Given) value: (.*)', message):
@@ -226,6 +234,18 @@ def _parse(parser: ArgumentParser, arguments: list[str]) -> Any:
                 wanted = {"int": "a whole number", "float": "a number", "bool": "true or false"}.get(kind[1], kind[1])
             message = f"--{found[1]} must be {wanted}, got '{found[3]}'"
         raise UserError(f"{message.rstrip()} (amclr {parser.prog.split()[-1]} --help lists the options)") from None
+
+
+def _unknown_option(message: str) -> str | None:
+    """The option that the parser's message calls unknown, as it would be typed; it may be a key of a YAML file."""
+    import re
+
+    if found := re.search(r"Group '(\S+)' does not accept option '(\S+)'", message):
+        return f"--{found[1]}.{found[2]}"
+    if found := re.search(r"Option '(\S+)' is not accepted", message):
+        return f"--{found[1]}"
+    found = re.search(r"(?:Unrecognized arguments|Unknown option): ([^\s=]+)", message, re.I)
+    return found[1] if found else None
 
 
 def _take(arguments: list[str], option: str) -> tuple[str | None, list[str]]:

@@ -7,8 +7,9 @@ Imports no torch, so that `amclr --help` is quick. Names on the command line are
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Any, Literal, get_type_hints
+from dataclasses import dataclass, field, is_dataclass
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 
 @dataclass(frozen=True)
@@ -232,6 +233,8 @@ def problems(config: Config) -> list[str]:
         ("optim.clip", o.clip, 0, 1e9),
         ("scenes.train", config.scenes.train, 1, 1e9),
         ("scenes.val", config.scenes.val, 1, 1e9),
+        ("scenes.test", config.scenes.test, 0, 1e9),
+        ("scenes.zeroshot", config.scenes.zeroshot, 0, 1e9),
         ("scenes.size", config.scenes.size, 16, 1024),
         ("scenes.captions", config.scenes.captions, 1, 32),
     ]
@@ -243,9 +246,37 @@ def problems(config: Config) -> list[str]:
 
 
 def from_dict(values: Mapping[str, Any], cls: type[Any] = Config) -> Any:
-    """The settings that `dataclasses.asdict` wrote; what is missing keeps its default."""
+    """The settings that `dataclasses.asdict` wrote; what is missing keeps its default.
+
+    Raises ValueError, naming the setting, for one that does not exist or is of another type.
+    """
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{cls.__name__} must be a mapping of settings, got {values!r}")
     hints = get_type_hints(cls)
-    unknown = set(values) - {f.name for f in fields(cls)}
+    unknown = [str(name) for name in values if name not in hints]
     if unknown:
         raise ValueError(f"{cls.__name__} has no setting {', '.join(sorted(unknown))}")
-    return cls(**{k: from_dict(v, hints[k]) if is_dataclass(hints[k]) else v for k, v in values.items()})
+    made: dict[str, Any] = {}
+    for name, value in values.items():
+        hint = hints[name]
+        if is_dataclass(hint):
+            made[name] = from_dict(value, hint)  # type: ignore[arg-type]
+        elif _fits(value, hint):
+            made[name] = value
+        else:
+            kind = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
+            raise ValueError(f"{name} must be {kind}, got {value!r}")
+    return cls(**made)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value is of a field's type. A whole number does where a float is meant."""
+    if get_origin(hint) is Literal:
+        return value in get_args(hint)
+    if get_origin(hint) in (Union, UnionType):
+        return any(_fits(value, part) for part in get_args(hint))
+    if hint is NoneType:
+        return value is None
+    if isinstance(value, bool) or hint is bool:
+        return hint is bool and isinstance(value, bool)
+    return isinstance(value, (int, float) if hint is float else hint)

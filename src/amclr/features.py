@@ -55,8 +55,9 @@ def image_features(
             for i in range(start, stop)
             for v in range(draws)
         ]
-        batch = torch.stack(pictures).to(model.device)
-        return model.image_tower(batch).float().cpu().view(stop - start, draws, -1)
+        parts = torch.stack(pictures).split(model.pictures_at_once)
+        rows = [model.image_tower(part.to(model.device)).float().cpu() for part in parts]
+        return torch.cat(rows).view(stop - start, draws, -1)
 
     shape = (len(samples), draws, model.image_tower.width)
     return _cached(cache / f"images-{key}.npy", shape, chunk, f"Features of {draws} x '{name}' views", progress)

@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -112,13 +113,15 @@ def evaluate_run(
     Returns the figures, and writes them (with a gallery of a data set) under `evaluations/` in the
     run folder. Raises UserError for a folder, split or file that is not there.
     """
+    if (classnames or templates) and not zeroshot:
+        raise UserError("--classnames and --templates belong to --zeroshot FOLDER: give it too")
     run = Run.open(folder)
     model = run.load_model().to("cuda" if torch.cuda.is_available() else "cpu")
     config = replace(run.config, data=data) if data else run.config
     results: dict[str, Any] = {"run": str(folder), "objective": config.objective}
     out = folder / "evaluations"
     out.mkdir(exist_ok=True)
-    name = f"{Path(config.data).name}-{split}"
+    name = f"{Path(config.data).resolve().name}-{split}"
     if zeroshot:
         results |= measure_classes(model, Path(zeroshot), config, classnames, templates, progress)
     if retrieval:
@@ -134,7 +137,7 @@ def evaluate_run(
             results |= measure_classes(model, manifest.zeroshot, config, progress=progress)
         draw_gallery(model, evaluator, images, texts, out / f"{name}.png", f"{config.objective} on {name}")
     else:
-        name = f"zeroshot-{Path(zeroshot).name}"
+        name = f"zeroshot-{Path(zeroshot).resolve().name}"
     if len(results) == 2:
         raise UserError("nothing to measure: leave out --retrieval false, or give --zeroshot FOLDER")
     write_atomically(out / f"{name}.json", json.dumps(results, indent=2) + "\n")
@@ -149,7 +152,7 @@ def measure_classes(
     prompts: Sequence[str] = evaluate.TEMPLATES
     file = Path(templates) if templates else root / "templates.txt"
     if file.is_file():
-        prompts = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        prompts = manifests.read_lines(file)
     elif templates:
         raise UserError(f"no templates file '{file}': one prompt per line, with {{}} for the class name")
     bad = scan(paths, model.config.image_size, progress=progress)
@@ -207,6 +210,8 @@ def inspect(config: Config, sheet: Path, progress: bool = True) -> str:
 
     Bad rows and pictures are listed beside the sheet; no limit on them applies here.
     """
+    if sheet.suffix.lower() not in (".png", ".jpg", ".jpeg", ".pdf", ".svg"):
+        raise UserError(f"cannot draw a contact sheet as '{sheet}': name a .png, .jpg, .pdf or .svg file")
     lenient = replace(config, source=replace(config.source, max_bad=1.0))
     manifest = manifests.prepare(lenient, manifests.cache_folder(config), progress)
     samples = manifest.samples
@@ -223,6 +228,9 @@ def inspect(config: Config, sheet: Path, progress: bool = True) -> str:
         f"repeated     {repeated} captions say what another says already",
         f"left out     {len(manifest.rejects)} of {manifest.rows} rows",
     ]
+    for one, other in combinations(manifest.splits, 2):
+        if shared := manifest.splits[one] & manifest.splits[other]:
+            lines.append(f"overlap      {len(shared)} pictures are in both {one} and {other}, such as {min(shared)}")
     if manifest.zeroshot:
         lines.append(f"zero-shot    {manifest.zeroshot}")
     lines += [f"  {reject}" for reject in manifest.rejects[:10]]

@@ -95,15 +95,16 @@ class DualEncoder(nn.Module):
     """Two towers and two projections; `forward` gives unit rows for whatever views it is handed.
 
     A tower with learning-rate factor 0 is frozen: it has no gradient, and its norm layers stay in
-    evaluation mode whatever `train()` says.
+    evaluation mode whatever `train()` says. from_checkpoint: `load_saved` follows, so that trained
+    towers need not fetch the published weights that they started from.
     """
 
-    def __init__(self, config: ModelConfig, tokenizer: Any) -> None:
+    def __init__(self, config: ModelConfig, tokenizer: Any, from_checkpoint: bool = False) -> None:
         super().__init__()
         self.config = config
         self.tokenizer = tokenizer
-        self.image_tower = build_image_tower(config)
-        self.text_tower = build_text_tower(config, tokenizer)
+        self.image_tower = build_image_tower(config, weights=not (from_checkpoint and config.image_lr))
+        self.text_tower = build_text_tower(config, tokenizer, weights=not (from_checkpoint and config.text_lr))
         self.image_head = self._head(self.image_tower.width)
         self.text_head = self._head(self.text_tower.width)
         for tower in self.frozen_towers:
@@ -153,7 +154,11 @@ class DualEncoder(nn.Module):
         return {k: v for k, v in self.state_dict().items() if not k.startswith(skip)}
 
     def load_saved(self, state: Mapping[str, Tensor]) -> None:
-        """Load what `state_to_save` gave."""
+        """Load what `state_to_save` gave. Raises UserError where it was given by another model."""
+        own = self.state_dict()
+        sized = [k for k, v in state.items() if k in own and own[k].shape != v.shape]
+        if sized:
+            raise UserError(f"these weights belong to another model: {', '.join(sized[:3])} are of another size")
         missing, unexpected = self.load_state_dict(state, strict=False)
         skip = tuple(f"{p}." for p in self._reloadable())
         wrong = [k for k in missing if not k.startswith(skip)] + unexpected
@@ -173,6 +178,15 @@ class DualEncoder(nn.Module):
         """Where the weights are."""
         return next(self.parameters()).device
 
+    @property
+    def pictures_at_once(self) -> int:
+        """Pictures per forward pass without gradients.
+
+        On a CPU the activations of larger batches are handed back to the system and fetched again
+        page by page at every layer: 512 pictures at once took five times as long as 32 at a time.
+        """
+        return 32 if self.device.type == "cpu" else 256
+
     def tokenize(self, texts: list[str]) -> dict[str, Tensor]:
         """Token tensors (B, L) of captions, cut to `max_tokens` and padded to the longest."""
         out = self.tokenizer(
@@ -186,12 +200,15 @@ class DualEncoder(nn.Module):
         out: Tensor = policy("none", size)(read_picture(picture, size))
         return out
 
-    def encode_image(self, images: Iterable[Picture], batch_size: int = 128, progress: bool = False) -> Tensor:
+    def encode_image(self, images: Iterable[Picture], batch_size: int | None = None, progress: bool = False) -> Tensor:
         """Embed pictures (PIL images, paths or encoded bytes) as unit rows (n, D), float32 on the CPU.
+
+        batch_size: pictures embedded at once; None suits the device.
 
         Raises amclr.data.pictures.BadPicture, with the reason, for one that cannot be decoded.
         """
-        return self._encode(list(images), batch_size, progress, "pictures", self._embed_pictures)
+        size = batch_size or self.pictures_at_once
+        return self._encode(list(images), size, progress, "pictures", self._embed_pictures)
 
     def encode_text(self, texts: Iterable[str], batch_size: int = 256, progress: bool = False) -> Tensor:
         """Embed captions as unit rows (n, D), float32 on the CPU."""
@@ -226,16 +243,23 @@ class DualEncoder(nn.Module):
         was_training = self.training
         self.eval()
         try:
-            starts = tqdm(range(0, len(items), batch_size), f"Embedding {what}", disable=not progress, leave=False)
-            rows = [embed(items[k : k + batch_size]).float().cpu() for k in starts]
+            with tqdm(total=len(items), desc=f"Embedding {what}", disable=not progress, leave=False) as bar:
+                rows = []
+                for chunk in (items[k : k + batch_size] for k in range(0, len(items), batch_size)):
+                    rows.append(embed(chunk).float().cpu())
+                    bar.update(len(chunk))
         finally:
             self.train(was_training)
         return torch.cat(rows) if rows else torch.empty(0, self.config.dim)
 
 
-def build_image_tower(config: ModelConfig) -> ImageTower:
-    """The image tower that the settings name. Raises UserError, saying what would do, if it cannot be loaded."""
+def build_image_tower(config: ModelConfig, weights: bool = True) -> ImageTower:
+    """The image tower that the settings name. Raises UserError, saying what would do, if it cannot be loaded.
+
+    weights: false leaves pretrained weights out, where others are loaded afterwards.
+    """
     name = config.image_tower
+    load = config.image_pretrained and weights
     if name == "small":
         block: Any = BasicBlock
         resnet = ResNet(
@@ -244,14 +268,14 @@ def build_image_tower(config: ModelConfig) -> ImageTower:
         return ImageTower(resnet.to(memory_format=torch.channels_last), config.image_size, CLIP_MEAN, CLIP_STD)
     if name == pretrained.IMAGE_TOWER:
         packaged: Any = timm.create_model(pretrained.TIMM_NAME)
-        if config.image_pretrained:
+        if load:
             packaged.load_state_dict(pretrained.efficientnet_state(packaged.state_dict()))
         packaged.reset_classifier(0)
         cfg = packaged.pretrained_cfg
         return ImageTower(packaged.to(memory_format=torch.channels_last), config.image_size, cfg["mean"], cfg["std"])
     sized: dict[str, Any] = {"img_size": config.image_size} if _takes_img_size(name) else {}
     try:
-        trunk = timm.create_model(name, pretrained=config.image_pretrained, num_classes=0, **sized)
+        trunk = timm.create_model(name, pretrained=load, num_classes=0, **sized)
     except Exception as error:  # timm and the hub raise many kinds
         near = timm.list_models(f"*{name.split('.')[0]}*")[:3]
         hint = f" (timm has {', '.join(near)})" if near and name not in near else ""
@@ -269,8 +293,11 @@ def _takes_img_size(name: str) -> bool:
     return bare.startswith(("vit_", "deit", "eva", "beit"))
 
 
-def build_text_tower(config: ModelConfig, tokenizer: Any) -> TextTower:
-    """The text tower that the settings name. Raises UserError, saying what would do, if it cannot be loaded."""
+def build_text_tower(config: ModelConfig, tokenizer: Any, weights: bool = True) -> TextTower:
+    """The text tower that the settings name. Raises UserError, saying what would do, if it cannot be loaded.
+
+    weights: false leaves pretrained weights out, where others are loaded afterwards.
+    """
     if config.text_tower == "small":
         bert = BertConfig(
             vocab_size=len(tokenizer),
@@ -284,7 +311,7 @@ def build_text_tower(config: ModelConfig, tokenizer: Any) -> TextTower:
         return TextTower(BertModel(bert, add_pooling_layer=False), config.text_pooling)
     source = _text_source(config)
     try:
-        if config.text_pretrained:
+        if config.text_pretrained and weights:
             trunk = AutoModel.from_pretrained(source, dtype=torch.float32)
         else:
             trunk = AutoModel.from_config(AutoConfig.from_pretrained(source), dtype=torch.float32)

@@ -108,15 +108,25 @@ class Run:
     def save(self, state: dict[str, Any], step: int, *, best: bool, keep: int) -> None:
         """Write a checkpoint of a step; `last.pt` (and `best.pt`) become it, older ones beyond `keep` go.
 
-        Each file is complete or absent at any moment: written beside, synced, then renamed.
+        Each file is complete or absent at any moment: written beside, synced, then renamed. Raises
+        UserError where it cannot be written; those before it are still there.
         """
         file = self.checkpoints / f"step-{step:08d}.pt"
         part = file.with_suffix(".part")
-        with part.open("wb") as handle:
-            torch.save(state, handle)
-            handle.flush()
-            os.fsync(handle.fileno())
-        os.replace(part, file)
+        try:
+            self.checkpoints.mkdir(exist_ok=True)
+            with part.open("wb") as handle:
+                torch.save(state, handle)
+                handle.flush()
+                os.fsync(handle.fileno())
+            os.replace(part, file)
+        except (OSError, RuntimeError) as error:  # torch's writer has errors of its own for a disk that is full
+            part.unlink(missing_ok=True)
+            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+            raise UserError(
+                f"cannot write a checkpoint in '{self.checkpoints}' ({reason}): make room, then go on by: "
+                f"amclr train --resume {self.folder}"
+            ) from None
         for name in ("last.pt", "best.pt") if best else ("last.pt",):
             fresh = self.checkpoints / f"{name}.part"
             fresh.unlink(missing_ok=True)
@@ -164,8 +174,12 @@ class Run:
     def load_model(self) -> DualEncoder:
         """The model with its best weights, in evaluation mode."""
         state = self.load_best()
+        if self.config.model.text_tower == "small" and not (self.folder / "tokenizer").is_dir():
+            raise UserError(
+                f"'{self.folder}' has lost its folder tokenizer/, without which its captions have no meaning"
+            )
         tokenizer = build_tokenizer(self.config.model, [], self.folder / "tokenizer")
-        model = DualEncoder(self.config.model, tokenizer)
+        model = DualEncoder(self.config.model, tokenizer, from_checkpoint=True)
         model.load_saved(state["model"])
         return model.eval()
 

@@ -189,6 +189,38 @@ def test_a_file_in_another_encoding_says_which_option_to_give(folder: Path) -> N
         read(folder, encoding="klingon")
 
 
+@pytest.mark.parametrize(
+    ("written", "given", "message"),
+    [
+        ("utf-16", "utf-8", r"not utf-16 text \(truncated data\): give the right --source.encoding"),
+        ("utf-16-le", "utf-8", "try --source.encoding utf-16-le"),
+        ("utf-8", "punycode", "--source.encoding"),
+    ],
+)
+def test_files_that_no_decoder_gets_through(folder: Path, written: str, given: str, message: str) -> None:
+    file = folder / "captions.txt"
+    file.write_bytes(file.read_text().encode(written) + b"x")  # for UTF-16 half a character
+    with pytest.raises(UserError, match=message):
+        read(folder, encoding=given)
+
+
+def test_split_lists(folder: Path) -> None:
+    names = (folder / "val.txt").read_text().split()
+    (folder / "val.txt").write_bytes(b"\xef\xbb\xbf" + "\r\n".join(f" {n} " for n in names).encode() + b"\r\n\r\n")
+    assert read(folder).splits["val"] == set(names), "a mark of byte order, Windows line ends and spaces do not count"
+    (folder / "val.txt").write_text("\n".join(n.removesuffix(".png") for n in names))
+    with pytest.raises(UserError, match=r"none of the 8 names in '.*val.txt' has a usable caption, such as '000'"):
+        read(folder)
+    (folder / "val.txt").write_bytes("caf\xe9.png\n".encode("latin-1"))
+    with pytest.raises(UserError, match=r"'.*val.txt' is not UTF-8 text .*: save it as UTF-8"):
+        read(folder)
+
+
+def test_a_cache_folder_that_cannot_be_made(folder: Path) -> None:
+    with pytest.raises(UserError, match=r"cannot make the cache folder .*: give another --cache, or set AMCLR_CACHE"):
+        manifests.prepare(Config(data=str(folder)), folder / "captions.txt" / "cache", progress=False)
+
+
 def test_columns_by_other_names_and_tabs(folder: Path) -> None:
     rows = [r.split(",") for r in (folder / "captions.txt").read_text().splitlines()[1:]]
     (folder / "captions.txt").unlink()
@@ -201,7 +233,8 @@ def test_columns_by_other_names_and_tabs(folder: Path) -> None:
     assert len(read(folder, image_column="picture", caption_column="words").samples) == 40
 
 
-def test_paraphrase_column(folder: Path) -> None:
+def test_paraphrase_column(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "patches", lists=False)
     (folder / "captions.txt").write_text("image,caption,paraphrase\n001.png,a dog,one dog\n001.png,a dog,a hound\n")
     (sample,) = read(folder).samples
     assert sample.captions == ("a dog",) and sample.paraphrases == (("one dog", "a hound"),)
@@ -246,6 +279,9 @@ def test_class_folders(tmp_path: Path) -> None:
         and labels == [0, 1, 1]
         and [p.parent.name for p in paths] == ["n01", "n02", "n02"]
     )
+    (tmp_path / "classnames.txt").write_bytes("n01\tcaf\xe9\n".encode("latin-1"))
+    with pytest.raises(UserError, match="classnames.txt' is not UTF-8 text"):
+        manifests.class_folders(tmp_path / "val")
     with pytest.raises(UserError, match="needs a folder with one folder per class"):
         manifests.class_folders(tmp_path / "absent")
     with pytest.raises(UserError, match="expected .*CLASS/PICTURE.jpg"):

@@ -130,6 +130,12 @@ def cache_folder(config: Config) -> Path:
 
 def prepare(config: Config, cache: Path, progress: bool = True) -> Manifest:
     """Load the data set, decode every picture once, and leave out what cannot be used, up to the limit."""
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"cannot make the cache folder '{cache}' ({error.strerror}): give another --cache, or set AMCLR_CACHE"
+        ) from None
     manifest = load(config, cache)
     manifest.enforce_limit(config.source.max_bad)
     verdicts = cache / f"scan-{derive(str(manifest.root.resolve())):016x}.json"
@@ -174,7 +180,16 @@ def read_folder(root: Path, source: SourceConfig) -> Manifest:
         Sample(name, folder / name, tuple(texts), tuple(map(tuple, paraphrases[name])))
         for name, texts in sorted(captions.items())
     )
-    splits = {p.stem: _split_list(p) for p in (root / f"{s}.txt" for s in ("train", "val", "test")) if p.is_file()}
+    splits = {
+        p.stem: frozenset(read_lines(p)) for p in (root / f"{s}.txt" for s in ("train", "val", "test")) if p.is_file()
+    }
+    for name in ("train", "val"):
+        listed = splits.get(name)
+        if captions and listed and listed.isdisjoint(captions):
+            raise UserError(
+                f"none of the {len(listed)} names in '{root / name}.txt' has a usable caption, such as "
+                f"'{min(listed)}': it must list the pictures as '{file.name}' names them"
+            )
     return Manifest(root, samples, tuple(rejects), rows, splits)
 
 
@@ -191,7 +206,7 @@ def class_folders(root: Path, classnames: Path | None = None) -> tuple[list[Path
     named: dict[str, str] = {}
     for file in (classnames,) if classnames else (root / "classnames.txt", root.parent / "classnames.txt"):
         if file.is_file():
-            for text in file.read_text(encoding="utf-8").splitlines():
+            for text in read_lines(file):
                 key, _, name = text.partition("\t")
                 named[key] = name.split(",")[0].strip()
             break
@@ -238,7 +253,7 @@ def _rows(file: Path, source: SourceConfig, rejects: list[Reject]) -> Iterator[t
     delimiter = "\t" if file.suffix == ".tsv" else ","
     csv.field_size_limit(1 << 24)
     with file.open(encoding=encoding, errors="surrogateescape", newline="") as handle:
-        reader = csv.reader((text.replace("\0", "\ufffd") for text in handle), delimiter=delimiter)
+        reader = csv.reader(_decoded(file, handle, encoding), delimiter=delimiter)
         header = next(reader, None)
         if header is None:
             raise UserError(f"'{file}' is empty: expected a header line image,caption and a row per caption")
@@ -263,17 +278,28 @@ def _rows(file: Path, source: SourceConfig, rejects: list[Reject]) -> Iterator[t
             if len(row) != len(header):
                 rejects.append(Reject(file.name, first, f"row has {len(row)} columns: expected {len(header)}"))
             elif any("\udc80" <= c <= "\udcff" for text in row for c in text):
-                hint = "" if source.encoding != "utf-8" else "; if the whole file is so, try --source.encoding latin-1"
-                rejects.append(Reject(file.name, first, f"row is not valid {encoding}{hint}"))
+                hint = ": try --source.encoding latin-1 or cp1252" if source.encoding == "utf-8" else ""
+                rejects.append(Reject(file.name, first, f"row is not valid {source.encoding}{hint}"))
             else:
                 extra = row[paraphrase].strip() if paraphrase is not None else ""
                 yield first, (row[image].strip(), " ".join(row[caption].split()), extra)
 
 
+def _decoded(file: Path, handle: Iterable[str], encoding: str) -> Iterator[str]:
+    """The lines of a captions file. CSV readers refuse NUL, so it becomes the mark of an unreadable character."""
+    try:
+        for line in handle:
+            yield line.replace("\0", "\ufffd")
+    except UnicodeError as error:  # bytes that the encoding cannot even mark as wrong, such as half of a UTF-16 unit
+        what = getattr(error, "reason", error)
+        raise UserError(f"'{file}' is not {encoding} text ({what}): give the right --source.encoding") from None
+
+
 def _encoding(file: Path, encoding: str) -> str:
     try:
         "".encode(encoding)
-    except LookupError:
+        b"".decode(encoding, "surrogateescape")
+    except (LookupError, UnicodeError):
         raise UserError(f"unknown encoding '{encoding}': try utf-8, latin-1, cp1252 or utf-16") from None
     with file.open("rb") as handle:
         mark = handle.read(3)
@@ -287,6 +313,8 @@ def _column(file: Path, header: Sequence[str], wanted: str, known: Sequence[str]
     for name in (wanted.lower(),) if wanted else known:
         if name in lowered:
             return lowered.index(name)
+    if any("\ufffd" in h for h in header):
+        raise UserError(f"'{file}' is not text in the given encoding: try --source.encoding utf-16-le")
     raise UserError(
         f"'{file}' has no column '{wanted or option}': it has {', '.join(map(repr, header[:8]))}. "
         f"Name the right one with --source.{option}_column"
@@ -317,8 +345,13 @@ def _path_fault(folder: Path, name: str) -> str | None:
     return None
 
 
-def _split_list(file: Path) -> frozenset[str]:
-    return frozenset(filter(None, (text.strip() for text in file.read_text(encoding="utf-8").splitlines())))
+def read_lines(file: Path) -> list[str]:
+    """The lines of a list that are not blank, without the space around them. Raises UserError if it is not UTF-8."""
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"'{file}' is not UTF-8 text ({error.reason}): save it as UTF-8") from None
+    return [line.strip() for line in text.splitlines() if line.strip()]
 
 
 def _hold_out(samples: Sequence[Sample], fraction: float) -> dict[str, frozenset[str]]:

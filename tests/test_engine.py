@@ -248,8 +248,24 @@ def test_a_run_that_lost_files_says_so(folder: Path) -> None:
     shutil.rmtree(run.checkpoints)
     with pytest.raises(UserError, match="has no checkpoint yet: go on with it by"):
         amclr.load(run.folder)
-    # Without checkpoints and without a tokenizer there is nothing to go on with but the settings.
-    assert train(Config(), resume=run.folder, progress=False).load_last() is not None
+    # As after a kill at the very start: there is nothing to go on with but the settings.
+    before = json.loads((run.folder / "results.json").read_text())
+    train(Config(), resume=run.folder, progress=False)
+    assert json.loads((run.folder / "results.json").read_text()) == before
+    assert amclr.load(run.folder).encode_text(["a red patch"]).shape == (1, 16)
+
+
+@pytest.mark.parametrize("objective", ["sogclr", "clip"])
+def test_resuming_on_other_pictures_is_refused(objective: str, folder: Path) -> None:
+    """A picture more or less would move every later sample to another row of the estimators."""
+    run = train(frozen(folder, objective=objective), progress=False)
+    listed = folder / "train.txt"
+    names = listed.read_text()
+    listed.write_text(names.replace("020.png\n", ""))
+    with pytest.raises(UserError, match=r"not those that '.*run' began with \(31 now, 32 then\): put them back"):
+        train(Config(), resume=run.folder, progress=False)
+    listed.write_text(names)
+    train(Config(), resume=run.folder, progress=False)
 
 
 def test_resuming_a_finished_run_changes_nothing(folder: Path) -> None:

@@ -119,7 +119,7 @@ def fit(t: Training, progress: bool) -> None:
     config, per_epoch = t.config, t.plan.steps_per_epoch
     loader = DataLoader(
         t.batches, batch_size=None, sampler=range(t.step, t.steps), num_workers=config.workers,
-        pin_memory=t.fabric.device.type == "cuda",
+        pin_memory=t.fabric.device.type == "cuda", worker_init_fn=leave_signals_to_the_trainer,
     )  # fmt: skip
     written = time.monotonic()
     bar = tqdm(total=t.steps, initial=t.step, desc=config.objective, unit="step", disable=not progress)
@@ -153,7 +153,9 @@ def fit(t: Training, progress: bool) -> None:
                 bar.set_postfix(loss=f"{values['loss']:.3f}", refresh=False)
             if measures:
                 recalls = t.evaluator()
-                is_best, t.best = recalls["r_mean"] > t.best, max(t.best, recalls["r_mean"])
+                # Where nothing aligns pictures with captions, recall is chance: the last is as good as any.
+                is_best = recalls["r_mean"] > t.best or not t.objective.pairs
+                t.best = max(t.best, recalls["r_mean"])
                 logs.write("eval", t.step, t.step / per_epoch, recalls)
                 t.save(is_best=is_best)
                 if progress:
@@ -224,8 +226,10 @@ def assemble(config: Config, folder: Path, former: Run | None, progress: bool) -
         raise UserError(f"{manifest.root} has no validation pictures: give it a val.txt or raise --source.val_fraction")
 
     run = former or Run.create(folder, config)
-    if config.model.text_tower == "small" and not former:
-        tokenizer.save_pretrained(folder / "tokenizer")
+    run.pin_samples([s.name for s in samples])
+    if config.model.text_tower == "small" and not (folder / "tokenizer").is_dir():
+        tokenizer.save_pretrained(folder / "tokenizer.part")  # a kill here must leave none, or a whole one
+        (folder / "tokenizer.part").rename(folder / "tokenizer")
     manifests.write_rejects(manifest.rejects, folder / "rejects.jsonl")
     if manifest.rejects and progress:
         print(f"{len(manifest.rejects)} rows or pictures left out: {folder / 'rejects.jsonl'}", file=sys.stderr)
@@ -275,7 +279,7 @@ def finish(t: Training, progress: bool) -> None:
     if t.manifest.zeroshot:
         results |= measure_classes(t.model, t.manifest.zeroshot, t.config, progress=progress)
     write_atomically(t.run.folder / "results.json", json.dumps(results, indent=2) + "\n")
-    title = f"{t.config.objective} on {Path(t.config.data).name}"
+    title = f"{t.config.objective} on {Path(t.config.data).resolve().name}"
     figures.curves(t.run.metrics(), t.run.folder / "curves.png", title, t.evaluator.chance())
     draw_gallery(t.model, t.evaluator, images, texts, t.run.folder / "gallery.png", title)
 
@@ -288,6 +292,12 @@ def kept_random_state() -> Iterator[None]:
         yield
     finally:
         torch.set_rng_state(state)
+
+
+def leave_signals_to_the_trainer(worker: int) -> None:
+    """Let processes that prepare batches go on until the loop ends: Ctrl-C and schedulers reach every process."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 @contextmanager

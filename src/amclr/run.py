@@ -3,12 +3,14 @@
 config.yaml        every setting, resolved        metrics.jsonl, .csv   what was measured, by step
 environment.json   versions, machine, command     curves.png            loss and recall
 rejects.jsonl      rows and pictures left out     gallery.png           captions and what they find
-checkpoints/       last.pt, best.pt, step-*.pt    tokenizer/, results.json
+checkpoints/       last.pt, best.pt, step-*.pt    results.json          the best weights, measured
+tokenizer/         of the small text tower        samples.json          which pictures it trains on
 """
 
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import os
 import platform
@@ -16,6 +18,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -70,6 +73,24 @@ class Run:
             return cls(folder, from_dict(yaml.safe_load(file.read_text(encoding="utf-8"))))
         except (ValueError, TypeError, yaml.YAMLError) as error:
             raise UserError(f"cannot read '{file}': {error}") from None
+
+    def pin_samples(self, names: Sequence[str]) -> None:
+        """Record the training pictures of a run; of one that goes on, refuse others than those it began with.
+
+        The order of batches and every row of the estimators follow from this list.
+        """
+        file = self.folder / "samples.json"
+        digest = hashlib.sha256("\n".join(names).encode("utf-8", "surrogatepass")).hexdigest()
+        now = {"training pictures": len(names), "sha256 of their names": digest}
+        if not file.is_file():
+            write_atomically(file, json.dumps(now, indent=2) + "\n")
+            return
+        before = json.loads(file.read_text(encoding="utf-8"))
+        if before != now:
+            raise UserError(
+                f"the training pictures are not those that '{self.folder}' began with ({len(names)} now, "
+                f"{before['training pictures']} then): put them back as they were, or start another run"
+            )
 
     # -- metrics ----------------------------------------------------------------------------------
 

@@ -103,6 +103,7 @@ def test_global_objectives_equal_the_loops(
         expected, gradient, _ = sums.step(views, ids.tolist(), ids.tolist())
         assert float(loss.detach()) == pytest.approx(expected, rel=tolerance, abs=tolerance)
         assert float(metrics["loss"]) == pytest.approx(expected, rel=1e-5, abs=1e-5)
+        assert not any(m.requires_grad for m in metrics.values())
         check_gradients(t, gradient, tolerance)
     check_tables(objective, sums, tolerance)
 

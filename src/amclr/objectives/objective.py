@@ -706,7 +706,7 @@ class _ClosedForm(torch.autograd.Function):
     def forward(ctx: Any, compute: Any, tau: Tensor | None, *views: Tensor) -> Tensor:
         loss, gradient, tau_gradient = compute(any(ctx.needs_input_grad))
         ctx.save_for_backward(gradient, tau_gradient)
-        return loss
+        return loss.detach()  # what the metrics hold stays without a graph
 
     @staticmethod
     @once_differentiable

@@ -20,7 +20,7 @@ PIECE_BYTES = 1 << 28
 
 
 def choose_storage(size: int) -> str:
-    """Where tables of `size` bytes in all go: the device, if they take at most an eighth of it; else memory; else disk."""
+    """Where tables of `size` bytes go: the device if they take at most an eighth of it, else memory, else disk."""
     if torch.cuda.is_available() and size > torch.cuda.get_device_properties(0).total_memory // 8:
         return "host" if size <= _free_memory() // 2 else "disk"
     if not torch.cuda.is_available() and size > _free_memory() // 2:

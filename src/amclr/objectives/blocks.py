@@ -133,6 +133,8 @@ class Grid:
         self.joined: dict[int, Tensor] = {}
         self.kept: dict[int, tuple[Tensor, float]] = {}
         self.tiles = list(self._tiles())
+        # Slicing costs more than arithmetic in a small batch: a single tile is not sliced.
+        self.whole = len(self.tiles) == 1
 
     # -- tiles ------------------------------------------------------------------------------------
 
@@ -147,10 +149,14 @@ class Grid:
             for k, j in [(slice(0, c), slice(0, n))] if all_columns else _pieces(c, n, width):
                 yield p, s, k, j
 
+    def _part(self, numbers: Tensor, *place: slice) -> Tensor:
+        """The part of some numbers that belongs to a tile."""
+        return numbers if self.whole else numbers[place]
+
     def _rows(self, views: Sequence[Tensor], which: slice, rows: slice) -> Tensor:
         """Rows of some views, one below the other; joined once where a tile holds several views whole."""
         if which.stop - which.start == 1:
-            return views[which.start][rows]
+            return self._part(views[which.start], rows)
         if id(views) not in self.joined:
             self.joined[id(views)] = torch.cat(list(views))
         return self.joined[id(views)]
@@ -176,6 +182,8 @@ class Grid:
     def _own(self, values: Tensor, tile: Tile) -> tuple[Tensor, slice] | None:
         """A tile's pairs of a sample with itself: a view (p, k, l) of it, and which of the grid's rows they are."""
         _, s, _, j = tile
+        if self.whole and self.both:
+            return values.diagonal(dim1=1, dim2=3), s
         low, high = max(self.start + s.start, j.start), min(self.start + s.stop, j.stop)
         if low >= high:
             return None
@@ -188,82 +196,70 @@ class Grid:
         p, _, k, _ = tile
         found = self._own(scores, tile)
         if found is not None:
-            torch.mul(found[0], 1 / self.rate, out=diagonal[p, k, found[1]])
+            torch.mul(found[0], 1 / self.rate, out=self._part(diagonal, p, k, found[1]))
 
     # -- first pass -------------------------------------------------------------------------------
 
-    def log_sums(self) -> tuple[Tensor, Tensor | None, Tensor]:
+    def log_sums(self) -> tuple[Tensor, Tensor]:
         """Log of the sum over the negatives of exp(s / tau), -inf where there is no negative; and s_ii.
 
-        Of row anchors (R, C, M) and of column anchors (R, C, N), the latter None unless `both`; s_ii is (R, C, M).
+        (2, R, C, M): of the row anchors and of the column anchors; (1, R, C, M) unless `both`. s_ii: (R, C, M).
         """
-        if self.single:
-            found = self._single_sums()
-            if found:
-                return found
+        r, m, c, _ = self.shape
+        found = self.like.new_empty(3 if self.both else 2, r, c, m)
+        sums, positive = found[:-1], found[-1]
+        if self.single and not self._single_sums(sums, positive):
             self.single = self.keeps = False
             self.rate = 1.0
             self.kept.clear()
-        return self._exact_sums()
+        if not self.single:
+            self._exact_sums(sums, positive)
+        return sums, positive
 
-    def _single_sums(self) -> tuple[Tensor, Tensor | None, Tensor] | None:
-        """By one exponential for both directions; None where that would lose precision."""
-        r, m, c, n = self.shape
-        row, diagonal = self.like.new_empty(2, r, c, m)
-        column = self.like.new_empty(r, c, n) if self.both else None
+    def _single_sums(self, sums: Tensor, positive: Tensor) -> bool:
+        """By one exponential for both directions; False where that would lose precision."""
+        row, *column = sums.unbind()
         level = 0.0  # the sums so far are in units of 2 ** level
         for number, tile in enumerate(self.tiles):
             p, s, k, j = tile
             e, shift = self._scores(tile), 0.0
-            self._take_own(e, tile, diagonal)
+            self._take_own(e, tile, positive)
             if self.shifts:
                 shift = float(e.amax())
                 e.sub_(shift)
                 if number == 0:
                     level = shift
                 elif shift > level:
-                    for sums in (row, column):
-                        if sums is not None:
-                            sums *= 2.0 ** (level - shift)
+                    sums *= 2.0 ** (level - shift)
                     level = shift
             self._put(e.exp2_(), tile, 0.0)
             unit = 2.0 ** (shift - level)
-            _add(row[p, k, s], e.sum(3).transpose(1, 2), unit, j.start == 0)
-            if column is not None:
-                _add(column[p, k, j], e.sum(1), unit, s.start == 0)
+            _add_sum(self._part(row, p, k, s).transpose(1, 2), e, 3, unit, j.start == 0)
+            if column:
+                _add_sum(self._part(column[0], p, k, j), e, 1, unit, s.start == 0)
             if self.keeps:
                 self.kept[number] = e, shift
-        if self.shifts and not self._sound(row, column):
-            return None
-        row.log_(), None if column is None else column.log_()
+        # Without a negative a sum is zero in its own right: the long way tells that from an underflow.
+        if self.shifts and not float(sums.amin()) > LEAST_SUM:
+            return False
+        sums.log_()
         if level:
-            row += level / LOG2E
-            if column is not None:
-                column += level / LOG2E
-        return row, column, diagonal
+            sums += level / LOG2E
+        return True
 
-    def _sound(self, row: Tensor, column: Tensor | None) -> bool:
-        least = min(float(x.amin()) for x in (row, column) if x is not None)
-        # Without a negative a sum is zero in its own right, and so is what it stands for.
-        return least > LEAST_SUM and self.positives.size > 1
-
-    def _exact_sums(self) -> tuple[Tensor, Tensor | None, Tensor]:
+    def _exact_sums(self, sums: Tensor, positive: Tensor) -> None:
         """By a shift for every row and every column, in one pass."""
-        r, m, c, n = self.shape
-        row = self.like.new_full((r, c, m), NEG_INF)
-        column = self.like.new_full((r, c, n), NEG_INF) if self.both else None
-        diagonal = self.like.new_empty(r, c, m)
+        row, *column = sums.fill_(NEG_INF).unbind()
         for tile in self.tiles:
             p, s, k, j = tile
             scores = self._scores(tile)
-            self._take_own(scores, tile, diagonal)
+            self._take_own(scores, tile, positive)
             scaled = self._put(scores / self._tau(tile, "rows"), tile, NEG_INF)
             row[p, k, s] = torch.logaddexp(row[p, k, s], scaled.logsumexp(3).transpose(1, 2))
-            if column is not None:
+            if column:
                 if self.tau_rows is not None:
                     scaled = self._put(scores / self._tau(tile, "columns"), tile, NEG_INF)
-                column[p, k, j] = torch.logaddexp(column[p, k, j], scaled.logsumexp(1))
-        return row, column, diagonal
+                column[0][p, k, j] = torch.logaddexp(column[0][p, k, j], scaled.logsumexp(1))
 
     def _tau(self, tile: Tile, side: str) -> Tensor | float:
         p, s, k, j = tile
@@ -298,12 +294,12 @@ class Grid:
             p, s, k, j = tile
             diagonal = self._own(g, tile)
             if diagonal is not None:
-                diagonal[0].copy_(own[p, k, diagonal[1]])
+                diagonal[0].copy_(self._part(own, p, k, diagonal[1]))
             flat = g.view(g.shape[0] * g.shape[1], -1)
-            _add_product(d_rows[p, s], flat, self._rows(self.columns, k, j), fresh[0] and k.start == j.start == 0)
+            _add_product(self._part(d_rows, p, s), flat, self._rows(self.columns, k, j), fresh[0] and k.start == j.start == 0)
             if d_columns is not None:
                 first = fresh[1] and p.start == s.start == 0
-                _add_product(d_columns[k, j], flat.T, self._rows(self.rows, p, s), first)
+                _add_product(self._part(d_columns, k, j), flat.T, self._rows(self.rows, p, s), first)
         self.kept.clear()
         return sums
 
@@ -326,7 +322,8 @@ class Grid:
                         e.sub_(shift)
                     self._put(e.exp2_(), tile, 0.0)
                 if not self.shifts:
-                    yield tile, e.mul_(_along(row_factors[p, k, s]) + column_factors[p, k, j][:, None])
+                    of_rows, of_columns = self._part(row_factors, p, k, s), self._part(column_factors, p, k, j)
+                    yield tile, e.mul_(_along(of_rows) + of_columns[:, None])
                     continue
                 if shift - low < LARGEST_FACTOR:
                     yield tile, e.mul_(_along((shift - a[p, k, s]).exp2_()) + (shift - b[p, k, j]).exp2_()[:, None])
@@ -354,11 +351,13 @@ def _along(rows: Tensor) -> Tensor:
     return rows.transpose(1, 2)[..., None]
 
 
-def _add(into: Tensor, values: Tensor, unit: float, fresh: bool) -> None:
-    """Add values * unit, or put it there if nothing is there yet."""
-    if unit != 1.0:
-        values = values * unit
-    into.copy_(values) if fresh else into.add_(values)
+def _add_sum(into: Tensor, values: Tensor, dim: int, unit: float, fresh: bool) -> None:
+    """Add the sums of values along `dim`, times `unit`, or put them there if nothing is there yet."""
+    if fresh and unit == 1.0:
+        torch.sum(values, dim, out=into)
+    else:
+        sums = values.sum(dim) * unit
+        into.copy_(sums) if fresh else into.add_(sums)
 
 
 def _add_product(into: Tensor, left: Tensor, right: Tensor, fresh: bool) -> None:
@@ -433,13 +432,12 @@ class Blocks:
         """Of this process's anchors: log of the sum over the negatives of exp(s / tau), and s_ii, (T, M) each."""
         sums, positives = [], []
         for grids in self.grids:
-            (row, column, diagonal), *other = (grid.log_sums() for grid, _ in grids)
-            if other:
-                column = other[0][0].transpose(0, 1)
-            assert column is not None
-            sums += [row.flatten(0, 1), column.flatten(0, 1)]
-            positives += [diagonal.flatten(0, 1)] * 2
-        return torch.cat(sums), torch.cat(positives)
+            found = [grid.log_sums() for grid, _ in grids]
+            sums += [s.flatten(0, -2) for s, _ in found[:1]]
+            sums += [s[0].transpose(0, 1).flatten(0, 1) for s, _ in found[1:]]
+            positive = found[0][1].flatten(0, 1)
+            positives += [positive, positive]
+        return sums[0] if len(sums) == 1 else torch.cat(sums), torch.cat(positives)
 
     def gradients(
         self, offsets: Tensor, own: Tensor, gradient: Tensor, written: set[int], slopes: bool

@@ -41,7 +41,8 @@ def views_of(batch: int, dim: int, device: str) -> dict[str, torch.Tensor]:
 
 def ours(name: str, views: dict[str, torch.Tensor], tau: float) -> Step:
     batch = len(views["image"])
-    objective = build(name, batch, temperature=tau).to(views["image"].device)
+    # The rivals do not look at what they are given either.
+    objective = build(name, batch, temperature=tau, validate=False).to(views["image"].device)
     ids = torch.arange(batch, device=views["image"].device)
     return lambda: backward(objective(views, ids)[0], views)
 
@@ -215,7 +216,8 @@ def main() -> None:
                 if fits:
                     steps["plain"] = straightforward(name, views, options.tau)
                 t = median_times(steps, options.seconds, options.device)
-                memory = peak_bytes(steps["ours"], options.device)
+                # With a new objective: this one holds its tiles from step to step, and they count.
+                memory = peak_bytes(lambda: ours(name, views, options.tau)(), options.device)  # noqa: B023
                 plain = f"{t['plain'] / t['ours']:.2f}" if fits else "does not fit"
                 plain_memory = f"{peak_bytes(steps['plain'], options.device) / memory:.1f}" if fits else "does not fit"
                 row = [dim, batch, name, f"{1e3 * t['ours']:.2f}", f"{t['ours'] / t['floor']:.2f}", plain,

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from amclr.distributed import World, processes
 from amclr.objectives import contrast as math_of
-from amclr.objectives.blocks import NEG_INF, Blocks, Layout, Positives
+from amclr.objectives.blocks import NEG_INF, Blocks, Layout, Positives, Workspace
 from amclr.objectives.methods import PAIRS, VIEWS, Method, Pairs, Term, modality
 from amclr.objectives.tables import Table
 
@@ -96,6 +96,7 @@ class Objective(nn.Module):
         self._stacked = tuple(v for v in VIEWS if v in self.required_views)
         self._layouts_of = {whole: self._layouts(whole) for whole in (True, False)}
         self._weight_tensors: dict[Any, Tensor] = {}
+        self._workspace = Workspace()
         self._columns = {of: [t for t in self.terms if modality(t.anchor) == of] for of in ("image", "text")}
 
         if temperature_mode == "learnable":
@@ -378,7 +379,7 @@ class Objective(nn.Module):
     ) -> Any:
         """The passes over some layouts' blocks, by the backend that this batch is for."""
         if not self._uses_triton(every[0]):
-            return Blocks(every, world.mine, wave, taus, positives)
+            return Blocks(every, world.mine, wave, taus, positives, self._workspace)
         from amclr.objectives.kernels import TritonBlocks
 
         return TritonBlocks(every, world.mine, wave, taus, positives, self.products)

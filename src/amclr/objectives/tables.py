@@ -63,16 +63,17 @@ class Table(nn.Module):
 
     def read(self, ids: Tensor, first: int, last: int, like: Tensor) -> Tensor:
         """Columns first to last - 1 of the samples `ids` (B,): (last - first, B), in the type and place of `like`."""
-        values = self.values
-        found = (values if last - first == values.shape[1] else values[:, first:last])[self._here(ids)].T
+        found = self._columns(first, last).index_select(0, self._here(ids)).T
         return found if (found.device, found.dtype) == (like.device, like.dtype) else found.to(like)
 
     def write(self, ids: Tensor, first: int, last: int, numbers: Tensor) -> None:
         """Put numbers (last - first, B) there. Equal ids must come with equal numbers."""
-        values = self.values
-        if (numbers.device, numbers.dtype) != (values.device, values.dtype):
-            numbers = numbers.to(values)
-        (values if last - first == values.shape[1] else values[:, first:last])[self._here(ids)] = numbers.T
+        if (numbers.device, numbers.dtype) != (self.values.device, self.values.dtype):
+            numbers = numbers.to(self.values)
+        self._columns(first, last).index_copy_(0, self._here(ids), numbers.T)
+
+    def _columns(self, first: int, last: int) -> Tensor:
+        return self.values if last - first == self.values.shape[1] else self.values[:, first:last]
 
     def _here(self, ids: Tensor) -> Tensor:
         return ids if ids.device == self.values.device else ids.to(self.values.device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -191,6 +192,40 @@ def test_a_step_in_a_cuda_graph() -> None:
     expected.backward()
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(captured, {k: v.grad for k, v in views.items()})
+
+
+COMPILE = """
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+from amclr.objectives import kernels as k
+
+floats = "z rates sums positive counts weights image_table text_table gamma_logs offsets own updated partials gradient pulls"
+types = {n: "*fp32" for n in floats.split()} | {n: "*i32" for n in ("terms", "columns", "partners")} | {"ids": "*i64"}
+types |= {n: "i32" for n in ("first", "last", "n", "d", "rate_stride")} | {n: "fp32" for n in ("lift", "rho", "unscale")}
+tile = dict(IDS=2, ROWS=k.ROWS, CANDIDATES=k.CANDIDATES, DEPTH=k.DEPTH)
+block = dict(IDS=2, BLOCK=k.ROWS)
+jobs = [(k._estimate, {}, block | dict(GLOBAL=g, CANDIDATES=k.CANDIDATES)) for g in (True, False)] + [(k._store, {}, block)]
+for z, precision in (("*fp32", "ieee"), ("*fp32", "tf32"), ("*fp16", "ieee"), ("*bf16", "ieee")):
+    own = tile | dict(PRECISION=precision)
+    jobs += [(k._log_sums, {"z": z}, own), (k._gradients, {"z": z}, own | dict(PARTNERS=3, SLOPES=True, WIDTH=k.WIDTH))]
+for kernel, change, constants in jobs:
+    names = kernel.arg_names
+    signature = {n: "constexpr" if n in constants else (types | change)[n] for n in names}
+    source = ASTSource(fn=kernel, signature=signature, constexprs={(names.index(n),): v for n, v in constants.items()})
+    made = compile(source, target=GPUTarget("cuda", CAPABILITY, 32))
+    assert made.asm["cubin"] and made.metadata.shared <= 99 * 1024, (kernel, made.metadata.shared)
+print("compiled", len(jobs))
+"""
+
+
+@pytest.mark.parametrize("capability", [90, pytest.param(80, marks=pytest.mark.slow)])
+def test_kernels_compile_for_a_gpu(capability: int, tmp_path: Path) -> None:
+    """To machine code, and within the shared memory of every GPU since 2020; for which no GPU is needed."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
+    code = COMPILE.replace("CAPABILITY", str(capability))
+    (tmp_path / "job.py").write_text(code)  # Triton reads the sources of what it compiles
+    done = subprocess.run([sys.executable, str(tmp_path / "job.py")], env=environment, capture_output=True, text=True)
+    assert done.stdout == "compiled 11\n", done.stderr[-2000:]
 
 
 def test_asked_for_without_a_gpu() -> None:

@@ -34,6 +34,8 @@ from amclr.objectives.methods import Term
 
 TILE_ROWS, TILE_COLUMNS = 512, 512
 """A tile on the CPU: 1 MiB of float32, so that it stays in a core's cache between its uses."""
+SLAB = 1 << 16
+"""Factors of a tile are worked out for so many similarities at a time."""
 ACCELERATOR_TILE_BYTES = 1 << 26
 """A tile elsewhere: large enough for the device's matrix units."""
 KEPT_BYTES = 1 << 25
@@ -352,11 +354,11 @@ class Grid:
                     self._put(e.exp2_(), tile, 0.0)
                 if not self.shifts:
                     of_rows, of_columns = self._part(row_factors, p, k, s), self._part(column_factors, p, k, j)
-                    yield tile, e.mul_(self._added(_along(of_rows), of_columns[:, None], e))
+                    yield tile, self._scaled(e, _along(of_rows), of_columns[:, None])
                     continue
                 if shift - low < LARGEST_FACTOR:
                     of_rows, of_columns = (shift - a[p, k, s]).exp2_(), (shift - b[p, k, j]).exp2_()
-                    yield tile, e.mul_(self._added(_along(of_rows), of_columns[:, None], e))
+                    yield tile, self._scaled(e, _along(of_rows), of_columns[:, None])
                     continue
             scores = self._scores(tile)
             w = scores * (LOG2E / self.rate / self._tau(tile, "rows")) - _along(a[p, k, s])
@@ -369,9 +371,15 @@ class Grid:
                     sums[1][p, k, j] += (v * scores).sum(1)
             yield tile, w.add_(v)
 
-    def _added(self, rows: Tensor, columns: Tensor, like: Tensor) -> Tensor:
-        """A number per row plus one per column, (p, m, k, n) as the tile `like`."""
-        return torch.add(rows, columns, out=self.workspace.empty("factors", tuple(like.shape), like))
+    def _scaled(self, tile: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        """A tile (p, m, k, n) times the sum of a number per row and one per column; some rows at a time."""
+        p, m, k, n = tile.shape
+        step = max(1, SLAB // (p * k * n)) if self.on_cpu else m
+        for start in range(0, m, step):
+            part = tile[:, start : start + step] if step < m else tile
+            sums = self.workspace.empty("factors", tuple(part.shape), part)
+            part.mul_(torch.add(rows[:, start : start + step], columns, out=sums))
+        return tile
 
 
 def _pieces(views: int, length: int, step: int) -> Iterator[tuple[slice, slice]]:
@@ -455,7 +463,7 @@ class Blocks:
                 self.grids.append([(grid, layout.rows)])
                 continue
             # Each process has the rows of its own anchors, in both directions.
-            grids = []
+            grids: list[tuple[Grid, range]] = []
             for x, y, views, own, others in (
                 (rows, columns, layout.rows, tau_rows, tau_columns),
                 (columns, rows, layout.columns, _turned(tau_columns), _turned(tau_rows)),

@@ -151,7 +151,7 @@ def test_a_step_is_a_handful_of_launches_and_waits_for_none(
 ) -> None:
     """Forward and backward. No value is read back, so that a step can be captured in a CUDA graph."""
     if DEVICE == "cpu":  # what costs nothing on the CPU is not done on a GPU
-        monkeypatch.setattr(Positives, "of", classmethod(lambda cls, ids: cls(len(ids[0]), ids[:1])))
+        monkeypatch.setattr(Positives, "of", classmethod(lambda cls, ids, device: cls(len(ids[0]), ids[:1])))
     objective = build(name, 40, backend="triton", validate=False).to(DEVICE)
     views, ids = draw(0, 32, 16, torch.float32), torch.arange(32, device=DEVICE)
     objective(views, ids)

@@ -1,4 +1,4 @@
-"""Contrastive objectives for image-text dual encoders: needs torch alone.
+"""Contrastive objectives for image-text dual encoders: needs torch and NumPy alone.
 
 objective = amclr.objectives.build("amclr", num_samples=len(dataset))
 loss, metrics = objective({"image": i, "image_aug": i2, "text": t, "text_aug": t2}, ids)

@@ -12,7 +12,7 @@ where c = weight / B, and R_i, C_i are the sums of sample i's weights as an anch
 c exp(log g - log u), known from the first pass. A `Grid` is the blocks of R row views with C column
 views, stacked, so that AmCLR's four blocks are one matrix product. It is walked in tiles: the memory
 beside the views is that of a tile (small grids keep theirs from the first pass to the second), and
-nothing of size B x B is kept for the backward pass. Needs torch alone; call without gradients.
+nothing of size B x B is kept for the backward pass. Call without gradients.
 
 Two things make it fast on a CPU. Exponents are in base 2, since torch's exp2 takes a quarter of the
 time of its exp, at the same accuracy. And where both directions share a temperature, one exponential
@@ -62,13 +62,16 @@ class Positives:
     ids: tuple[Tensor, ...] | None
 
     @classmethod
-    def of(cls, ids: tuple[Tensor, ...]) -> Positives:
-        """From the (N,) ids of each modality. Looks for duplicates only where that costs no synchronisation."""
+    def of(cls, ids: tuple[Tensor, ...], device: torch.device) -> Positives:
+        """From the (N,) ids of each modality, for use on a device.
+
+        Looks for duplicates only where that costs no synchronisation: where the ids are on the CPU.
+        """
         different = ids[:1] if all(i is ids[0] for i in ids) else ids
         size = len(ids[0])
         if ids[0].device.type == "cpu" and not any(_has_duplicates(i) for i in different):
             return cls(size, None)
-        return cls(size, different)
+        return cls(size, tuple(i.to(device, non_blocking=True) for i in different))
 
     def mask(self, i0: int, i1: int, j0: int, j1: int) -> Tensor | None:
         """(i1 - i0, j1 - j0) bool, True at positives; None where that is the diagonal alone."""

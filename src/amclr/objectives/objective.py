@@ -207,10 +207,10 @@ class Objective(nn.Module):
         if self.products in ("float16", "bfloat16") and not self._uses_triton(views[0]):
             views = [v.to(getattr(torch, self.products)).to(v.dtype) for v in views]
         every = views if world.alone else list(world.gather(torch.stack(views), 1))
-        if not world.alone:
-            ids = {of: world.gather(i) for of, i in ids.items()}
         like, size = every[0], len(every[0])
-        positives = Positives.of(tuple(ids.values()))
+        if not world.alone:
+            ids = {of: world.gather(i.to(like.device)) for of, i in ids.items()}
+        positives = Positives.of(tuple(ids.values()), like.device)
         if self._uses_triton(like) and self._is_plain():
             return self._few_launches(every, ids, learned_tau, world, positives, wanted, metrics)
         # Where no id stands twice, everybody has size - 1 negatives.
@@ -300,7 +300,7 @@ class Objective(nn.Module):
             width = len(self._columns[of])
             places += [(modalities.index(of), column, width) for column in range(first, last)]
         offsets, own, found = blocks.estimate(
-            world.gather(blocks.anchors(), 1), list(ids.values()), tuple(places), [t.weight for t in terms],
+            world.gather(blocks.anchors(), 1), [i.to(every[0].device) for i in ids.values()], tuple(places), [t.weight for t in terms],
             [table.values for table in tables], self.gamma, self.rho, self.training,
         )  # fmt: skip
         loss = found[0].sum()
@@ -599,7 +599,8 @@ class Objective(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Pairwise sigmoids, and terms with pooled negatives; every process works on the whole batch."""
         views = {v: world.gather_rows(x) for v, x in views.items()}
-        masks = [i[:, None] != i[None, :] for i in (world.gather(i) for i in ids.values())]
+        every = [world.gather(i.to(views[self._stacked[0]].device)) for i in ids.values()]
+        masks = [i[:, None] != i[None, :] for i in every]
         negatives = masks[0] if len(masks) == 1 else masks[0] & masks[1]
         if self._validates(negatives) and not bool(negatives.any()):
             raise ValueError("no row of the batch has a negative: all share an id, so there is nothing to contrast")

@@ -299,8 +299,9 @@ class Objective(nn.Module):
         for _, of, first, last in self._sides(wave):
             width = len(self._columns[of])
             places += [(modalities.index(of), column, width) for column in range(first, last)]
+        here = [i.to(every[0].device) for i in ids.values()]
         offsets, own, found = blocks.estimate(
-            world.gather(blocks.anchors(), 1), [i.to(every[0].device) for i in ids.values()], tuple(places), [t.weight for t in terms],
+            world.gather(blocks.anchors(), 1), here, tuple(places), [t.weight for t in terms],
             [table.values for table in tables], self.gamma, self.rho, self.training,
         )  # fmt: skip
         loss = found[0].sum()

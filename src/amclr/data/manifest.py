@@ -102,11 +102,11 @@ class Manifest:
         return f"{commonest}; the first: {self.rejects[0]}"
 
 
-def load(config: Config, cache: Path) -> Manifest:
+def load(config: Config, cache: Path, progress: bool = True) -> Manifest:
     """Read the data set that `config.data` names: `scenes`, or a folder with a captions file."""
     if config.data == "scenes":
         where = cache / f"scenes-{derive(scenes.FORMAT, repr(config.scenes)):016x}"
-        scenes.write_scenes(where, config.scenes)
+        scenes.write_scenes(where, config.scenes, progress=progress)
         return replace(read_folder(where, config.source), zeroshot=where / "zeroshot")
     root = Path(config.data).expanduser()
     if not root.exists():
@@ -136,7 +136,7 @@ def prepare(config: Config, cache: Path, progress: bool = True) -> Manifest:
         raise UserError(
             f"cannot make the cache folder '{cache}' ({error.strerror}): give another --cache, or set AMCLR_CACHE"
         ) from None
-    manifest = load(config, cache)
+    manifest = load(config, cache, progress)
     manifest.enforce_limit(config.source.max_bad)
     verdicts = cache / f"scan-{derive(str(manifest.root.resolve())):016x}.json"
     bad = scan([s.path for s in manifest.samples], config.model.image_size, verdicts, progress)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,20 +23,28 @@ class World:
     rank: int = 0
 
     @classmethod
-    def of(cls, rows: int, device: torch.device, together: bool = True) -> World:
+    def of(cls, rows: int, device: torch.device, together: bool = True, same: Sequence[int] = ()) -> World:
         """The world of a batch of which this process holds `rows`; negative: it could not make its part.
 
-        together: gather over the default process group where there is one. Raises ValueError on every
-        process if any of them passed a negative number, so that none waits for it.
+        together: gather over the default process group where there is one. same: numbers that must be the
+        same on all processes, such as the width of the rows. Raises ValueError on every process if any
+        passed a negative number of rows or other numbers than the rest, so that none waits for it.
         """
         if not together or processes() == 1:
             return cls((rows,))
-        found = torch.empty(processes(), dtype=torch.int64, device=device)
-        parts = list(found.unbind())
-        dist.all_gather([p.unsqueeze(0) for p in parts], torch.tensor([rows], device=device))
-        sizes = tuple(found.tolist())
+        own = torch.tensor([rows, *same], device=device)
+        parts = [torch.empty_like(own) for _ in range(processes())]
+        dist.all_gather(parts, own)
+        found = torch.stack(parts).tolist()
+        sizes = tuple(row[0] for row in found)
         if min(sizes) < 0:
             raise ValueError(f"process {sizes.index(min(sizes))} refused its part of the batch: see its message")
+        for rank, row in enumerate(found):
+            if row[1:] != found[0][1:]:
+                raise ValueError(
+                    f"processes 0 and {rank} do not do the same: (dimensions, type, training, gradient wanted, diagnose) "
+                    f"are {tuple(found[0][1:])} and {tuple(row[1:])}"
+                )
         return cls(sizes, dist.get_rank())
 
     @property
@@ -65,7 +74,7 @@ class World:
         )
         parts = [torch.empty_like(padded) for _ in self.sizes]
         dist.all_gather(parts, padded)
-        return torch.cat([p[:n] for p, n in zip(parts, self.sizes, strict=True)]).movedim(0, dim)
+        return torch.cat([p[:n] for p, n in zip(parts, self.sizes, strict=True)]).movedim(0, dim).contiguous()
 
     def gather_rows(self, part: Tensor) -> Tensor:
         """`gather` along dimension 0 with a gradient: that of this process's rows.

@@ -23,6 +23,7 @@ overflows, and what would lose precision by it is done the long way.
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -95,16 +96,19 @@ class Positives:
         return torch.cat(counts).to(like)
 
 
-class Workspace:
-    """Tiles that are used again at the next step.
+class Workspace(threading.local):
+    """Tiles that are used again at the next step, by the same thread.
 
     On a CPU, memory fresh from the system costs more to touch than it does to compute with: about a tenth
-    of a step at B = 512. At most a kept grid's tiles and two more are held. On an accelerator, whose
-    allocator does this by itself, every tile is new.
+    of a step at B = 512. What is held is a tile or, of each grid that is worked on at once, the tiles that
+    it keeps. On an accelerator, whose allocator does this by itself, every tile is new.
     """
 
     def __init__(self) -> None:
         self.held: dict[object, Tensor] = {}
+
+    def __reduce__(self) -> tuple[type[Workspace], tuple[()]]:
+        return Workspace, ()  # a copy of an objective, or one in a file, begins with none
 
     def empty(self, key: object, shape: tuple[int, ...], like: Tensor) -> Tensor:
         """An uninitialised tensor of a shape, in the type and place of `like`; the one before with that key is gone."""
@@ -113,7 +117,8 @@ class Workspace:
         size = math.prod(shape)
         found = self.held.get(key)
         if found is None or found.numel() < size or found.dtype != like.dtype:
-            found = self.held[key] = like.new_empty(size)
+            with torch.inference_mode(False):  # else it could not be written to in training
+                found = self.held[key] = torch.empty(size, dtype=like.dtype)
         return found[:size].view(shape)
 
 
@@ -256,15 +261,16 @@ class Grid:
             p, s, k, j = tile
             e, shift = self._scores(tile, number if self.keeps else None), 0.0
             self._take_own(e, tile, positive)
+            self._put(e, tile, NEG_INF)
             if self.shifts:
-                shift = float(e.amax())
+                shift = self._shift(e)
                 e.sub_(shift)
                 if number == 0:
                     level = shift
                 elif shift > level:
                     sums *= 2.0 ** (level - shift)
                     level = shift
-            self._put(e.exp2_(), tile, 0.0)
+            e.exp2_()
             unit = 2.0 ** (shift - level)
             _add_sum(self._part(row, p, k, s).transpose(1, 2), e, 3, unit, j.start == 0)
             if column:
@@ -278,6 +284,10 @@ class Grid:
         if level:
             sums += level / LOG2E
         return True
+
+    def _shift(self, e: Tensor) -> float:
+        """The largest exponent of a tile's negatives; positives, which may be far above them, are out already."""
+        return max(float(e.amax()), -1e30)
 
     def _exact_sums(self, sums: Tensor, positive: Tensor) -> None:
         """By a shift for every row and every column, in one pass."""
@@ -350,11 +360,11 @@ class Grid:
             if plain:
                 e, shift = self.kept.pop(number, (None, 0.0))
                 if e is None:
-                    e = self._scores(tile)
+                    e = self._put(self._scores(tile), tile, NEG_INF)
                     if self.shifts:
-                        shift = float(e.amax())
+                        shift = self._shift(e)
                         e.sub_(shift)
-                    self._put(e.exp2_(), tile, 0.0)
+                    e.exp2_()
                 if not self.shifts:
                     of_rows, of_columns = self._part(row_factors, p, k, s), self._part(column_factors, p, k, j)
                     yield tile, self._scaled(e, _along(of_rows), of_columns[:, None])

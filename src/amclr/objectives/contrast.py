@@ -56,8 +56,9 @@ def cross_entropy_terms(similarities: Tensor, negatives: Tensor, tau: Tensor, *e
     (B, B) blocks whose other samples are negatives too (NT-Xent).
     """
     positive = similarities.diagonal()[:, None]
-    blocks = torch.cat([positive, *(s.masked_fill(~negatives, NEG_INF) for s in (similarities, *extra))], dim=1)
-    return ((blocks - positive) / tau).logsumexp(dim=1)
+    # Masked after the division: -inf / tau has no gradient with respect to tau.
+    logits = [((s - positive) / tau).masked_fill(~negatives, NEG_INF) for s in (similarities, *extra)]
+    return torch.cat([torch.zeros_like(positive), *logits], dim=1).logsumexp(dim=1)
 
 
 def sigmoid_terms(similarities: Tensor, negatives: Tensor, scale: Tensor, bias: Tensor) -> Tensor:

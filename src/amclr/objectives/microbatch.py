@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _NormBase
 
 from amclr.objectives.objective import Objective
 
@@ -17,7 +17,7 @@ Chunk = TypeVar("Chunk")
 
 def backward_in_chunks(
     embed: Callable[[Chunk], Mapping[str, Tensor]],
-    chunks: Sequence[Chunk],
+    chunks: Iterable[Chunk],
     objective: Objective,
     ids: Tensor | Mapping[str, Tensor],
     *,
@@ -45,12 +45,15 @@ def backward_in_chunks(
 
     Returns the objective's loss, detached, and its metrics.
     """
+    chunks = list(chunks)
+    if not chunks:
+        raise ValueError("chunks is empty: pass the parts of the batch, each a chunk that `embed` takes")
     states, parts = [], []
     with torch.no_grad(), _statistics_kept(model):
         for chunk in chunks:
             states.append(_random_state())
             parts.append(embed(chunk))
-    leaves = {v: torch.cat([p[v] for p in parts]).detach().requires_grad_() for v in parts[0]}
+    leaves = {v: _wide(torch.cat([p[v] for p in parts])).detach().requires_grad_() for v in parts[0]}
     sizes = [len(next(iter(p.values()))) for p in parts]
     del parts
     loss, metrics = objective(leaves, ids)
@@ -64,7 +67,7 @@ def backward_in_chunks(
             _set_random_state(state)
             views = embed(chunk)
             # A scalar whose gradient is the one to send: so that loss scaling and hooks work as ever.
-            carrier = torch.stack([(views[v] * g[start : start + size]).sum() for v, g in gradients.items()]).sum()
+            carrier = torch.stack([(_wide(views[v]) * g[start : start + size]).sum() for v, g in gradients.items()]).sum()
             if last:
                 carried = zip(learned, found[len(leaves) :], strict=True)
                 carrier = carrier + sum((p * g).sum() for p, g in carried if g is not None)
@@ -72,6 +75,11 @@ def backward_in_chunks(
                 backward(carrier)
         start += size
     return loss.detach(), metrics
+
+
+def _wide(x: Tensor) -> Tensor:
+    """At least float32: in float16, a gradient would be rounded away before loss scaling can lift it."""
+    return x.to(torch.promote_types(torch.float32, x.dtype))
 
 
 State = tuple[Tensor, list[Tensor]]
@@ -90,7 +98,7 @@ def _set_random_state(state: State) -> None:
 @contextmanager
 def _statistics_kept(model: nn.Module | None) -> Iterator[None]:
     """Leave the running statistics of batch norms as they are."""
-    norms = [m for m in (model.modules() if model else ()) if isinstance(m, _BatchNorm) and m.training]
+    norms = [m for m in (model.modules() if model else ()) if isinstance(m, _NormBase) and m.training]
     before = [(m.momentum, None if m.num_batches_tracked is None else m.num_batches_tracked.clone()) for m in norms]
     try:
         for m in norms:

@@ -78,6 +78,15 @@ class Table(nn.Module):
     def _here(self, ids: Tensor) -> Tensor:
         return ids if ids.device == self.values.device else ids.to(self.values.device)
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Table:
+        """Follow the module to a device, and to float64, but not to half precision: there, averages stand still."""
+        if self.storage == "device":
+            wanted = fn(torch.empty(0, device=self.values.device))
+            if wanted.dtype in (torch.float16, torch.bfloat16):
+                self.values = self.values.to(wanted.device)
+                return self
+        return super()._apply(fn, recurse)  # type: ignore[return-value]
+
     def _pieces(self) -> Iterator[Tensor]:
         rows, columns = self.values.shape
         step = max(1, PIECE_BYTES // (columns * self.values.element_size()))
@@ -87,7 +96,6 @@ class Table(nn.Module):
     def save(self, folder: Path, name: str) -> None:
         """Write the table into a folder as pieces, each complete or absent, with an index that comes last."""
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{name}.json").unlink(missing_ok=True)
         listed = []
         for number, piece in enumerate(self._pieces()):
             file = folder / f"{name}-{number:05d}.npy"
@@ -110,18 +118,27 @@ class Table(nn.Module):
             raise ValueError(
                 f"table '{name}' in '{folder}' has shape {index['shape']}, wanted {list(self.values.shape)}"
             )
-        start = 0
-        for piece in index["pieces"]:
+        if sum(piece["rows"] for piece in index["pieces"]) != len(self.values):
+            raise ValueError(f"the index of table '{name}' in '{folder}' does not list all of its rows")
+
+        def array(piece: dict[str, Any]) -> np.ndarray:
             file = folder / piece["file"]
             try:
-                array = np.load(file, allow_pickle=False)
-                sound = _digest(array) == piece["sha256"]
+                found: np.ndarray = np.load(file, allow_pickle=False)
+                sound = len(found) == piece["rows"] and _digest(found) == piece["sha256"]
             except (OSError, ValueError, EOFError):
                 sound = False
             if not sound:
                 raise ValueError(f"'{file}' is damaged: go back to an earlier checkpoint")
-            self.values[start : start + len(array)] = torch.from_numpy(array).to(self.values.device)
-            start += len(array)
+            return found
+
+        for piece in index["pieces"]:  # all of them are looked at before any is taken up
+            array(piece)
+        start = 0
+        for piece in index["pieces"]:
+            rows = torch.from_numpy(array(piece))
+            self.values[start : start + len(rows)] = rows.to(self.values.device)
+            start += len(rows)
 
     # -- the same key in a state dict, whatever the storage ------------------------------------------
 

@@ -42,8 +42,8 @@ class World:
         for rank, row in enumerate(found):
             if row[1:] != found[0][1:]:
                 raise ValueError(
-                    f"processes 0 and {rank} do not do the same: (dimensions, type, training, gradient wanted, diagnose) "
-                    f"are {tuple(found[0][1:])} and {tuple(row[1:])}"
+                    f"processes 0 and {rank} do not do the same: dimensions, type, training, gradient and diagnostics "
+                    f"are {found[0][1:]} and {row[1:]}"
                 )
         return cls(sizes, dist.get_rank())
 

@@ -18,6 +18,8 @@ from amclr.objectives import METHODS, build
 VIEWS = ("image", "image_aug", "text", "text_aug")
 BATCH, SAMPLES, STEPS = 12, 20, 3
 PARTS = {"equal": (6, 6), "unequal": (9, 3), "three": (5, 1, 6)}
+KERNELS = {name: {"name": name, "backend": "triton"} for name in ("amclr", "iamclr", "clip")}
+"""In float32, and so apart."""
 SETTINGS: dict[str, dict[str, Any]] = {
     **{name: {"name": name} for name in METHODS},
     "reference": {"name": "xamclr", "estimator": "reference"},
@@ -28,7 +30,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 def make(settings: dict[str, Any]) -> Any:
-    return build(num_samples={"image": SAMPLES, "text": SAMPLES}, temperature=0.1, **settings).double()
+    made = build(num_samples={"image": SAMPLES, "text": SAMPLES}, temperature=0.1, **settings)
+    return made if "backend" in settings else made.double()
 
 
 def batch(step: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -45,11 +48,12 @@ def batch(step: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 def steps_of(settings: dict[str, Any], rows: slice) -> dict[str, Any]:
     """Losses, gradients of `rows`, and the final state, of a few steps."""
     objective = make(settings)
-    objective.diagnose = True
+    dtype = torch.float32 if "backend" in settings else torch.float64
+    objective.diagnose = dtype == torch.float64  # without it, kernels do what is between the passes
     losses, gradients = [], []
     for step in range(STEPS):
         views, ids = batch(step)
-        own = {v: x[rows].clone().requires_grad_() for v, x in views.items()}
+        own = {v: x[rows].to(dtype, copy=True).requires_grad_() for v, x in views.items()}
         loss, metrics = objective(own, {of: i[rows] for of, i in ids.items()})
         objective.zero_grad()
         loss.backward()
@@ -90,6 +94,30 @@ def test_processes_equal_one(parts: str, tmp_path: Path) -> None:
         for step in range(STEPS):
             joined = {v: torch.cat([r[name]["gradients"][step][v] for r in ranks]) for v in whole["gradients"][step]}
             torch.testing.assert_close(joined, whole["gradients"][step], rtol=1e-8, atol=1e-11)
+
+
+def work_with_kernels(rank: int, sizes: tuple[int, ...], folder: str) -> None:
+    start(rank, len(sizes), folder)
+    first = sum(sizes[:rank])
+    found = {name: steps_of(settings, slice(first, first + sizes[rank])) for name, settings in KERNELS.items()}
+    torch.save(found, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels of these tests run in Triton's interpreter")
+def test_kernels_of_processes_equal_one(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    mp.spawn(work_with_kernels, ((7, 5), str(tmp_path)), nprocs=2)
+    ranks = [torch.load(tmp_path / f"{r}.pt", weights_only=True) for r in range(2)]
+    for name, settings in KERNELS.items():
+        whole = steps_of({**settings, "backend": "eager"}, slice(None))
+        for found in (r[name] for r in ranks):
+            for mine, expected in zip(found["losses"], whole["losses"], strict=True):
+                assert float(mine["loss"]) == pytest.approx(float(expected["loss"]), rel=1e-5)
+            torch.testing.assert_close(found["state"], whole["state"], rtol=1e-4, atol=1e-5)
+        for step in range(STEPS):
+            joined = {v: torch.cat([r[name]["gradients"][step][v] for r in ranks]) for v in whole["gradients"][step]}
+            torch.testing.assert_close(joined, whole["gradients"][step], rtol=1e-3, atol=1e-5)
 
 
 def work_with_ddp(rank: int, sizes: tuple[int, ...], folder: str) -> None:
@@ -135,6 +163,19 @@ def work_with_a_fault(rank: int, folder: str) -> None:
         objective(views, ids)
     except ValueError as error:
         Path(folder, f"{rank}.txt").write_text(str(error))
+    # Another slip: one process alone asks for diagnostics, whose sums would have to be gathered.
+    views, ids = batch(0)
+    objective.diagnose = rank == 1
+    try:
+        objective(views, ids)
+    except ValueError as error:
+        Path(folder, f"{rank}-diagnose.txt").write_text(str(error))
+    objective.diagnose = False
+    # No tensor at all, on one of them.
+    try:
+        objective({**views, "text": None} if rank else views, ids)
+    except ValueError as error:
+        Path(folder, f"{rank}-none.txt").write_text(str(error))
     # On a process alone it still works, and can be told to stay alone.
     alone = build("sogclr", SAMPLES, distributed=False)
     alone(batch(0)[0], batch(0)[1])
@@ -146,3 +187,7 @@ def test_if_one_process_refuses_its_batch_all_do(tmp_path: Path) -> None:
     mp.spawn(work_with_a_fault, (str(tmp_path),), nprocs=2)
     assert "view 'text' has shape (3, 5)" in (tmp_path / "1.txt").read_text()
     assert "process 1 refused its part of the batch" in (tmp_path / "0.txt").read_text()
+    for rank in range(2):
+        assert "processes 0 and 1 do not do the same" in (tmp_path / f"{rank}-diagnose.txt").read_text()
+    assert "view 'text' must be a floating-point" in (tmp_path / "1-none.txt").read_text()
+    assert "process 1 refused" in (tmp_path / "0-none.txt").read_text()

@@ -100,6 +100,41 @@ def test_gradients_are_scaled_and_exchanged_once() -> None:
         torch.testing.assert_close(g, 8 * p.grad, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_gradients_survive(dtype: torch.dtype) -> None:
+    """The gradient of a large batch is far below what float16 holds, until loss scaling lifts it."""
+    torch.manual_seed(0)
+    weight, inputs, ids = torch.randn(8, 6), torch.randn(64, 4, 8), torch.arange(64)
+
+    def embed(w: Tensor, chunk: Tensor) -> dict[str, Tensor]:
+        rows = F.normalize(chunk @ w, dim=-1).to(dtype)
+        return dict(zip(VIEWS, rows.unbind(1), strict=True))
+
+    found = []
+    for chunked in (False, True):
+        w = weight.clone().requires_grad_()
+        objective = build("amclr", 64, temperature=0.2, weights={"cross": 1e-6})
+        if chunked:
+            backward_in_chunks(
+                lambda c, w=w: embed(w, c),
+                inputs.split(16),
+                objective,
+                ids,
+                backward=lambda x: (x * 2.0**16).backward(),
+            )
+        else:
+            (objective(embed(w, inputs), ids)[0] * 2.0**16).backward()
+        found.append(w.grad)
+    torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-3 * float(found[0].abs().max()))
+
+
+def test_chunks_may_come_one_by_one_but_some_must() -> None:
+    model, objective, inputs, ids = make("amclr")
+    backward_in_chunks(model, iter(inputs.split(5)), objective, ids, model=model)
+    with pytest.raises(ValueError, match="chunks is empty"):
+        backward_in_chunks(model, [], objective, ids)
+
+
 def test_a_large_batch_takes_the_memory_of_a_small_one() -> None:
     model = Embed(hidden=4096)
     inputs, ids = torch.randn(1024, 4, 8), torch.arange(1024)

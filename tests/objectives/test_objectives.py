@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -229,6 +232,19 @@ def test_reference_estimator(name: str) -> None:
             assert float(loss.detach()) == pytest.approx(expected, rel=1e-10)
             check_gradients(t, gradient, 1e-10)
     check_tables(objective, sums, 1e-10)
+
+
+@pytest.mark.parametrize("name", ["isogclr", "iamclr", "ixamclr"])
+def test_reference_estimator_with_individual_temperatures(name: str) -> None:
+    """One estimate per sample, but a temperature per sample and term."""
+    objective = build(name, 8, temperature=0.2, estimator="reference")
+    for step in range(3):
+        objective.start_epoch(step, 3)
+        loss, _ = objective(tensors(draw_views(step), torch.float32), torch.arange(6))
+        loss.backward()
+        assert bool(torch.isfinite(loss))
+    assert objective.log_u_image.values.shape[1] == 1
+    assert objective.tau_image.values.shape[1] == len(objective.terms) // 2
 
 
 def test_reference_and_per_term_agree_where_they_must() -> None:
@@ -638,6 +654,86 @@ def test_autocast_changes_nothing(name: str) -> None:
     assert plain.item() == inside.item() and inside.dtype == torch.float32
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_a_learned_temperature_moves_from_its_bounds(name: str) -> None:
+    """Its gradient is finite and not zero at a bound, and where a step went beyond it, the next begins at it."""
+    views, ids = tensors(draw_views(0), torch.float32), torch.arange(6)
+    for tau in (0.01, 1.0):
+        objective = build(name, 6, temperature=tau, temperature_mode="learnable", temperature_range=(0.01, 1.0))
+        objective(views, ids)[0].backward()
+        gradient = objective.log_temperature.grad
+        assert gradient is not None and bool(torch.isfinite(gradient)) and float(gradient) != 0
+    with torch.no_grad():
+        objective.log_temperature.fill_(3.0)
+    objective(views, ids)
+    assert float(objective.log_temperature.detach()) == pytest.approx(0.0)
+
+
+def test_a_nan_embedding_spares_the_estimates() -> None:
+    objective = build("ixamclr", 6, temperature=0.1, validate=False)
+    objective(tensors(draw_views(0), torch.float32), torch.arange(6))
+    views = {k: v.detach().clone() for k, v in tensors(draw_views(1), torch.float32).items()}
+    views["image"][2] = math.nan
+    loss, _ = objective(views, torch.arange(6))
+    assert bool(loss.isnan()) and not any(bool(v.isnan().any()) for v in objective.state_dict().values())
+
+
+def test_validation_in_inference_mode_comes_before_training() -> None:
+    objective, ids = build("amclr", 40, temperature=0.1), torch.arange(40)
+    objective.eval()
+    with torch.inference_mode():
+        objective({k: v.detach() for k, v in tensors(draw_views(0, batch=40), torch.float32).items()}, ids)
+    objective.train()
+    objective(tensors(draw_views(1, batch=40), torch.float32), ids)[0].backward()
+
+
+def test_copies_and_files_hold_no_tiles() -> None:
+    objective, ids = build("amclr", 300, temperature=0.1), torch.arange(300)
+    objective(tensors(draw_views(0, batch=300), torch.float32), ids)
+    assert objective._workspace.held and not copy.deepcopy(objective)._workspace.held
+    assert len(pickle.dumps(objective)) < 100_000
+
+
+def test_threads_do_not_share_tiles() -> None:
+    objective, ids = build("amclr", 64, temperature=0.1).eval(), torch.arange(64)
+    inputs = [{k: v.detach() for k, v in tensors(draw_views(s, batch=64), torch.float32).items()} for s in range(40)]
+    alone = [float(objective(v, ids)[0]) for v in inputs]
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(lambda v: float(objective(v, ids)[0]), inputs)) == alone
+
+
+def test_two_losses_before_one_backward_and_twice_through_one() -> None:
+    ids = torch.arange(40)
+    first, second = (tensors(draw_views(s, batch=40), torch.float32) for s in (0, 1))
+    both = build("amclr", 40, temperature=0.1)
+    (both(first, ids)[0] + 2 * both(second, ids)[0]).backward()
+    each = build("amclr", 40, temperature=0.1)
+    again = [tensors(draw_views(s, batch=40), torch.float32) for s in (0, 1)]
+    each(again[0], ids)[0].backward()
+    loss, _ = each(again[1], ids)
+    loss.backward(retain_graph=True)
+    loss.backward()
+    for mine, expected in zip((first, second), again, strict=True):
+        torch.testing.assert_close({k: v.grad for k, v in mine.items()}, {k: v.grad for k, v in expected.items()})
+
+
+def test_metrics_stay_when_the_loss_is_changed_in_place() -> None:
+    loss, metrics = build("sogclr", 6)(tensors(draw_views(0), torch.float32), torch.arange(6))
+    before = float(metrics["loss"])
+    with torch.no_grad():
+        loss.mul_(2)
+    assert float(metrics["loss"]) == float(metrics["loss_cross"]) == before
+
+
+def test_one_exponential_serves_a_trained_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Positives far above all negatives, at a temperature where they must not set the scale of the exponents."""
+    monkeypatch.setattr(blocks.Grid, "_exact_sums", lambda *_: pytest.fail("done the long way"))
+    base = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
+    views = {v: F.normalize(base + 0.2 * torch.randn(64, 256), dim=-1) for v in VIEWS}
+    loss, metrics = build("xamclr", 64, temperature=0.01)(views, torch.arange(64))
+    assert float(metrics["positive"]) > 0.9 and bool(torch.isfinite(loss))
+
+
 # -- refusals -------------------------------------------------------------------------------------
 
 
@@ -661,6 +757,8 @@ def good() -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         (lambda v, i: i[:4], r"ids must be an int64 tensor of shape \(6,\), got torch.int64 of shape \(4,\)"),
         (lambda v, i: i + 1, r"image ids must lie in \[0, 6\), got values from 1 to 6"),
         (lambda v, i: i - 1, r"got values from -1 to 4"),
+        (lambda v, i: v.update(text=None) or i, "view 'text' must be a floating-point .* got NoneType"),
+        (lambda v, i: None, "ids must be an int64 tensor, or a dict of them by modality, got NoneType"),
         (lambda v, i: i * 0, "no row of the batch has a negative: all share an id"),
         (lambda v, i: {"image": i}, "ids must hold 'image' and 'text'"),
         (lambda v, i: {"image": i, "text": i.int()}, r"ids\['text'\] must be an int64"),
@@ -711,6 +809,8 @@ def test_value_checks_can_be_switched_off() -> None:
         ("amclr", {"storage": "tape"}, "storage must be one of auto, device, host, disk"),
         ("amclr", {"products": "int8"}, "products must be one of auto, float32"),
         ("amclr", {"backend": "cuda"}, "backend must be one of auto, eager, triton"),
+        ("amclr", {"weights": {"cross": math.inf}}, r"weights\['cross'\] must not be negative or infinite"),
+        ("amclr", {"num_samples": 1.5}, "num_samples must be a positive int"),
         ("amclr", {"num_samples": 0}, "num_samples must be a positive int"),
         ("amclr", {"num_samples": {"image": 3}}, "num_samples must be a positive int or a dict"),
     ],

@@ -130,6 +130,42 @@ def test_the_index_comes_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         build("sogclr", SAMPLES).load_tables(tmp_path)
 
 
+def test_saved_over_an_older_save_and_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """New estimates of images beside old ones of texts are not taken for whole."""
+    objective = build("sogclr", SAMPLES)
+    objective.save_tables(tmp_path)
+    real = tables.Table.save
+
+    def stop(table: Any, folder: Path, name: str) -> None:
+        if name == "log_u_text":
+            raise KeyboardInterrupt
+        real(table, folder, name)
+
+    monkeypatch.setattr(tables.Table, "save", stop)
+    with pytest.raises(KeyboardInterrupt):
+        objective.save_tables(tmp_path)
+    with pytest.raises(ValueError, match="holds no table 'log_u_text'"):
+        build("sogclr", SAMPLES).load_tables(tmp_path)
+
+
+def test_nothing_is_taken_up_if_a_piece_is_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "PIECE_BYTES", 64)
+    filled = build("sogclr", SAMPLES)
+    filled.log_u_image.values.fill_(1.0)
+    filled.save_tables(tmp_path)
+    (tmp_path / "log_u_image-00002.npy").write_bytes(b"")
+    other = build("sogclr", SAMPLES)
+    with pytest.raises(ValueError, match="log_u_image-00002.npy' is damaged"):
+        other.load_tables(tmp_path)
+    assert not bool(torch.isfinite(other.log_u_image.values).any())
+
+
+def test_half_precision_is_not_for_tables() -> None:
+    objective = build("sogclr", SAMPLES).to(torch.bfloat16)
+    assert objective.log_u_image.values.dtype == torch.float32
+    assert build("sogclr", SAMPLES).double().log_u_image.values.dtype == torch.float64
+
+
 def test_the_index_says_what_is_there(tmp_path: Path) -> None:
     build("sogclr", SAMPLES).save_tables(tmp_path)
     index = json.loads((tmp_path / "log_u_image.json").read_text())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import operator
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -71,7 +72,8 @@ def build(
         weights: factors on the terms by kind: "cross", "image" (image-image), "text" (text-text).
         cyclic_weight: weight of each of CyCLIP's two penalties.
         estimator: "per-term" keeps one running estimate per sample and term; "reference" one per
-            sample, overwritten by the terms in turn, as the public AmCLR code does.
+            sample, overwritten by the terms in turn, as the public AmCLR code does (call `start_epoch`: it
+            remembers nothing before the second).
         validate: check unit length, NaN and the range of ids at every call. Default: on the CPU
             only, since on an accelerator it costs a synchronisation.
         distributed: where torch.distributed is initialised, take the batches of all processes as one.
@@ -81,7 +83,7 @@ def build(
             (memory-mapped), or "auto": the first of these that they fit.
         folder: where "disk" puts its files, which have no name and go with the process; None is the
             system's temporary folder. `Objective.save_tables` is what keeps them.
-        products: type of the features in the matrix products: "auto" (the views' own), "float32",
+        products: type of the features in the matrix products: "auto" (the views' own, exact), "float32",
             "tf32" (Triton only), "float16" or "bfloat16"; sums are in float32 all the same.
         backend: "eager", "triton", or "auto": Triton on a GPU where it is installed.
 
@@ -94,14 +96,10 @@ def build(
         raise ValueError(f"unknown objective '{name}': {hint}choose from {', '.join(METHODS)}")
     method = METHODS[name]
     mode = temperature_mode or method.temperature
-    samples = {"image": num_samples, "text": num_samples} if isinstance(num_samples, int) else dict(num_samples)
-    if set(samples) != {"image", "text"} or not all(isinstance(n, int) and n >= 1 for n in samples.values()):
-        raise ValueError(
-            f"num_samples must be a positive int or a dict of them for 'image' and 'text', got {num_samples!r}"
-        )
+    samples = _samples(num_samples)
     low, high = temperature_range
     tau = method.default_temperature if temperature is None else temperature
-    _require(0 < low <= high, "temperature_range must be 0 < low <= high", temperature_range)
+    _require(0 < low <= high < math.inf, "temperature_range must be 0 < low <= high", temperature_range)
     _require(tau > 0 and math.isfinite(tau), "temperature must be positive", temperature)
     _require(mode == "fixed" or low <= tau <= high, f"temperature must lie in temperature_range {low, high}", tau)
     _require(0 < gamma <= 1, "gamma must lie in (0, 1]", gamma)
@@ -110,14 +108,14 @@ def build(
     _choose("estimator", estimator, ESTIMATORS)
     _require(0 <= temperature_momentum < 1, "temperature_momentum must lie in [0, 1)", temperature_momentum)
     _require(temperature_lr > 0, "temperature_lr must be positive", temperature_lr)
-    _require(cyclic_weight >= 0, "cyclic_weight must not be negative", cyclic_weight)
+    _require(0 <= cyclic_weight < math.inf, "cyclic_weight must not be negative or infinite", cyclic_weight)
     if pairs is not None:
         _choose("pairs", pairs, tuple(p for p in PAIRS if p != "none"))
         if method.pairs == "none":
             raise ValueError(f"'{name}' aligns no image-text pairs: leave out pairs={pairs!r}")
     for kind, weight in (weights or {}).items():
         _choose("weights", kind, ("cross", "image", "text"))
-        _require(weight >= 0, f"weights[{kind!r}] must not be negative", weight)
+        _require(0 <= weight < math.inf, f"weights[{kind!r}] must not be negative or infinite", weight)
     if mode == "individual" and method.contrast != "global":
         raise ValueError(f"temperature_mode 'individual' needs a global objective, and '{name}' is a mini-batch one")
     if estimator == "reference" and method.contrast != "global":
@@ -129,11 +127,10 @@ def build(
     _choose("products", products, PRODUCTS)
     _choose("backend", backend, BACKENDS)
     if storage == "auto":
-        columns = {"reference": 1}.get(estimator) or len(method.terms(pairs, weights)) // 2
-        kinds = 3 if mode == "individual" else 1
-        storage = (
-            choose_storage(4 * kinds * columns * sum(samples.values())) if method.contrast == "global" else "device"
-        )
+        terms = len(method.terms(pairs, weights)) // 2
+        columns = (1 if estimator == "reference" else terms) + (2 * terms if mode == "individual" else 0)
+        size = 4 * columns * sum(samples.values())
+        storage = choose_storage(size) if method.contrast == "global" else "device"
     return Objective(
         name,
         replace(method, temperature=mode),
@@ -158,6 +155,19 @@ def build(
         products=products,
         backend=backend,
     )
+
+
+def _samples(given: int | Mapping[str, int]) -> dict[str, int]:
+    try:
+        if isinstance(given, Mapping):
+            found = {of: operator.index(n) for of, n in given.items()}
+        else:
+            found = dict.fromkeys(("image", "text"), operator.index(given))
+    except TypeError:
+        found = {}
+    if set(found) != {"image", "text"} or min(found.values()) < 1:
+        raise ValueError(f"num_samples must be a positive int or a dict of them for 'image' and 'text', got {given!r}")
+    return found
 
 
 def _require(holds: bool, what: str, got: object) -> None:

@@ -29,6 +29,8 @@ WIDTH = 128
 """Dimensions of the gradient that a program accumulates; more are split among programs."""
 HALF_SCALE = 64.0
 """Weights times B are lifted by this into the middle of float16's range before they are rounded to it."""
+LARGEST_HALF = 3e4
+"""What a lifted weight may come to: half of float16's range."""
 
 
 @triton.jit
@@ -83,7 +85,9 @@ def _log_sums(
         level = tl.where(higher == float("-inf"), 0.0, higher)
         total = total * tl.exp2(top - level) + tl.sum(tl.exp2(s - level[:, None]), 1)
         top = higher
-    found = tl.where(total > 0, (top + tl.log2(tl.maximum(total, 1e-38))) * 0.6931471805599453, float("-inf"))
+    # Triton's maximum leaves NaN out; the sum does not, and lets the loss be NaN where an embedding is.
+    none = tl.where(total == 0, float("-inf"), float("nan"))
+    found = tl.where(total > 0, (top + tl.log2(tl.maximum(total, 1e-38))) * 0.6931471805599453, none)
     out = t * (last - first) + i - first
     tl.store(sums + out, found, mask=mine)
     tl.store(positive + out, own, mask=mine)
@@ -102,11 +106,12 @@ def _logaddexp(x, y):
 def _estimate(
     sums, positive, counts, columns, weights, rates, ids, image_table, text_table, gamma_logs, offsets, own, updated,
     partials, n, lift, rho,
-    GLOBAL: tl.constexpr, IDS: tl.constexpr, BLOCK: tl.constexpr, CANDIDATES: tl.constexpr,
+    GLOBAL: tl.constexpr, UNIQUE: tl.constexpr, IDS: tl.constexpr, BLOCK: tl.constexpr, CANDIDATES: tl.constexpr,
 ):  # fmt: skip
     """Program (block of anchors, term): from log-sum-exps to estimates, losses, and what the gradient needs.
 
-    columns: per term its modality (0 image, 1 text), its column in that table, and the table's width.
+    UNIQUE: no sample stands twice. columns: per term its modality (0 image, 1 text), its column in that table,
+    and the table's width.
     partials (3, T, blocks): sums of weighted losses, of -tau log g, and of s_ii, over n.
     """
     t = tl.program_id(1)
@@ -127,32 +132,37 @@ def _estimate(
             before = tl.load(image_table + sample * width + column, mask=inside, other=0.0)
         else:
             before = tl.load(text_table + sample * width + column, mask=inside, other=0.0)
-        # A sample that stands several times gets one update: with the mean of its rows' g.
-        top = tl.full((BLOCK,), float("-inf"), dtype=tl.float32)
-        total = tl.zeros((BLOCK,), dtype=tl.float32)
-        number = tl.zeros((BLOCK,), dtype=tl.float32)
-        for start in range(0, n, CANDIDATES):
-            j = start + tl.arange(0, CANDIDATES)
-            other = tl.load(row + j, mask=j < n, other=-2)
-            there = tl.load(counts + j, mask=j < n, other=0.0)
-            g = (
-                tl.load(sums + t * n + j, mask=j < n, other=0.0)
-                - tl.load(positive + t * n + j, mask=j < n, other=0.0) / tau
-            )
-            same = (sample[:, None] == other[None, :]) & (there > 0)[None, :]
-            x = tl.where(same, (g - tl.log(tl.maximum(there, 1.0)))[None, :], float("-inf"))
-            higher = tl.maximum(top, tl.max(x, 1))
-            level = tl.where(higher == float("-inf"), 0.0, higher)
-            total = total * tl.exp(top - level) + tl.sum(tl.exp(x - level[:, None]), 1)
-            top = higher
-            number += tl.sum(tl.where(same, 1.0, 0.0), 1)
-        mean = top + tl.log(tl.maximum(total, 1e-38)) - tl.log(tl.maximum(number, 1.0))
+        number = tl.where(some, 1.0, 0.0)
+        total = number
+        mean = log_g
+        if not UNIQUE:
+            # A sample that stands several times gets one update: with the mean of its rows' g.
+            top = tl.full((BLOCK,), float("-inf"), dtype=tl.float32)
+            total = tl.zeros((BLOCK,), dtype=tl.float32)
+            number = tl.zeros((BLOCK,), dtype=tl.float32)
+            for start in range(0, n, CANDIDATES):
+                j = start + tl.arange(0, CANDIDATES)
+                other = tl.load(row + j, mask=j < n, other=-2)
+                there = tl.load(counts + j, mask=j < n, other=0.0)
+                g = tl.load(sums + t * n + j, mask=j < n, other=0.0)
+                g -= tl.load(positive + t * n + j, mask=j < n, other=0.0) / tau
+                same = (sample[:, None] == other[None, :]) & (there > 0)[None, :]
+                x = tl.where(same, (g - tl.log(tl.maximum(there, 1.0)))[None, :], float("-inf"))
+                higher = tl.maximum(top, tl.max(x, 1))
+                level = tl.where(higher == float("-inf"), 0.0, higher)
+                total = total * tl.exp(top - level) + tl.sum(tl.exp(x - level[:, None]), 1)
+                top = higher
+                number += tl.sum(tl.where(same, 1.0, 0.0), 1)
+            mean = top + tl.log(tl.maximum(total, 1e-38)) - tl.log(tl.maximum(number, 1.0))
         unseen = before == float("-inf")
         old = tl.load(gamma_logs) + before
         new = tl.load(gamma_logs + 1)
         log_u = tl.where(unseen, log_g, _logaddexp(old, new + log_g))
+        log_u = tl.where(log_g == log_g, log_u, float("nan"))
         mixed = tl.where(unseen, mean, _logaddexp(old, new + mean))
-        tl.store(updated + t * n + i, tl.where(number > 0, mixed, before), mask=inside)
+        # A sample whose embeddings are NaN keeps what it had, as one without negatives does.
+        learned = (number > 0) & (total == total) & (mean == mean) & (mixed == mixed)
+        tl.store(updated + t * n + i, tl.where(learned, mixed, before), mask=inside)
         value = tau * (log_u + rho)
         log_total = log_u + log_n
         log_c = tl.log(weight / n)
@@ -237,7 +247,8 @@ def _gradients(
 class TritonBlocks:
     """The passes of `blocks.Blocks`, with the same arguments and results, over all layouts at once.
 
-    products: "auto" and "float32" are exact for float32 views, "tf32" is not.
+    products: "auto" and "float32" are exact for float32 views, "tf32" is not. largest: bounds B times the
+    weights of two anchors.
     """
 
     def __init__(
@@ -248,6 +259,7 @@ class TritonBlocks:
         taus: float | Tensor,
         positives: Positives,
         products: str,
+        largest: float,
     ) -> None:
         dtype = every[0].dtype
         if products in ("float16", "bfloat16"):
@@ -266,7 +278,8 @@ class TritonBlocks:
         else:
             self.ids = positives.ids[0][None] if len(positives.ids) == 1 else torch.stack(positives.ids)
         half = self.z.dtype == torch.float16
-        self.lift = HALF_SCALE * self.size if half else 1.0
+        self.lift = self.size * min(HALF_SCALE, LARGEST_HALF / largest) if half else 1.0
+        self.unique = positives.ids is None
         self.options = {
             "IDS": len(self.ids), "ROWS": ROWS, "CANDIDATES": CANDIDATES, "DEPTH": DEPTH,
             "PRECISION": "tf32" if products == "tf32" else "ieee",
@@ -316,7 +329,7 @@ class TritonBlocks:
         _estimate[(blocks, count)](
             anchors, anchors[count:], anchors[2 * count :], where, _constant(tuple(weights), device), self.rates, both,
             image, text, logs, offsets, own, updated, partials, self.size, self.lift, rho,
-            GLOBAL=bool(tables), IDS=len(both), BLOCK=ROWS, CANDIDATES=CANDIDATES,
+            GLOBAL=bool(tables), UNIQUE=self.unique, IDS=len(both), BLOCK=ROWS, CANDIDATES=CANDIDATES,
         )  # fmt: skip
         if tables and write:
             _store[(blocks, count)](updated, where, both, image, text, self.size, IDS=len(both), BLOCK=ROWS)
@@ -327,7 +340,7 @@ class TritonBlocks:
     ) -> Tensor | None:
         """As `Blocks.gradients`."""
         offsets = torch.add(offsets.float(), -math.log(self.lift)).mul_(LOG2E).contiguous()
-        return self.gradients_from(offsets, (own * self.lift).float(), gradient, written, slopes)
+        return self.gradients_from(offsets, (own * self.lift).float().contiguous(), gradient, written, slopes)
 
     def gradients_from(
         self, offsets: Tensor, own: Tensor, gradient: Tensor, written: set[int], slopes: bool

@@ -67,7 +67,9 @@ def backward_in_chunks(
             _set_random_state(state)
             views = embed(chunk)
             # A scalar whose gradient is the one to send: so that loss scaling and hooks work as ever.
-            carrier = torch.stack([(_wide(views[v]) * g[start : start + size]).sum() for v, g in gradients.items()]).sum()
+            carrier = torch.stack(
+                [(_wide(views[v]) * g[start : start + size]).sum() for v, g in gradients.items()]
+            ).sum()
             if last:
                 carried = zip(learned, found[len(leaves) :], strict=True)
                 carrier = carrier + sum((p * g).sum() for p, g in carried if g is not None)

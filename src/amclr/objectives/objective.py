@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from functools import cache
+from functools import cache, reduce
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,10 @@ REFERENCE_EPS = 1e-8
 SMALL = 1 << 18
 """Grids of at most this many similarities are worked on at once: there, calls cost more than arithmetic."""
 QUANTILE_SAMPLE = 1 << 20
-"""torch.quantile takes at most 2^24 numbers, and a sample says as much."""
+"""torch.quantile takes at most 2^24 numbers, and every so-manieth says as much."""
+SAME = 5
+"""How many numbers the processes compare before a step: see `forward`."""
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 DEAD = 0.01
 """An anchor whose weights sum to less than this gives next to no gradient."""
 
@@ -109,8 +112,8 @@ class Objective(nn.Module):
             if temperature_mode == "individual":
                 fills |= {"tau": temperature, "tau_velocity": 0.0}
             for of in sorted({modality(t.anchor) for t in self.terms}):
-                columns = 1 if estimator == "reference" else len(self._columns[of])
                 for what, fill in fills.items():
+                    columns = 1 if estimator == "reference" and what == "log_u" else len(self._columns[of])
                     self.add_module(f"{what}_{of}", Table(self.num_samples[of], columns, fill, storage, folder))
         if gamma_schedule == "cosine":
             self.start_epoch(0, 1)
@@ -133,7 +136,9 @@ class Objective(nn.Module):
     def temperature(self) -> Tensor:
         """The shared temperature, or the mean of the individual ones, as a 0-dim tensor."""
         if self.temperature_mode == "learnable":
-            return self.log_temperature.exp().clamp(self.tau_min, self.tau_max)
+            # Clamped in value alone: clamp's own gradient is zero at a bound, from which there would be no way back.
+            value = self.log_temperature.exp()
+            return value + (value.clamp(self.tau_min, self.tau_max) - value).detach()
         if self.temperature_mode == "individual":
             every = [self._table("tau", of).values for of, columns in self._columns.items() if columns]
             return torch.cat([t.flatten() for t in every]).mean()
@@ -150,46 +155,67 @@ class Objective(nn.Module):
         {"image": ids, "text": ids} where an image has several captions.
         Raises ValueError, naming the view or argument, for missing views, unlike shapes, a batch
         of one, or ids of the wrong type; values are checked as `validate` says. Of several processes,
-        all raise if one does.
+        all raise if one does. They must all call, in evaluation too: an objective for one process alone
+        is built with `distributed=False`.
         """
+        together = self.distributed and processes() > 1
         device = next((v.device for v in views.values() if isinstance(v, Tensor)), torch.device("cpu"))
         try:
             id_of = self._check(views, ids)
-        except ValueError:
-            if self.distributed and processes() > 1:
+        except Exception:
+            if together:
                 _tell_the_others(device)
             raise
-        world = World.of(len(views[self._stacked[0]]), device, self.distributed)
+        first = views[self._stacked[0]]
+        source = reduce(torch.promote_types, (views[v].dtype for v in self._stacked))
+        wanted = torch.is_grad_enabled() and any(views[v].requires_grad for v in self._stacked)
+        wanted = wanted or (torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()))
+        same = (first.shape[1], DTYPES.index(source), self.training, wanted, self.diagnose)
+        world = World.of(len(first), device, self.distributed, same)
+        if self.training and self.temperature_mode == "learnable":
+            with torch.no_grad():
+                self.log_temperature.clamp_(math.log(self.tau_min), math.log(self.tau_max))
         if sum(world.sizes) < 2:
             raise ValueError("a batch of 1 has no negatives: pass at least 2 samples")
         with torch.autocast(device.type, enabled=False):
-            dtype = torch.promote_types(torch.float32, views[self._stacked[0]].dtype)
+            dtype = torch.promote_types(torch.float32, source)
             inputs = {v: views[v].to(dtype) for v in self._stacked}
             if self.averaged and len(world.sizes) > 1:
                 inputs = {v: _Scaled.apply(x, float(len(world.sizes))) for v, x in inputs.items()}
             if self.method.contrast == "sigmoid" or any(t.also for t in self.terms):
                 total, metrics = self._autograd_loss(inputs, id_of, world)
             else:
-                total, metrics = self._closed_form_loss(inputs, id_of, world)
+                total, metrics = self._closed_form_loss(inputs, id_of, world, wanted, source)
             if self.cyclic_weight:
                 penalty = self._cyclic_penalty({v: world.gather_rows(x) for v, x in inputs.items()})
                 total, metrics["loss_cyclic"] = total + penalty, penalty.detach()
-        return total, {"loss": total.detach(), **metrics}
+        # Of its own storage: whoever divides the loss in place should not change what is logged.
+        own = metrics.pop("loss", None)
+        if own is None or self.cyclic_weight:
+            own = total.detach().clone()
+        return total, {"loss": own, **metrics}
 
     # -- the closed form --------------------------------------------------------------------------
 
     def _closed_form_loss(
-        self, views: dict[str, Tensor], ids: dict[str, Tensor], world: World
+        self, views: dict[str, Tensor], ids: dict[str, Tensor], world: World, wanted: bool, source: torch.dtype
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of the terms. Its gradient is computed with it; backward only multiplies."""
+        """The loss of the terms. Its gradient is computed with it, if `wanted`; backward only multiplies.
+
+        source: the type that the views came in.
+        """
         metrics: dict[str, Tensor] = {}
         tau = self.temperature if self.temperature_mode == "learnable" else None
 
-        def compute(wanted: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        def compute() -> tuple[Tensor, Tensor | None, Tensor | None]:
             own = [views[v].detach() for v in self._stacked]
-            return self._closed_form(own, ids, None if tau is None else tau.detach(), world, wanted, metrics)
+            known = None if tau is None else tau.detach()
+            found = self._closed_form(own, ids, known, world, wanted, source, metrics)
+            metrics["loss"] = found[0]
+            return found
 
-        return _ClosedForm.apply(compute, tau, *views.values()), metrics
+        loss = _ClosedForm.apply(compute, tau, *views.values())  # fills in the metrics
+        return loss, metrics
 
     def _closed_form(
         self,
@@ -198,26 +224,31 @@ class Objective(nn.Module):
         learned_tau: Tensor | None,
         world: World,
         wanted: bool,
+        source: torch.dtype,
         metrics: dict[str, Tensor],
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Loss, gradient (V, M, D) of the views, and gradient of a learned temperature.
 
         views: V of (M, D), the rows of this process. Updates the tables; fills in the metrics.
         """
-        if self.products in ("float16", "bfloat16") and not self._uses_triton(views[0]):
-            views = [v.to(getattr(torch, self.products)).to(v.dtype) for v in views]
+        products = self.products
+        if products == "auto" and source in (torch.float16, torch.bfloat16):
+            products = str(source).removeprefix("torch.")
+        if products in ("float16", "bfloat16"):
+            views = [v.to(getattr(torch, products)).to(v.dtype) for v in views]
         every = views if world.alone else list(world.gather(torch.stack(views), 1))
         like, size = every[0], len(every[0])
         if not world.alone:
-            ids = {of: world.gather(i.to(like.device)) for of, i in ids.items()}
+            gathered = {id(i): world.gather(i.to(like.device)) for i in ids.values()}
+            ids = {of: gathered[id(i)] for of, i in ids.items()}
         positives = Positives.of(tuple(ids.values()), like.device)
-        if self._uses_triton(like) and self._is_plain():
-            return self._few_launches(every, ids, learned_tau, world, positives, wanted, metrics)
+        if self._uses_triton(like) and self._is_plain(like):
+            return self._few_launches(every, ids, learned_tau, world, positives, wanted, products, metrics)
         # Where no id stands twice, everybody has size - 1 negatives.
         count = positives.negatives(like) if positives.ids else None
         some = None if count is None else count > 0
-        if some is not None and self._validates(like) and not bool(some.any()):
-            raise ValueError("no row of the batch has a negative: all share an id, so there is nothing to contrast")
+        if some is not None:
+            self._require_negatives(some)
         log_n: Tensor | float = math.log(size - 1) if count is None else count.clamp(min=1).log()
         tau: float | Tensor = self.initial_temperature
         if learned_tau is not None:
@@ -232,7 +263,7 @@ class Objective(nn.Module):
             terms = [t for layout in wave for t in layout.terms]
             weights = self._weights(terms, like)
             taus = self._read("tau", wave, ids, like) if individual else tau
-            blocks = self._blocks(every, world, wave, taus, positives)
+            blocks = self._blocks(every, world, wave, taus, positives, products)
             sums, positive = blocks.log_sums()
             if not world.alone:
                 sums, positive = world.gather(torch.stack([sums, positive]), 2)
@@ -277,31 +308,39 @@ class Objective(nn.Module):
             return loss, None, None
         return loss, gradient, self._tau_gradient(views, gradient, learned_tau, tau, loss, world)
 
-    def _is_plain(self) -> bool:
+    def _require_negatives(self, found: Tensor) -> None:
+        """Raise ValueError, where values are checked, if nothing in `found` (bool) is True."""
+        if self._validates(found) and not bool(found.any()):
+            raise ValueError("no row of the batch has a negative: all share an id, so there is nothing to contrast")
+
+    def _is_plain(self, like: Tensor) -> bool:
         """Whether the step's numbers per anchor can stay in the Triton kernels."""
-        on_device = all(table.storage == "device" for _, table in self._tables())
+        on_device = all(t.storage == "device" and t.values.device == like.device for _, t in self._tables())
         return (
             on_device and self.estimator == "per-term" and self.temperature_mode != "individual" and not self.diagnose
         )
 
     def _few_launches(
         self, every: list[Tensor], ids: dict[str, Tensor], learned_tau: Tensor | None, world: World,
-        positives: Positives, wanted: bool, metrics: dict[str, Tensor],
+        positives: Positives, wanted: bool, products: str, metrics: dict[str, Tensor],
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
         """`_closed_form` in a handful of launches: at small batches on a GPU, nothing else counts."""
         [wave] = self._waves(len(every[0]), world, every[0])
         terms = [t for layout in wave for t in layout.terms]
         tau = self.initial_temperature if learned_tau is None else learned_tau.float()
-        blocks = self._blocks(every, world, wave, tau, positives)
+        blocks = self._blocks(every, world, wave, tau, positives, products)
         tables = [table for name, table in self._tables() if name.startswith("log_u")]
         modalities = list(ids)
         places = []
         for _, of, first, last in self._sides(wave):
             width = len(self._columns[of])
             places += [(modalities.index(of), column, width) for column in range(first, last)]
-        here = [i.to(every[0].device) for i in ids.values()]
+        here = {id(i): i.to(every[0].device) for i in ids.values()}
+        anchors = world.gather(blocks.anchors(), 1)
+        if self._validates(anchors):
+            self._require_negatives(anchors[-1] > 0)
         offsets, own, found = blocks.estimate(
-            world.gather(blocks.anchors(), 1), here, tuple(places), [t.weight for t in terms],
+            anchors, [here[id(i)] for i in ids.values()], tuple(places), [t.weight for t in terms],
             [table.values for table in tables], self.gamma, self.rho, self.training,
         )  # fmt: skip
         loss = found[0].sum()
@@ -376,14 +415,22 @@ class Objective(nn.Module):
         return self._weight_tensors[key]
 
     def _blocks(
-        self, every: list[Tensor], world: World, wave: list[Layout], taus: float | Tensor, positives: Positives
-    ) -> Any:
+        self, every: list[Tensor], world: World, wave: list[Layout], taus: float | Tensor, positives: Positives,
+        products: str,
+    ) -> Any:  # fmt: skip
         """The passes over some layouts' blocks, by the backend that this batch is for."""
         if not self._uses_triton(every[0]):
             return Blocks(every, world.mine, wave, taus, positives, self._workspace)
         from amclr.objectives.kernels import TritonBlocks
 
-        return TritonBlocks(every, world.mine, wave, taus, positives, self.products)
+        # An anchor's weights sum to at most 1 / gamma, or 1 for a softmax; times the coefficient, times B, for two.
+        largest = 2 * max(t.weight for t in self.terms)
+        largest /= self.gamma if self.method.contrast == "global" else self._least_tau
+        return TritonBlocks(every, world.mine, wave, taus, positives, products, largest)
+
+    @property
+    def _least_tau(self) -> float:
+        return self.tau_min if self.temperature_mode == "learnable" else self.initial_temperature
 
     def _uses_triton(self, like: Tensor) -> bool:
         """Whether a batch goes to Triton. Raises ValueError where it was asked for and cannot run."""
@@ -440,8 +487,7 @@ class Objective(nn.Module):
         after = math_of.update_log_u(before, log_g, self.gamma)
         if self.training:
             mean = after if unique else self._mean_by_sample(wave, ids, after, some, log=True)
-            # A sample without negatives has learned nothing: it keeps what it had.
-            self._write("log_u", wave, ids, mean if some is None else torch.where(mean == NEG_INF, before, mean))
+            self._write("log_u", wave, ids, _learned(mean, before, some))
         return after if some is None else torch.where(some, after, 0.0)
 
     def _update_reference(
@@ -459,7 +505,7 @@ class Objective(nn.Module):
             )
             if self.training:
                 mean = after if unique else math_of.mean_by_id(ids[of], after, some, log=True)
-                table.write(ids[of], 0, 1, mean if some is None else torch.where(mean == NEG_INF, before, mean))
+                table.write(ids[of], 0, 1, _learned(mean, before, some))
             found[k] = torch.logaddexp(after, torch.full_like(after, math.log(REFERENCE_EPS)))[0]
         return found if some is None else torch.where(some, found, 0.0)
 
@@ -471,9 +517,9 @@ class Objective(nn.Module):
         mean = slope if unique else self._mean_by_sample(wave, ids, slope, some, log=False)
         velocity = self.tau_momentum * before + (1 - self.tau_momentum) * mean
         moved = (taus - self.tau_lr * velocity).clamp(self.tau_min, self.tau_max)
-        if some is not None:
-            learned = ~mean.isnan()
-            velocity, moved = torch.where(learned, velocity, before), torch.where(learned, moved, taus)
+        # NaN: of a sample without negatives, or from embeddings that are NaN.
+        learned = ~mean.isnan()
+        velocity, moved = torch.where(learned, velocity, before), torch.where(learned, moved, taus)
         self._write("tau_velocity", wave, ids, velocity)
         self._write("tau", wave, ids, moved)
 
@@ -526,36 +572,48 @@ class Objective(nn.Module):
             alive = share >= DEAD if some is None else (share >= DEAD) & some
             # An anchor without weights has no entropy to speak of.
             effective = torch.where(alive, entropy.exp(), 0.0).sum() / alive.sum().clamp(min=1)
-            quantiles = torch.quantile(share.flatten()[:QUANTILE_SAMPLE], share.new_tensor([0.05, 0.95]))
+            quantiles = torch.quantile(_sample(share), share.new_tensor([0.05, 0.95]))
             metrics[f"effective_negatives_{kind}"] = effective
             metrics[f"dead_{kind}"] = 1 - alive.to(share.dtype).mean()
             metrics[f"share_p05_{kind}"], metrics[f"share_p95_{kind}"] = quantiles.unbind()
             if isinstance(taus, Tensor) and taus.dim():
-                found = torch.quantile(taus[rows].flatten()[:QUANTILE_SAMPLE], taus.new_tensor([0.05, 0.5, 0.95]))
+                found = torch.quantile(_sample(taus[rows]), taus.new_tensor([0.05, 0.5, 0.95]))
                 for name, value in zip(("p05", "p50", "p95"), found.unbind(), strict=True):
                     metrics[f"tau_{name}_{kind}"] = value
 
     @torch.no_grad()
     def estimator_error(
-        self, views: Mapping[str, Tensor], ids: Tensor | Mapping[str, Tensor], probe: Tensor, chunk: int = 1024
+        self, views: Mapping[str, Tensor], ids: Tensor | Mapping[str, Tensor], probe: Tensor, chunk: int | None = None
     ) -> dict[str, float]:
         """How far the estimates are from the truth: an exact pass of some anchors over a whole data set.
 
         views: view name -> (N, D), unit rows of all samples, at the present weights. ids: (N,) or by
-        modality, as in a step. probe: (P,) int64, rows of the anchors to look at. chunk: anchors at once.
+        modality, as in a step. probe: (P,) int64, rows of the anchors to look at. chunk: anchors at once; by
+        default as many as have 2^26 similarities.
 
         Returns, by term and as the mean over terms, `bias` (mean of log u - log of the exact inner mean)
-        and `rms` of the same, over the anchors that were visited; and `unseen`, the share that was not.
+        and `rms` of the same, over the anchors that were visited, NaN where none was; and `unseen`, the
+        share that was not. Raises ValueError for an objective without estimates.
         """
         if self.method.contrast != "global":
             raise ValueError(f"'{self.name}' keeps no estimates")
-        id_of = self._check(views, ids)
+        device = views[self._stacked[0]].device
+        id_of = {of: i.to(device) for of, i in self._check(views, ids).items()}
+        probe = probe.to(device)
+        chunk = chunk or max(1, (1 << 26) // len(views[self._stacked[0]]))
+        with torch.autocast(device.type, enabled=False):
+            return self._errors(views, id_of, probe, chunk)
+
+    def _errors(
+        self, views: Mapping[str, Tensor], id_of: dict[str, Tensor], probe: Tensor, chunk: int
+    ) -> dict[str, float]:
         found: dict[str, float] = {}
         totals: list[tuple[float, float, float]] = []
         for term in self.terms:
             of = modality(term.anchor)
             column = 0 if self.estimator == "reference" else self._columns[of].index(term)
-            anchors, candidates = views[term.anchor].float(), views[term.candidate].float()
+            anchors, candidates = (v.to(torch.promote_types(torch.float32, v.dtype))
+                                   for v in (views[term.anchor], views[term.candidate]))  # fmt: skip
             errors = []
             for rows in probe.split(chunk):
                 tau: float | Tensor = self.initial_temperature
@@ -581,7 +639,12 @@ class Objective(nn.Module):
     # -- the tables, apart from the state dict ------------------------------------------------------
 
     def save_tables(self, folder: str | Path) -> None:
-        """Write all tables into a folder, in pieces with checksums: for tables too large for one checkpoint file."""
+        """Write all tables into a folder, in pieces with checksums: for tables too large for one checkpoint file.
+
+        Of several processes, whose tables are the same, one alone should.
+        """
+        for name, _ in self._tables():  # what an interrupted save leaves should not be taken for whole
+            (Path(folder) / f"{name}.json").unlink(missing_ok=True)
         for name, table in self._tables():
             table.save(Path(folder), name)
 
@@ -603,8 +666,7 @@ class Objective(nn.Module):
         every = [world.gather(i.to(views[self._stacked[0]].device)) for i in ids.values()]
         masks = [i[:, None] != i[None, :] for i in every]
         negatives = masks[0] if len(masks) == 1 else masks[0] & masks[1]
-        if self._validates(negatives) and not bool(negatives.any()):
-            raise ValueError("no row of the batch has a negative: all share an id, so there is nothing to contrast")
+        self._require_negatives(negatives)
         total = zero = views[self._stacked[0]].new_zeros(())
         tau = self.temperature.to(total)
         metrics: dict[str, Tensor] = {}
@@ -634,11 +696,11 @@ class Objective(nn.Module):
                 f"objective '{self.name}' needs the view{'s' * (len(missing) > 1)} {', '.join(missing)}; "
                 f"got {', '.join(views) or 'none'}"
             )
-        shape = tuple(views[self.required_views[0]].shape)
         for name in self.required_views:
             view = views[name]
-            if view.dim() != 2 or not view.is_floating_point():
+            if not isinstance(view, Tensor) or view.dim() != 2 or not view.is_floating_point():
                 raise ValueError(f"view '{name}' must be a floating-point (B, D) matrix, got {_describe(view)}")
+            shape = tuple(views[self.required_views[0]].shape)
             if tuple(view.shape) != shape:
                 raise ValueError(
                     f"view '{name}' has shape {tuple(view.shape)}, view '{self.required_views[0]}' has {shape}: "
@@ -660,6 +722,8 @@ class Objective(nn.Module):
         if isinstance(ids, Tensor):
             named = {"ids": ids}
             found = dict.fromkeys(used, ids)
+        elif not isinstance(ids, Mapping):
+            raise ValueError(f"ids must be an int64 tensor, or a dict of them by modality, got {_describe(ids)}")
         else:
             absent = [m for m in used if m not in ids]
             if absent:
@@ -669,7 +733,9 @@ class Objective(nn.Module):
         for name, i in named.items():
             if not isinstance(i, Tensor) or i.dtype != torch.int64 or tuple(i.shape) != (batch,):
                 raise ValueError(f"{name} must be an int64 tensor of shape ({batch},), got {_describe(i)}")
-        return found
+        # One tensor stays one, so that its work is done once.
+        packed = {id(i): i.contiguous() for i in found.values()}
+        return {of: packed[id(i)] for of, i in found.items()}
 
     def _check_values(self, views: Mapping[str, Tensor], ids: Mapping[str, Tensor]) -> None:
         # One look at all views tells whether a closer one is needed: comparisons with NaN are false.
@@ -703,13 +769,13 @@ class Objective(nn.Module):
 
 
 class _ClosedForm(torch.autograd.Function):
-    """A loss whose gradient is computed with its value: `compute(wanted)` gives both."""
+    """A loss whose gradient is computed with its value: `compute` gives both."""
 
     @staticmethod
     def forward(ctx: Any, compute: Any, tau: Tensor | None, *views: Tensor) -> Tensor:
-        loss, gradient, tau_gradient = compute(any(ctx.needs_input_grad))
+        loss, gradient, tau_gradient = compute()
         ctx.save_for_backward(gradient, tau_gradient)
-        return loss.detach()  # what the metrics hold stays without a graph
+        return loss.clone()  # what the metrics hold stays as it is, and without a graph
 
     @staticmethod
     @once_differentiable
@@ -731,6 +797,17 @@ class _Scaled(torch.autograd.Function):
         return gradient * ctx.factor, None
 
 
+def _learned(mean: Tensor, before: Tensor, some: Tensor | None) -> Tensor:
+    """What to write: a sample without negatives keeps what it had, and so does one whose embeddings are NaN."""
+    keeps = mean.isnan() if some is None else mean.isnan() | (mean == NEG_INF)
+    return torch.where(keeps, before, mean)
+
+
+def _sample(numbers: Tensor) -> Tensor:
+    flat = numbers.flatten()
+    return flat[:: -(-len(flat) // QUANTILE_SAMPLE)]
+
+
 @cache
 def _triton_installed() -> bool:
     return find_spec("triton") is not None
@@ -739,7 +816,7 @@ def _triton_installed() -> bool:
 def _tell_the_others(device: torch.device) -> None:
     """Let the other processes raise too, rather than wait for a batch that will not come."""
     with suppress(ValueError):
-        World.of(-1, device)
+        World.of(-1, device, True, (0,) * SAME)
 
 
 def _describe(value: object) -> str:

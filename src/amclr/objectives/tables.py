@@ -85,7 +85,7 @@ class Table(nn.Module):
             if wanted.dtype in (torch.float16, torch.bfloat16):
                 self.values = self.values.to(wanted.device)
                 return self
-        return super()._apply(fn, recurse)  # type: ignore[return-value]
+        return super()._apply(fn, recurse)
 
     def _pieces(self) -> Iterator[Tensor]:
         rows, columns = self.values.shape

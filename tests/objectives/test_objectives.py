@@ -321,6 +321,15 @@ def test_individual_temperatures_settle_where_the_divergence_equals_rho() -> Non
     assert float(tau.std()) > 0.01, "each sample found its own"
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_settings_may_be_whole_numbers(name: str) -> None:
+    kinds = {t.kind for t in build(name, 6).terms}
+    whole = build(name, 6, temperature=1, gamma=1, rho=1, cyclic_weight=1, weights=dict.fromkeys(kinds, 1))
+    real = build(name, 6, temperature=1.0, gamma=1.0, rho=1.0, cyclic_weight=1.0, weights=dict.fromkeys(kinds, 1.0))
+    views, ids = tensors(draw_views(0), torch.float32), torch.arange(6)
+    assert float(whole(views, ids)[0].detach()) == float(real(views, ids)[0].detach())
+
+
 def test_cosine_gamma() -> None:
     objective = build("sogclr", 6, gamma=0.2, gamma_schedule="cosine")
     seen = []

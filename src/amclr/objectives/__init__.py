@@ -98,7 +98,7 @@ def build(
     mode = temperature_mode or method.temperature
     samples = _samples(num_samples)
     low, high = temperature_range
-    tau = method.default_temperature if temperature is None else temperature
+    tau = float(method.default_temperature if temperature is None else temperature)
     _require(0 < low <= high < math.inf, "temperature_range must be 0 < low <= high", temperature_range)
     _require(tau > 0 and math.isfinite(tau), "temperature must be positive", temperature)
     _require(mode == "fixed" or low <= tau <= high, f"temperature must lie in temperature_range {low, high}", tau)

@@ -82,7 +82,7 @@ class Method:
         terms += [Term(t, i) for i, t in cross] + self._intra_terms("text")
         if self.contrast != "global":
             terms = [replace(t, weight=1 / len(terms)) for t in terms]
-        terms = [replace(t, weight=t.weight * weights.get(t.kind, 1.0)) for t in terms]
+        terms = [replace(t, weight=t.weight * float(weights.get(t.kind, 1.0))) for t in terms]
         return tuple(t for t in terms if t.weight)
 
     def _intra_terms(self, of: str) -> list[Term]:

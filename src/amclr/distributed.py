@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+NOTHING: Mapping[str, int] = {}
 
 
 def processes() -> int:
@@ -23,16 +25,16 @@ class World:
     rank: int = 0
 
     @classmethod
-    def of(cls, rows: int, device: torch.device, together: bool = True, same: Sequence[int] = ()) -> World:
+    def of(cls, rows: int, device: torch.device, together: bool = True, same: Mapping[str, int] = NOTHING) -> World:
         """The world of a batch of which this process holds `rows`; negative: it could not make its part.
 
-        together: gather over the default process group where there is one. same: numbers that must be the
-        same on all processes, such as the width of the rows. Raises ValueError on every process if any
+        together: gather over the default process group where there is one. same: numbers by name that must
+        be the same on all processes, such as the width of the rows. Raises ValueError on every process if any
         passed a negative number of rows or other numbers than the rest, so that none waits for it.
         """
         if not together or processes() == 1:
             return cls((rows,))
-        own = torch.tensor([rows, *same], device=device)
+        own = torch.tensor([rows, *same.values()], device=device)
         parts = [torch.empty_like(own) for _ in range(processes())]
         dist.all_gather(parts, own)
         found = torch.stack(parts).tolist()
@@ -42,8 +44,7 @@ class World:
         for rank, row in enumerate(found):
             if row[1:] != found[0][1:]:
                 raise ValueError(
-                    f"processes 0 and {rank} do not do the same: dimensions, type, training, gradient and diagnostics "
-                    f"are {found[0][1:]} and {row[1:]}"
+                    f"processes 0 and {rank} do not do the same: {', '.join(same)} are {found[0][1:]} and {row[1:]}"
                 )
         return cls(sizes, dist.get_rank())
 

@@ -68,11 +68,11 @@ def start(rank: int, world: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
 
 
-def work(rank: int, sizes: tuple[int, ...], folder: str) -> None:
+def work(rank: int, sizes: tuple[int, ...], folder: str, cases: dict[str, dict[str, Any]]) -> None:
     start(rank, len(sizes), folder)
     first = sum(sizes[:rank])
     rows = slice(first, first + sizes[rank])
-    found = {name: steps_of(settings, rows) for name, settings in SETTINGS.items()}
+    found = {name: steps_of(settings, rows) for name, settings in cases.items()}
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -81,7 +81,7 @@ def work(rank: int, sizes: tuple[int, ...], folder: str) -> None:
 def test_processes_equal_one(parts: str, tmp_path: Path) -> None:
     """Loss, metrics, gradients, tables and learned temperatures of every objective, over steps with duplicates."""
     sizes = PARTS[parts]
-    mp.spawn(work, (sizes, str(tmp_path)), nprocs=len(sizes))
+    mp.spawn(work, (sizes, str(tmp_path), SETTINGS), nprocs=len(sizes))
     ranks = [torch.load(tmp_path / f"{r}.pt", weights_only=True) for r in range(len(sizes))]
     for name, settings in SETTINGS.items():
         whole = steps_of(settings, slice(None))
@@ -96,18 +96,10 @@ def test_processes_equal_one(parts: str, tmp_path: Path) -> None:
             torch.testing.assert_close(joined, whole["gradients"][step], rtol=1e-8, atol=1e-11)
 
 
-def work_with_kernels(rank: int, sizes: tuple[int, ...], folder: str) -> None:
-    start(rank, len(sizes), folder)
-    first = sum(sizes[:rank])
-    found = {name: steps_of(settings, slice(first, first + sizes[rank])) for name, settings in KERNELS.items()}
-    torch.save(found, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
-
-
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels of these tests run in Triton's interpreter")
 def test_kernels_of_processes_equal_one(tmp_path: Path) -> None:
     pytest.importorskip("triton")
-    mp.spawn(work_with_kernels, ((7, 5), str(tmp_path)), nprocs=2)
+    mp.spawn(work, ((7, 5), str(tmp_path), KERNELS), nprocs=2)
     ranks = [torch.load(tmp_path / f"{r}.pt", weights_only=True) for r in range(2)]
     for name, settings in KERNELS.items():
         whole = steps_of({**settings, "backend": "eager"}, slice(None))

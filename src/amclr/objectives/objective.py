@@ -26,9 +26,9 @@ REFERENCE_EPS = 1e-8
 SMALL = 1 << 18
 """Grids of at most this many similarities are worked on at once: there, calls cost more than arithmetic."""
 QUANTILE_SAMPLE = 1 << 20
-"""torch.quantile takes at most 2^24 numbers, and every so-manieth says as much."""
-SAME = 5
-"""How many numbers the processes compare before a step: see `forward`."""
+"""torch.quantile takes at most 2^24 numbers, and an even sample of them says as much."""
+COMPARED = ("dimensions", "type", "training", "gradient", "diagnostics")
+"""What the processes compare before a step, so that none waits for a collective that another does not call."""
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 DEAD = 0.01
 """An anchor whose weights sum to less than this gives next to no gradient."""
@@ -168,10 +168,10 @@ class Objective(nn.Module):
             raise
         first = views[self._stacked[0]]
         source = reduce(torch.promote_types, (views[v].dtype for v in self._stacked))
-        wanted = torch.is_grad_enabled() and any(views[v].requires_grad for v in self._stacked)
-        wanted = wanted or (torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()))
+        leaves = (*(views[v] for v in self._stacked), *self.parameters())
+        wanted = torch.is_grad_enabled() and any(x.requires_grad for x in leaves)
         same = (first.shape[1], DTYPES.index(source), self.training, wanted, self.diagnose)
-        world = World.of(len(first), device, self.distributed, same)
+        world = World.of(len(first), device, self.distributed, dict(zip(COMPARED, same, strict=True)))
         if self.training and self.temperature_mode == "learnable":
             with torch.no_grad():
                 self.log_temperature.clamp_(math.log(self.tau_min), math.log(self.tau_max))
@@ -816,7 +816,7 @@ def _triton_installed() -> bool:
 def _tell_the_others(device: torch.device) -> None:
     """Let the other processes raise too, rather than wait for a batch that will not come."""
     with suppress(ValueError):
-        World.of(-1, device, True, (0,) * SAME)
+        World.of(-1, device, True, dict.fromkeys(COMPARED, 0))
 
 
 def _describe(value: object) -> str:

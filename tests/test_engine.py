@@ -124,7 +124,7 @@ def test_run_folder(folder: Path) -> None:
 def test_loaded_model_is_the_best_one(folder: Path) -> None:
     run = train(config_for(folder), progress=False)
     model = amclr.load(str(run.folder))
-    images = [s.path for s in manifests.load(run.config, folder.parent).split("val")]
+    images = [s.picture for s in manifests.load(run.config, folder.parent).split("val")]
     captions = [c for s in manifests.load(run.config, folder.parent).split("val") for c in s.captions]
     owner = np.repeat(np.arange(len(images)), 2)
     found = amclr.evaluate.retrieval(model.encode_image(images), model.encode_text(captions), owner)
@@ -362,7 +362,7 @@ def towers(folder: Path) -> tuple[Config, DualEncoder, list[manifests.Sample], P
     torch.manual_seed(0)
     model = DualEncoder(config.model, build_tokenizer(config.model, ["a red green blue yellow patch number 1"]))
     samples = list(manifests.load(config, folder.parent).split("train"))
-    return config, model, samples, PictureStore([s.path for s in samples], 32)
+    return config, model, samples, PictureStore([s.picture for s in samples], 32)
 
 
 def test_cached_features_are_the_towers_own(towers: Any, own_cache: Path) -> None:
@@ -400,7 +400,7 @@ def test_cache_is_reused_until_something_that_matters_changes(
     assert get(objective="clip", batch_size=4, epochs=9) == 0
     assert get(views=2) == 64 and get("none") == 32 and get(seed=1) == 0
     assert get(views_config=replace(config.views, cached_seed=1)) == 96
-    Image.new("RGB", (40, 40)).save(samples[3].path)
+    Image.new("RGB", (40, 40)).save(samples[3].picture.file)
     assert get() == 96
     with torch.no_grad():
         next(model.image_tower.parameters()).mul_(1.5)
@@ -434,7 +434,16 @@ def test_interrupted_caching_goes_on_where_it_was(
 def test_feature_batches_hold_what_they_say(towers: Any, own_cache: Path) -> None:
     config, model, samples, store = towers
     views = ("image", "image_aug", "text", "text_aug")
-    data = FeatureBatches(model, samples, store, BatchPlan(32, 8, 0), views, config, own_cache, progress=False)
+    data = FeatureBatches(
+        model,
+        samples,
+        store,
+        BatchPlan(np.array([s.id for s in samples]), 8, 0),
+        views,
+        config,
+        own_cache,
+        progress=False,
+    )
     table = data.features["image"]
     for step in range(8):
         batch = data[step]

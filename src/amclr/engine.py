@@ -14,6 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.fabric import Fabric
 from torch import Tensor
@@ -216,7 +217,7 @@ def assemble(config: Config, folder: Path, former: Run | None, progress: bool) -
     cache = manifests.cache_folder(config)
     manifest = manifests.prepare(config, cache, progress)
     samples, held_out = manifest.split("train"), manifest.split("val")
-    plan = BatchPlan(len(samples), config.batch_size, config.seed)
+    plan = BatchPlan(np.array([s.id for s in samples], dtype=np.int64), config.batch_size, config.seed)
     objective = build_objective(config, len(samples))
     tokenizer = build_tokenizer(config.model, [t for s in samples for t in s.texts], folder / "tokenizer")
     torch.manual_seed(derive(config.seed, "weights"))
@@ -235,13 +236,13 @@ def assemble(config: Config, folder: Path, former: Run | None, progress: bool) -
         print(f"{len(manifest.rejects)} rows or pictures left out: {folder / 'rejects.jsonl'}", file=sys.stderr)
     fabric.to_device(model)
     fabric.to_device(objective)
-    paths, size, views = [s.path for s in samples], config.model.image_size, objective.required_views
+    places, size, views = [s.picture for s in samples], config.model.image_size, objective.required_views
     batches: Dataset[Batch]
     if model_reads_pictures(model):
-        store = PictureStore(paths, size, config.ram_cache, progress)
+        store = PictureStore(places, size, config.ram_cache, progress)
         batches = PictureBatches(samples, store, plan, views, model.tokenize, config)
     else:
-        batches = FeatureBatches(model, samples, PictureStore(paths, size), plan, views, config, cache, progress)
+        batches = FeatureBatches(model, samples, PictureStore(places, size), plan, views, config, cache, progress)
     evaluator = Evaluator(model, held_out, config, cache, progress)
     wrapped, optimizer = fabric.setup(model, optimizer)
     return Training(fabric, config, run, manifest, plan, model, wrapped, objective, optimizer, batches, evaluator)

@@ -26,7 +26,7 @@ from amclr.data.manifest import Sample
 from amclr.data.pictures import PictureStore
 from amclr.data.views import image_view, policy, text_views
 from amclr.model import DualEncoder
-from amclr.randomness import generator
+from amclr.randomness import mixed
 
 CHUNK = 128
 FORMAT = 1
@@ -142,8 +142,7 @@ def _fingerprint(tower: nn.Module) -> str:
 
 
 def _stamp(sample: Sample) -> list[object]:
-    stat = sample.path.stat()
-    return [sample.name, stat.st_size, stat.st_mtime_ns]
+    return [sample.name, sample.picture.stamp]
 
 
 def _alone(sample: Sample) -> bool:
@@ -197,15 +196,16 @@ class FeatureBatches(Dataset[Batch]):
         epoch, ids = self.plan[step]
         images = None
         if self.image_views:
-            first = generator(self.seed, "cached views", step).random((2, len(ids)))
+            keys = self.plan.samples[ids]
             rows, drawn = [], None
-            for k, view in enumerate(self.image_views):
+            for view in self.image_views:
                 table = self.features[view]
                 views = table.shape[1]
+                draw = mixed(keys, self.seed, "cached view", view, epoch)
                 if drawn is not None and self.shared and views > 1:
-                    pick = (drawn + 1 + (first[k] * (views - 1)).astype(int)) % views
+                    pick = (drawn + 1 + (draw % np.uint64(views - 1)).astype(int)) % views
                 else:
-                    pick = (first[k] * views).astype(int)
+                    pick = (draw % np.uint64(views)).astype(int)
                 drawn = pick
                 rows.append(table[ids, pick])
             images = torch.from_numpy(np.concatenate(rows))
@@ -215,7 +215,7 @@ class FeatureBatches(Dataset[Batch]):
             for i in ids:
                 s = self.samples[i]
                 _, text, second = text_views(
-                    s.captions, s.paraphrases, self.one, self.noise, self.seed, epoch, int(i), "text"
+                    s.captions, s.paraphrases, self.one, self.noise, self.seed, epoch, s.name, "text"
                 )
                 if "text_aug" in texts:
                     if _alone(s):

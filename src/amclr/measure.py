@@ -18,7 +18,7 @@ from amclr import evaluate, figures
 from amclr.config import Config
 from amclr.data import manifest as manifests
 from amclr.data.manifest import Manifest, Sample
-from amclr.data.pictures import BadPicture, PictureStore, scan
+from amclr.data.pictures import BadPicture, Location, PictureStore, scan
 from amclr.data.views import image_view, policy, text_views
 from amclr.errors import UserError
 from amclr.features import caption_features, image_features
@@ -51,7 +51,7 @@ class Evaluator:
     def embeddings(self) -> tuple[Tensor, Tensor]:
         """Unit rows of the pictures (N, D) and of all their captions (T, D), on the CPU."""
         if self.features is None:
-            pictures = self.model.encode_image([s.path for s in self.samples], progress=self.progress)
+            pictures = self.model.encode_image([s.picture for s in self.samples], progress=self.progress)
             return pictures, self.model.encode_text(self.captions, progress=self.progress)
         return self.model.project(self.features[0], None), self.model.project(None, self.features[1])
 
@@ -73,7 +73,7 @@ def _plain_features(
     model: DualEncoder, samples: Sequence[Sample], config: Config, cache: Path, progress: bool
 ) -> Tensor:
     """Cached features (N, F) of pictures as they are evaluated."""
-    store = PictureStore([s.path for s in samples], config.model.image_size)
+    store = PictureStore([s.picture for s in samples], config.model.image_size)
     found = image_features(model, samples, "none", 1, config, cache, store, progress)
     return torch.from_numpy(found[:, 0].copy())
 
@@ -88,7 +88,7 @@ def draw_gallery(
 
     def shown(index: int) -> Tensor:
         try:
-            return model.prepare(evaluator.samples[index].path)
+            return model.prepare(evaluator.samples[index].picture)
         except BadPicture:
             return torch.full((3, model.config.image_size, model.config.image_size), 128, dtype=torch.uint8)
 
@@ -155,14 +155,15 @@ def measure_classes(
         prompts = manifests.read_lines(file)
     elif templates:
         raise UserError(f"no templates file '{file}': one prompt per line, with {{}} for the class name")
-    bad = scan(paths, model.config.image_size, progress=progress)
-    kept = [(p, y) for p, y in zip(paths, labels, strict=True) if p not in bad]
+    places = [Location(str(p)) for p in paths]
+    bad = scan(places, model.config.image_size, progress=progress)
+    kept = [(p, y) for p, y in zip(places, labels, strict=True) if p not in bad]
     if not kept:
         raise UserError(f"no picture under '{root}' can be decoded; the first: {next(iter(bad.items()))}")
     if model_reads_pictures(model):
         images = model.encode_image([p for p, _ in kept], progress=progress)
     else:
-        samples = [Sample(p.name, p, ()) for p, _ in kept]
+        samples = [Sample(p.file, p, ()) for p, _ in kept]
         images = model.project(_plain_features(model, samples, config, manifests.cache_folder(config), progress), None)
     try:
         found = evaluate.zeroshot(model, images, [y for _, y in kept], names, prompts)
@@ -245,11 +246,11 @@ def inspect(config: Config, sheet: Path, progress: bool = True) -> str:
 def _draw_sheet(samples: Sequence[Sample], config: Config, file: Path, manifest: Manifest) -> None:
     pick = np.random.default_rng(config.seed).permutation(len(samples))[:8]
     size, flip = config.model.image_size, config.views.flip
-    store = PictureStore([s.path for s in samples], size)
+    store = PictureStore([s.picture for s in samples], size)
     cards = []
     for i in map(int, pick):
         s = samples[i]
-        key = (config.seed, 0, i)
+        key = (config.seed, 0, s.name)
         pictures = [("as evaluated", image_view(policy("none", size), store[i], *key))]
         for view, name in (("image", config.views.image), ("image_aug", config.views.image_aug)):
             pictures.append((f"{view}: {name}", image_view(policy(name, size, flip), store[i], *key, view)))

@@ -165,8 +165,8 @@ def test_transparent_is_white_not_black() -> None:
 
 
 def test_scan_takes_its_verdicts_from_the_cache(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    paths = [s.path for s in read(folder).samples]
-    paths[0].write_bytes(b"x")
+    paths = [s.picture for s in read(folder).samples]
+    Path(paths[0].file).write_bytes(b"x")
     first = scan(paths, 32, folder / "verdicts.json", progress=False)
     monkeypatch.setattr("amclr.data.pictures.read_picture", lambda *_: pytest.fail("decoded again"))
     assert scan(paths, 32, folder / "verdicts.json", progress=False) == first and list(first) == paths[:1]

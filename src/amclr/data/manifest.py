@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from amclr.config import Config, SourceConfig
 from amclr.data import scenes
-from amclr.data.pictures import scan
+from amclr.data.pictures import Location, scan
 from amclr.errors import UserError
 from amclr.randomness import derive
 
@@ -28,14 +28,20 @@ PICTURE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", 
 MAX_CAPTION_CHARACTERS = 20_000
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Sample:
     """One picture and its captions. `paraphrases[k]` reword `captions[k]`."""
 
     name: str
-    path: Path
+    """What the data set calls it. Its draws and its place in the estimators follow from it alone."""
+    picture: Location
     captions: tuple[str, ...]
     paraphrases: tuple[tuple[str, ...], ...] = ()
+
+    @property
+    def id(self) -> int:
+        """A 63-bit number that stays the same whatever other samples there are, and wherever the picture lies."""
+        return derive("sample", self.name)
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -79,7 +85,7 @@ class Manifest:
 
     def without(self, bad: dict[str, str]) -> Manifest:
         """Drop the samples named in `bad` (name -> reason), and record them as rejects."""
-        rejects = tuple(Reject(str(s.path), 0, bad[s.name]) for s in self.samples if s.name in bad)
+        rejects = tuple(Reject(str(s.picture), 0, bad[s.name]) for s in self.samples if s.name in bad)
         kept = tuple(s for s in self.samples if s.name not in bad)
         return replace(self, samples=kept, rejects=self.rejects + rejects)
 
@@ -139,8 +145,8 @@ def prepare(config: Config, cache: Path, progress: bool = True) -> Manifest:
     manifest = load(config, cache, progress)
     manifest.enforce_limit(config.source.max_bad)
     verdicts = cache / f"scan-{derive(str(manifest.root.resolve())):016x}.json"
-    bad = scan([s.path for s in manifest.samples], config.model.image_size, verdicts, progress)
-    manifest = manifest.without({s.name: bad[s.path] for s in manifest.samples if s.path in bad})
+    bad = scan([s.picture for s in manifest.samples], config.model.image_size, verdicts, progress)
+    manifest = manifest.without({s.name: bad[s.picture] for s in manifest.samples if s.picture in bad})
     manifest.enforce_limit(config.source.max_bad)
     return manifest
 
@@ -177,7 +183,7 @@ def read_folder(root: Path, source: SourceConfig) -> Manifest:
             rewordings[texts.index(caption)].append(paraphrase)
     rows += sum(1 for r in rejects if r.reason.startswith("row "))
     samples = tuple(
-        Sample(name, folder / name, tuple(texts), tuple(map(tuple, paraphrases[name])))
+        Sample(name, Location(str(folder / name)), tuple(texts), tuple(map(tuple, paraphrases[name])))
         for name, texts in sorted(captions.items())
     )
     splits = {

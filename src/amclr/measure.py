@@ -19,7 +19,7 @@ from amclr.config import Config
 from amclr.data import manifest as manifests
 from amclr.data.manifest import Manifest, Sample
 from amclr.data.pictures import BadPicture, Location, PictureStore, scan
-from amclr.data.views import image_view, policy, text_views
+from amclr.data.views import policy, text_views, title, whole
 from amclr.errors import UserError
 from amclr.features import caption_features, image_features
 from amclr.model import DualEncoder
@@ -247,13 +247,16 @@ def _draw_sheet(samples: Sequence[Sample], config: Config, file: Path, manifest:
     pick = np.random.default_rng(config.seed).permutation(len(samples))[:8]
     size, flip = config.model.image_size, config.views.flip
     store = PictureStore([s.picture for s in samples], size)
+    names = {"image": config.views.image, "image_aug": config.views.image_aug}
+    policies = [(view, name, policy(name, size, flip)) for view, name in names.items()]
     cards = []
     for i in map(int, pick):
         s = samples[i]
         key = (config.seed, 0, s.name)
-        pictures = [("as evaluated", image_view(policy("none", size), store[i], *key))]
-        for view, name in (("image", config.views.image), ("image_aug", config.views.image_aug)):
-            pictures.append((f"{view}: {name}", image_view(policy(name, size, flip), store[i], *key, view)))
+        pictures = [("as evaluated", whole(store[i], size))]
+        for view, name, drawn in policies:
+            (shown,) = drawn([store[i]], np.array([s.id]), config.seed, 0, view)
+            pictures.append((f"{view}: {title(name)}", shown))
         one, noise = config.source.captions == "one", config.views.word_noise
         _, text, second = text_views(s.captions, s.paraphrases, one, noise, *key, "text")
         cards.append((pictures, text, second))

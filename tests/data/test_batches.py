@@ -14,7 +14,7 @@ from amclr.config import Config, ModelConfig, SourceConfig, ViewsConfig
 from amclr.data import manifest as manifests
 from amclr.data.batches import Batch, BatchPlan, PictureBatches
 from amclr.data.pictures import PictureStore
-from amclr.data.views import image_view, noisy_words, policy, text_views
+from amclr.data.views import noisy_words, policy, text_views, whole
 from amclr.errors import UserError
 
 VIEWS = ("image", "image_aug", "text", "text_aug")

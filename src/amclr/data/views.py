@@ -16,11 +16,11 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
 from amclr.data.edits import KEEP, Edits
+from amclr.data.pictures import resized
 from amclr.errors import UserError
 from amclr.randomness import Key, generator, mixed, torch_seeded, uniforms
 
@@ -64,13 +64,7 @@ def whole(picture: Tensor, size: int) -> Tensor:
     shorter = min(height, width)
     height, width = size * height // shorter, size * width // shorter
     top, left = round((height - size) / 2), round((width - size) / 2)
-    return _resized(picture, height, width)[:, top : top + size, left : left + size]
-
-
-def _resized(picture: Tensor, height: int, width: int) -> Tensor:
-    if picture.shape[1:] == (height, width):
-        return picture
-    return F.interpolate(picture[None], (height, width), mode="bicubic", antialias=True)[0]
+    return resized(picture, height, width)[:, top : top + size, left : left + size]
 
 
 class Draws:
@@ -206,7 +200,7 @@ class NamedPolicy:
         ):
             top, left, height, width = box
             seen = picture[:, top : top + height, left : left + width]
-            view = _resized(seen, self.size, self.size) if drawn.stretched else whole(seen, self.size)
+            view = resized(seen, self.size, self.size) if drawn.stretched else whole(seen, self.size)
             row.copy_(view.flip(2) if mirrored else view)
         edits = Edits.none(len(ids), len(drawn.steps), mixed(ids, "noise", *key).view(np.int64))
         for k, (operations, amounts) in enumerate(drawn.steps):

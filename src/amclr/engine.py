@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import signal
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ from amclr.data import manifest as manifests
 from amclr.data.batches import Batch, BatchPlan, PictureBatches
 from amclr.data.manifest import Manifest
 from amclr.data.pictures import PictureStore
+from amclr.data.views import policies
 from amclr.errors import UserError
 from amclr.features import FeatureBatches
 from amclr.measure import Evaluator, draw_gallery, measure_classes, model_reads_pictures
@@ -38,6 +41,9 @@ from amclr.run import Loggers, Run, write_atomically
 
 LOG_EVERY = 10
 
+WAIT_MATTERS, WAITED_LONG = 0.15, 10.0
+"""Waiting for batches is worth a word above this share of the time, and advice above so many seconds of it."""
+
 
 class Stopped(Exception):
     """A run stopped by a signal; it can go on from its folder."""
@@ -45,6 +51,38 @@ class Stopped(Exception):
     def __init__(self, signum: int, folder: Path) -> None:
         super().__init__(f"stopped; go on by: amclr train --resume {folder}")
         self.code = 128 + signum
+
+
+class Clock:
+    """What a loop spends its time on, in seconds on the host by name; nothing waits for a GPU because of it."""
+
+    def __init__(self) -> None:
+        self.spent: defaultdict[str, float] = defaultdict(float)
+        self.steps = 0
+        self._before: dict[str, float] = {}
+        self._steps_before = 0
+        self.last = time.perf_counter()
+
+    def lap(self, what: str) -> None:
+        """Book the time since the last lap under a name."""
+        now = time.perf_counter()
+        self.spent[what] += now - self.last
+        self.last = now
+
+    def since_last(self) -> dict[str, float]:
+        """Seconds a step and the share of them spent waiting for the loader, since this was last asked."""
+        recent = {what: seconds - self._before.get(what, 0.0) for what, seconds in self.spent.items()}
+        steps = self.steps - self._steps_before
+        self._before, self._steps_before = dict(self.spent), self.steps
+        whole = sum(recent.values())
+        return {"seconds_per_step": whole / max(1, steps), "wait_share": recent["loader"] / whole}
+
+    def report(self) -> str:
+        """The whole loop in a line, largest first."""
+        whole = sum(self.spent.values())
+        ranked = sorted(self.spent.items(), key=lambda item: -item[1])
+        shares = ", ".join(f"{what} {seconds / whole:.0%}" for what, seconds in ranked)
+        return f"{whole / max(1, self.steps):.3g} s a step: {shares}"
 
 
 @dataclass
@@ -68,6 +106,8 @@ class Training:
     """Steps done."""
     best: float = -math.inf
     """Best mean recall so far."""
+    clock: Clock = field(default_factory=Clock)
+    """What this process spent its time on."""
 
     @property
     def steps(self) -> int:
@@ -125,7 +165,9 @@ def fit(t: Training, progress: bool) -> None:
     written = time.monotonic()
     bar = tqdm(total=t.steps, initial=t.step, desc=config.objective, unit="step", disable=not progress)
     with bar, Loggers(t.run, config) as logs, stop_on_signals() as signals:
+        t.clock = Clock()
         for batch in loader:
+            t.clock.lap("loader")
             epoch = t.step // per_epoch
             t.objective.start_epoch(epoch, config.epochs)
             rate = learning_rate(config.optim, t.step, t.steps)
@@ -139,8 +181,10 @@ def fit(t: Training, progress: bool) -> None:
                 t.fabric.clip_gradients(t.wrapped, t.optimizer, max_norm=config.optim.clip)
             t.optimizer.step()
             t.optimizer.zero_grad()
+            t.clock.lap("optimiser")
 
             t.step += 1
+            t.clock.steps += 1
             bar.update()
             for name, reason in batch.replaced.items():
                 t.run.log({"kind": "replaced", "step": t.step, "sample": name, "reason": reason})
@@ -150,8 +194,13 @@ def fit(t: Training, progress: bool) -> None:
                 refuse_infinite(loss, t)
             if (t.step - 1) % LOG_EVERY == 0 or t.step == t.steps:
                 values = {k: float(v) for k, v in metrics.items()}
-                logs.write("train", t.step, t.step / per_epoch, {**values, "lr": rate, "gamma": t.objective.gamma})
-                bar.set_postfix(loss=f"{values['loss']:.3f}", refresh=False)
+                time_spent = t.clock.since_last()
+                values |= {"lr": rate, "gamma": t.objective.gamma, **time_spent}
+                logs.write("train", t.step, t.step / per_epoch, values)
+                shown = {"loss": f"{values['loss']:.3f}"}
+                if time_spent["wait_share"] > WAIT_MATTERS:
+                    shown["waits"] = f"{time_spent['wait_share']:.0%}"
+                bar.set_postfix(shown, refresh=False)
             if measures:
                 recalls = t.evaluator()
                 # Where nothing aligns pictures with captions, recall is chance: the last is as good as any.
@@ -167,19 +216,41 @@ def fit(t: Training, progress: bool) -> None:
                 written = time.monotonic()
             if signals and t.step < t.steps:
                 raise Stopped(signals[0], t.run.folder)
+            t.clock.lap("evaluation, logs and checkpoints")
+    if progress and t.clock.steps:
+        print("\n".join([t.clock.report(), *advice(t)]), file=sys.stderr)
+
+
+def advice(t: Training) -> list[str]:
+    """What would make the loop wait less for pictures, where it waited long enough to matter."""
+    waited = t.clock.spent["loader"]
+    share = waited / sum(t.clock.spent.values())
+    if share < WAIT_MATTERS or waited < WAITED_LONG:
+        return []
+    store, workers, cores = getattr(t.batches, "store", None), t.config.workers, os.cpu_count() or 1
+    options = [f"--workers {min(cores, max(2, 2 * workers))}"] if workers < cores else []
+    if store is not None and store.kept == "none":
+        options.append("--decoded auto with a larger --ram_cache or --disk_cache")
+    return [f"{share:.0%} of the time went into waiting for batches: try {' or '.join(options)}"] if options else []
 
 
 def backward(t: Training, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss, metrics and gradient of a batch, embedded at once or in parts."""
     device, size = t.fabric.device, t.config.micro_batch
     if 0 < size < len(batch.ids):
-        return backward_in_chunks(
+        made = backward_in_chunks(
             lambda part: embed(t.wrapped, part.to(device)), batch.chunks(size), t.objective, batch.ids.to(device),
             model=t.model, backward=t.fabric.backward, no_sync=lambda: t.fabric.no_backward_sync(t.wrapped),
         )  # fmt: skip
+        t.clock.lap("forward and backward")
+        return made
     batch = batch.to(device)
-    loss, metrics = t.objective(embed(t.wrapped, batch), batch.ids)
+    views = embed(t.wrapped, batch)
+    t.clock.lap("forward")
+    loss, metrics = t.objective(views, batch.ids)
+    t.clock.lap("objective")
     t.fabric.backward(loss)
+    t.clock.lap("backward")
     return loss, metrics
 
 
@@ -209,6 +280,7 @@ def assemble(config: Config, folder: Path, former: Run | None, progress: bool) -
         what = f"--accelerator {config.accelerator} --precision {config.precision}"
         raise UserError(f"{what} will not do here: {' '.join(str(error).split())[:200]}") from None
     build_objective(config, 1)  # a slip in the settings should show before the data is read
+    policies(config)
     choose_optimizer(config.optim)
     if not former:
         Run.refuse_used(folder)

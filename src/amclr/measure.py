@@ -19,7 +19,7 @@ from amclr.config import Config
 from amclr.data import manifest as manifests
 from amclr.data.manifest import Manifest, Sample
 from amclr.data.pictures import BadPicture, Location, PictureStore, scan
-from amclr.data.views import policy, text_views, title, whole
+from amclr.data.views import policies, text_views, title, whole
 from amclr.errors import UserError
 from amclr.features import caption_features, image_features
 from amclr.model import DualEncoder
@@ -213,6 +213,7 @@ def inspect(config: Config, sheet: Path, progress: bool = True) -> str:
     """
     if sheet.suffix.lower() not in (".png", ".jpg", ".jpeg", ".pdf", ".svg"):
         raise UserError(f"cannot draw a contact sheet as '{sheet}': name a .png, .jpg, .pdf or .svg file")
+    policies(config)  # a slip in the settings should show before the data is read
     lenient = replace(config, source=replace(config.source, max_bad=1.0))
     manifest = manifests.prepare(lenient, manifests.cache_folder(config), progress)
     samples = manifest.samples
@@ -245,18 +246,16 @@ def inspect(config: Config, sheet: Path, progress: bool = True) -> str:
 
 def _draw_sheet(samples: Sequence[Sample], config: Config, file: Path, manifest: Manifest) -> None:
     pick = np.random.default_rng(config.seed).permutation(len(samples))[:8]
-    size, flip = config.model.image_size, config.views.flip
+    size = config.model.image_size
     store = PictureStore([s.picture for s in samples], size)
-    names = {"image": config.views.image, "image_aug": config.views.image_aug}
-    policies = [(view, name, policy(name, size, flip)) for view, name in names.items()]
     cards = []
     for i in map(int, pick):
         s = samples[i]
         key = (config.seed, 0, s.name)
         pictures = [("as evaluated", whole(store[i], size))]
-        for view, name, drawn in policies:
+        for view, drawn in policies(config).items():
             (shown,) = drawn([store[i]], np.array([s.id]), config.seed, 0, view)
-            pictures.append((f"{view}: {title(name)}", shown))
+            pictures.append((f"{view}: {title(getattr(config.views, view))}", shown))
         one, noise = config.source.captions == "one", config.views.word_noise
         _, text, second = text_views(s.captions, s.paraphrases, one, noise, *key, "text")
         cards.append((pictures, text, second))

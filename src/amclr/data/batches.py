@@ -15,7 +15,7 @@ from amclr.config import Config
 from amclr.data.edits import Edits
 from amclr.data.manifest import Sample
 from amclr.data.pictures import BadPicture, PictureStore
-from amclr.data.views import policy, text_views
+from amclr.data.views import policies, text_views
 from amclr.errors import UserError
 from amclr.randomness import mixed
 
@@ -148,9 +148,7 @@ class PictureBatches(Dataset[Batch]):
         self.image_views, self.text_views = split_views(required_views)
         self.seed, self.one = config.seed, config.source.captions == "one"
         self.noise = config.views.word_noise
-        size, flip = config.model.image_size, config.views.flip
-        names = {"image": config.views.image, "image_aug": config.views.image_aug}
-        self.policies = {view: policy(names[view], size, flip) for view in self.image_views}
+        self.policies = policies(config)
 
     def __getitem__(self, step: int) -> Batch:
         """The batch of a step. A picture that cannot be read is replaced by the next sample that can."""

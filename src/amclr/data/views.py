@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
+from amclr.config import Config
 from amclr.data.edits import KEEP, Edits
 from amclr.data.pictures import resized
 from amclr.errors import UserError
@@ -51,6 +52,12 @@ def policy(name: str | list[Any], size: int, flip: bool = True) -> Policy:
             raise UserError(f"unknown view policy '{name}': choose from {', '.join(POLICIES)}, or give a list")
         return NamedPolicy(name, size, flip)
     return Transforms(name, size, flip)
+
+
+def policies(config: Config) -> dict[str, Policy]:
+    """The policy of each image view, as the settings name them. Raises UserError for one that will not do."""
+    views, size = config.views, config.model.image_size
+    return {"image": policy(views.image, size, views.flip), "image_aug": policy(views.image_aug, size, views.flip)}
 
 
 def title(name: str | list[Any]) -> str:

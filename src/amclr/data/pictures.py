@@ -22,9 +22,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from filelock import FileLock, Timeout
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image, ImageOps
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_jpeg
 from tqdm import tqdm
 
 from amclr.errors import UserError
@@ -93,18 +92,16 @@ def read_picture(source: Picture, size: int) -> Tensor:
         with warnings.catch_warnings():
             # We set our own limit on the size, below.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            picture, content = _open(source)
+            picture = _open(source)
             width, height = picture.size
             if width * height > MAX_PIXELS:
                 raise BadPicture(
                     f"picture too large: {width} x {height} pixels, over the limit of {MAX_PIXELS // 10**6} million"
                 )
             target = 2 * size
-            pixels = _plain_jpeg(picture, content, target)
-            if pixels is None:
-                picture.draft("RGB", (target, target))
-                rgb = _to_rgb(ImageOps.exif_transpose(picture))
-                pixels = torch.from_numpy(np.array(rgb)).permute(2, 0, 1)
+            picture.draft("RGB", (target, target))
+            rgb = _to_rgb(ImageOps.exif_transpose(picture))
+            pixels = torch.from_numpy(np.array(rgb)).permute(2, 0, 1)
     except BadPicture:
         raise
     except Image.DecompressionBombError as error:
@@ -133,35 +130,15 @@ def resized(picture: Tensor, height: int, width: int) -> Tensor:
     return F.interpolate(batch, (height, width), mode="bicubic", antialias=True)[0]
 
 
-def _open(source: Picture) -> tuple[Image.Image, bytes]:
-    """The picture with its header read, and its encoded bytes, if it has any."""
+def _open(source: Picture) -> Image.Image:
     if isinstance(source, Image.Image):
-        return source.copy(), b""
+        return source.copy()
     if isinstance(source, (str, Path)):
         source = Location(str(source))
     content = source.read() if isinstance(source, Location) else source
     if not content:
         raise BadPicture("picture is empty (0 bytes)")
-    return Image.open(io.BytesIO(content)), content
-
-
-def _plain_jpeg(picture: Image.Image, content: bytes, target: int) -> Tensor | None:
-    """An upright colour JPEG of no more than four times the pixels needed, (3, H, W); None for any other picture.
-
-    The commonest kind of picture, and torchvision gives Pillow's pixels in 2/3 of the time. Larger
-    ones are for Pillow, which can decode at a fraction of the size; so are those that are damaged.
-    """
-    if (
-        picture.format != "JPEG"
-        or picture.mode != "RGB"
-        or min(picture.size) >= 2 * target
-        or picture.getexif().get(ExifTags.Base.Orientation, 1) != 1
-    ):
-        return None
-    try:
-        return decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8), mode=ImageReadMode.RGB)
-    except RuntimeError:
-        return None
+    return Image.open(io.BytesIO(content))
 
 
 def _to_rgb(picture: Image.Image) -> Image.Image:

@@ -100,8 +100,8 @@ def read_picture(source: Picture, size: int) -> Tensor:
                 )
             target = 2 * size
             picture.draft("RGB", (target, target))
-            rgb = _to_rgb(ImageOps.exif_transpose(picture))
-            pixels = torch.from_numpy(np.array(rgb)).permute(2, 0, 1)
+            ImageOps.exif_transpose(picture, in_place=True)
+            pixels = torch.from_numpy(np.array(_to_rgb(picture))).permute(2, 0, 1)
     except BadPicture:
         raise
     except Image.DecompressionBombError as error:
@@ -151,7 +151,7 @@ def _to_rgb(picture: Image.Image) -> Image.Image:
         picture = picture.convert("RGBA")
         paper = Image.new("RGBA", picture.size, "white")
         picture = Image.alpha_composite(paper, picture)
-    return picture.convert("RGB")
+    return picture if picture.mode == "RGB" else picture.convert("RGB")
 
 
 def scan(

@@ -113,7 +113,7 @@ def _none(draw: Draws, sides: np.ndarray, size: int, flip: bool) -> Drawn:
 
 
 def _weak(draw: Draws, sides: np.ndarray, size: int, flip: bool) -> Drawn:
-    return Drawn(_boxes(draw, sides, 0.6), draw.chance(0.5 * flip))
+    return Drawn(boxes(draw, sides, 0.6), draw.chance(0.5 * flip))
 
 
 def _paper(draw: Draws, sides: np.ndarray, size: int, flip: bool) -> Drawn:
@@ -128,12 +128,12 @@ def _paper(draw: Draws, sides: np.ndarray, size: int, flip: bool) -> Drawn:
     names = np.array([*signed, *plain])
     sizes = np.array([*signed.values(), *plain.values()])
     centre = np.isin(names, ["brightness", "saturation", "contrast", "sharpness"]).astype(float)
-    boxes, mirrored = _boxes(draw, sides, 0.5), draw.chance(0.5 * flip)
+    seen, mirrored = boxes(draw, sides, 0.5), draw.chance(0.5 * flip)
     steps = []
     for _ in range(2):
         k, sign = draw.index(len(names)), np.where(draw.chance(0.5), -1, 1)
         steps.append((names[k], centre[k] + np.where(k < len(signed), sign, 1) * sizes[k]))
-    return Drawn(boxes, mirrored, steps)
+    return Drawn(seen, mirrored, steps)
 
 
 def _single(draw: Draws, sides: np.ndarray, size: int, flip: bool) -> Drawn:
@@ -144,23 +144,23 @@ def _single(draw: Draws, sides: np.ndarray, size: int, flip: bool) -> Drawn:
     k = draw.index(len(names))
     chosen, amounts = names[k], low[k] + (high - low)[k] * draw()
     seen = np.where(chosen[:, None] == "centre", np.maximum(1, np.rint(sides * 0.9).astype(np.int64)), sides)
-    boxes = np.hstack([np.rint((sides - seen) / 2).astype(np.int64), seen])
+    box = np.hstack([np.rint((sides - seen) / 2).astype(np.int64), seen])
     edits = np.where(np.isin(chosen, list(ranges)), chosen, KEEP)
-    return Drawn(boxes, chosen == "flip", [(edits, amounts)], stretched=False)
+    return Drawn(box, chosen == "flip", [(edits, amounts)], stretched=False)
 
 
 def _strong(draw: Draws, sides: np.ndarray, size: int, flip: bool) -> Drawn:
-    boxes, mirrored, jittered = _boxes(draw, sides, 0.2), draw.chance(0.5 * flip), draw.chance(0.8)
+    seen, mirrored, jittered = boxes(draw, sides, 0.2), draw.chance(0.5 * flip), draw.chance(0.8)
     names = np.array(["brightness", "contrast", "saturation", "hue"])
     amounts = np.stack([draw(0.6, 1.4), draw(0.6, 1.4), draw(0.6, 1.4), draw(-0.1, 0.1)])
     order = np.argsort(np.stack([draw() for _ in names]), axis=0)
     steps = [(np.where(jittered, names[k], KEEP), np.take_along_axis(amounts, k[None], 0)[0]) for k in order]
     for name, share, amount in (("grey", 0.2, draw()), ("blur", 0.5, draw(0.1, 2.0))):
         steps.append((np.where(draw.chance(share), name, KEEP), amount))
-    return Drawn(boxes, mirrored, steps)
+    return Drawn(seen, mirrored, steps)
 
 
-def _boxes(draw: Draws, sides: np.ndarray, low: float, ratio: float = 1.25) -> np.ndarray:
+def boxes(draw: Draws, sides: np.ndarray, low: float, ratio: float = 1.25) -> np.ndarray:
     """Boxes (B, 4) of a share of `low` to 1 of the picture's area, their sides' ratio at most `ratio`.
 
     Each is the first of ten that fits, as in torchvision's RandomResizedCrop; where none does, the

@@ -27,6 +27,7 @@ from amclr.data import manifest as manifests
 from amclr.data.batches import Batch, BatchPlan, PictureBatches
 from amclr.data.manifest import Manifest
 from amclr.data.pictures import PictureStore
+from amclr.data.rows import write_rejects
 from amclr.errors import UserError
 from amclr.features import FeatureBatches
 from amclr.measure import Evaluator, draw_gallery, measure_classes, model_reads_pictures
@@ -231,7 +232,7 @@ def assemble(config: Config, folder: Path, former: Run | None, progress: bool) -
     if config.model.text_tower == "small" and not (folder / "tokenizer").is_dir():
         tokenizer.save_pretrained(folder / "tokenizer.part")  # a kill here must leave none, or a whole one
         (folder / "tokenizer.part").rename(folder / "tokenizer")
-    manifests.write_rejects(manifest.rejects, folder / "rejects.jsonl")
+    write_rejects(manifest.rejects, folder / "rejects.jsonl")
     if manifest.rejects and progress:
         print(f"{len(manifest.rejects)} rows or pictures left out: {folder / 'rejects.jsonl'}", file=sys.stderr)
     fabric.to_device(model)
@@ -265,7 +266,7 @@ def build_objective(config: Config, samples: int) -> Objective:
 
 def default_folder(config: Config) -> Path:
     """runs/DATA-OBJECTIVE-seedN, with a number behind it where that is taken."""
-    name = f"{Path(config.data).resolve().name}-{config.objective}-seed{config.seed}"
+    name = f"{manifests.label(config.data)}-{config.objective}-seed{config.seed}"
     taken = (Path("runs") / f"{name}{suffix}" for suffix in ("", *(f"-{k}" for k in range(2, 10_000))))
     return next(folder for folder in taken if not folder.exists())
 
@@ -280,7 +281,7 @@ def finish(t: Training, progress: bool) -> None:
     if t.manifest.zeroshot:
         results |= measure_classes(t.model, t.manifest.zeroshot, t.config, progress=progress)
     write_atomically(t.run.folder / "results.json", json.dumps(results, indent=2) + "\n")
-    title = f"{t.config.objective} on {Path(t.config.data).resolve().name}"
+    title = f"{t.config.objective} on {manifests.label(t.config.data)}"
     figures.curves(t.run.metrics(), t.run.folder / "curves.png", title, t.evaluator.chance())
     draw_gallery(t.model, t.evaluator, images, texts, t.run.folder / "gallery.png", title)
 

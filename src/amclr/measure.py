@@ -17,8 +17,10 @@ from torch import Tensor
 from amclr import evaluate, figures
 from amclr.config import Config
 from amclr.data import manifest as manifests
+from amclr.data import tables
 from amclr.data.manifest import Manifest, Sample
 from amclr.data.pictures import BadPicture, Location, PictureStore, scan
+from amclr.data.rows import write_rejects
 from amclr.data.views import image_view, policy, text_views
 from amclr.errors import UserError
 from amclr.features import caption_features, image_features
@@ -121,7 +123,7 @@ def evaluate_run(
     results: dict[str, Any] = {"run": str(folder), "objective": config.objective}
     out = folder / "evaluations"
     out.mkdir(exist_ok=True)
-    name = f"{Path(config.data).resolve().name}-{split}"
+    name = f"{manifests.label(config.data)}-{split}"
     if zeroshot:
         results |= measure_classes(model, Path(zeroshot), config, classnames, templates, progress)
     if retrieval:
@@ -148,11 +150,11 @@ def measure_classes(
     model: DualEncoder, root: Path, config: Config, classnames: str = "", templates: str = "", progress: bool = True
 ) -> dict[str, Any]:
     """Zero-shot accuracy on a folder of pictures by class. Pictures that cannot be decoded are left out and counted."""
-    paths, labels, names = manifests.class_folders(root, Path(classnames) if classnames else None)
+    paths, labels, names = tables.class_folders(root, Path(classnames) if classnames else None)
     prompts: Sequence[str] = evaluate.TEMPLATES
     file = Path(templates) if templates else root / "templates.txt"
     if file.is_file():
-        prompts = manifests.read_lines(file)
+        prompts = tables.read_lines(file)
     elif templates:
         raise UserError(f"no templates file '{file}': one prompt per line, with {{}} for the class name")
     places = [Location(str(p)) for p in paths]
@@ -237,7 +239,7 @@ def inspect(config: Config, sheet: Path, progress: bool = True) -> str:
     lines += [f"  {reject}" for reject in manifest.rejects[:10]]
     if manifest.rejects:
         listed = sheet.with_name(f"{sheet.stem}-rejects.jsonl")
-        manifests.write_rejects(manifest.rejects, listed)
+        write_rejects(manifest.rejects, listed)
         lines.append(f"  {'... ' if len(manifest.rejects) > 10 else ''}all of them listed in {listed}")
     _draw_sheet(samples, config, sheet, manifest)
     return "\n".join([*lines, f"contact sheet: {sheet}"])

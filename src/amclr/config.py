@@ -289,4 +289,4 @@ def _fits(value: Any, hint: Any) -> bool:
         return value is None
     if isinstance(value, bool) or hint is bool:
         return hint is bool and isinstance(value, bool)
-    return isinstance(value, (int, float) if hint is float else hint)
+    return isinstance(value, (int, float) if hint is float else get_origin(hint) or hint)

@@ -218,7 +218,10 @@ def assemble(config: Config, folder: Path, former: Run | None, progress: bool) -
     cache = manifests.cache_folder(config)
     manifest = manifests.prepare(config, cache, progress)
     samples, held_out = manifest.split("train"), manifest.split("val")
-    plan = BatchPlan(np.array([s.id for s in samples], dtype=np.int64), config.batch_size, config.seed)
+    plan = BatchPlan(
+        np.array([s.id for s in samples], dtype=np.int64), config.batch_size, config.seed,
+        np.array([s.weight for s in samples]) if manifest.parts else None,
+    )  # fmt: skip
     objective = build_objective(config, len(samples))
     tokenizer = build_tokenizer(config.model, [t for s in samples for t in s.texts], folder / "tokenizer")
     torch.manual_seed(derive(config.seed, "weights"))

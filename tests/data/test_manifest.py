@@ -229,7 +229,9 @@ def test_columns_by_other_names_and_tabs(folder: Path) -> None:
     (folder / "captions.tsv").write_text("\n".join(table) + "\n")
     assert len(read(folder).samples) == 40
     (folder / "captions.tsv").write_text("\n".join(["words\tphotograph\tid", *table[1:]]) + "\n")
-    with pytest.raises(UserError, match=r"no column 'image': it has 'words', 'photograph', 'id'.*--source.image_column"):
+    with pytest.raises(
+        UserError, match=r"no column 'image': it has 'words', 'photograph', 'id'.*--source.image_column"
+    ):
         read(folder)
     assert len(read(folder, image_column="photograph", caption_column="words").samples) == 40
 

@@ -7,13 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from amclr.config import Config, ModelConfig
+from amclr import engine
+from amclr.config import Config, LossConfig, ModelConfig, OptimConfig, ViewsConfig
 from amclr.data import manifest as manifests
 from amclr.data.batches import BatchPlan, PictureBatches
 from amclr.data.manifest import Manifest
 from amclr.data.pictures import PictureStore
-from tests.conftest import make_folder
+from tests.conftest import REAL, make_folder, needs_real_data
 from tests.data.formats import WRITERS, Item, items_of, write_csv, write_jsonl, write_tars
 from tests.data.test_batches import letters, same
 

@@ -206,7 +206,14 @@ def read_json(text: str | bytes) -> Any:
 
 def write_rejects(rejects: Iterable[Reject], file: Path) -> None:
     """Write rejects as JSON lines: file, line, key, reason."""
-    with file.open("w", encoding="utf-8", errors="backslashreplace") as handle:
+    file.unlink(missing_ok=True)
+    file.touch()
+    append_rejects(rejects, file)
+
+
+def append_rejects(rejects: Iterable[Reject], file: Path) -> None:
+    """Append rejects to a list of them."""
+    with file.open("a", encoding="utf-8", errors="backslashreplace") as handle:
         for r in rejects:
             row = {"file": r.file, "line": r.line, "key": r.key, "reason": r.reason}
             handle.write(json.dumps(row, ensure_ascii=False) + "\n")

@@ -178,7 +178,7 @@ def write_tars_by_split(root: Path, items: Sequence[Item]) -> Path:
             stem, _, suffix = item.name.partition(".")
             members += [(f"{stem}.{k}.txt", c.encode()) for k, c in enumerate(item.captions)]
             members.append((f"{stem}.{suffix}", item.content))
-            members.append((f"{stem}.pkl", b"cos\nsystem\n(S'touch /tmp/owned'\ntR."))
+            members.append((f"{stem}.pkl", b"cos\nsystem\n(S'touch owned'\ntR."))
         tar_of(root / split / "000.tar", members)
     return Path(f"{root}/{{train,val}}/*.tar")
 

@@ -87,7 +87,7 @@ class Manifest:
     def without(self, bad: dict[Location, str]) -> Manifest:
         """Drop the samples of bad pictures (place -> reason), and record them as rejects."""
         rejects = tuple(
-            Reject(str(s.picture), 0, bad[s.picture], s.name) for s in self.samples if s.picture in bad
+            Reject(s.picture.file, 0, bad[s.picture], s.name) for s in self.samples if s.picture in bad
         )  # fmt: skip
         kept = tuple(s for s in self.samples if s.picture not in bad)
         bad_pictures = self.bad_pictures + len(rejects)

@@ -5,11 +5,13 @@ A new source format is a reader (a function that yields rows) and its line in `F
 
 from __future__ import annotations
 
+import gc
 import glob
 import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -180,7 +182,20 @@ def label(data: str) -> str:
 def _read(path: Path, config: Config, cache: Path, progress: bool) -> Manifest:
     root, files, kind = _find(path, config.source)
     reading = Reading(root, files, config.source, cache, progress)
-    return _collect(reading, kind.read(reading), kind.name)
+    with _no_garbage():
+        return _collect(reading, kind.read(reading), kind.name)
+
+
+@contextmanager
+def _no_garbage() -> Iterator[None]:
+    """Millions of rows are no garbage: looking for some among them takes longer than reading them."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
 
 
 def _find(path: Path, source: SourceConfig) -> tuple[Path, list[Path], Format]:
@@ -263,11 +278,15 @@ def _braces(text: str) -> list[str]:
 
 @dataclass(slots=True)
 class _Entry:
-    """A sample in the making: its captions, each with its paraphrases."""
+    """A sample in the making: its captions, each with its paraphrases, or None without any."""
 
     picture: Location
     file: str
-    captions: dict[str, dict[str, None]] = field(default_factory=dict)
+    captions: dict[str, dict[str, None] | None] = field(default_factory=dict)
+
+    def sample(self, name: str) -> Sample:
+        again = tuple(tuple(p or ()) for p in self.captions.values()) if any(self.captions.values()) else ()
+        return Sample(name, self.picture, tuple(self.captions), again)
 
 
 def _collect(reading: Reading, rows: Iterable[Row], called: str) -> Manifest:
@@ -308,7 +327,7 @@ def _collect(reading: Reading, rows: Iterable[Row], called: str) -> Manifest:
         if entry is None:
             entry = entries[name] = _Entry(place, row.file)
         for caption in texts:
-            entry.captions.setdefault(caption, {})
+            entry.captions.setdefault(caption)
         for raw, again in zip(row.captions, row.paraphrases, strict=False):
             if (caption := clean(raw)) not in entry.captions:
                 continue
@@ -316,18 +335,15 @@ def _collect(reading: Reading, rows: Iterable[Row], called: str) -> Manifest:
                 if (fault := caption_fault(text, clean(text))) and fault != "empty caption":
                     reject(f"paraphrase: {fault}")
                 elif not fault:
-                    entry.captions[caption].setdefault(clean(text))
+                    entry.captions[caption] = {**(entry.captions[caption] or {}), clean(text): None}
         if row.split:
             split = row.split.strip().lower()
             splits.setdefault(SPLIT_NAMES.get(split, split), set()).add(name)
-    samples = tuple(
-        Sample(name, e.picture, tuple(e.captions), tuple(map(tuple, e.captions.values())))
-        for name, e in sorted(entries.items())
-    )
+    samples = tuple(entries.pop(name).sample(name) for name in sorted(entries))
     listed = tables.read_split_lists([reading.root])
     for split in ("train", "val"):
         names = listed.get(split)
-        if entries and names and names.isdisjoint(entries):
+        if samples and names and names.isdisjoint(s.name for s in samples):
             raise UserError(
                 f"none of the {len(names)} names in '{reading.root / split}.txt' has a usable caption, such as "
                 f"'{min(names)}': it must list the pictures as '{samples[0].name}' is named"

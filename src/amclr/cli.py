@@ -131,10 +131,11 @@ def _evaluate(arguments: list[str]) -> int:
 
 def _inspect(arguments: list[str]) -> int:
     out, arguments = _take(arguments, "--sheet")
-    config = _configure("inspect", arguments)
+    scan_all = "--scan" in arguments
+    config = _configure("inspect", [a for a in arguments if a != "--scan"])
     from amclr import measure
 
-    print(measure.inspect(config, Path(out or "contact-sheet.png")))
+    print(measure.inspect(config, Path(out or "contact-sheet.png"), scan_all))
     return 0
 
 
@@ -200,7 +201,10 @@ def _parser(command: str) -> ArgumentParser:
                 "or removed since.\n"
             )
         else:
-            epilog += "\n--sheet FILE names the contact sheet (contact-sheet.png).\n"
+            epilog += (
+                "\n--sheet FILE names the contact sheet (contact-sheet.png).\n"
+                "--scan decodes every picture, however many there are; stopped, it goes on where it was.\n"
+            )
     import argparse
 
     class Formatter(jsonargparse.DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):

@@ -143,9 +143,12 @@ def caption_statistics(
             if cut <= top:
                 left.axvline(cut, color="0.3", linestyle="--", linewidth=1, label=f"cut at {cut} tokens")
         left.set(xlabel="length of a caption", ylabel="captions (%)", title="Lengths")
-        left.legend(frameon=False)
+        left.set_ylim(0, 1.2 * left.get_ylim()[1])
+        left.legend(frameon=False, ncols=3, loc="upper center", columnspacing=1.2, handlelength=1.4)
         right.loglog(np.arange(1, len(counts) + 1), np.maximum(counts, 1), color=GREEN, linewidth=2)
         right.set(xlabel="word, commonest first", ylabel="occurrences", title="Words: the long tail")
+        for axis in (right.xaxis, right.yaxis):
+            axis.set_major_formatter(lambda value, _: f"{value:,.0f}")
         figure.suptitle(title)
         figure.savefig(file, dpi=110)
         plt.close(figure)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from amclr import evaluate, figures
-from amclr.config import Config
+from amclr.config import Config, SourceConfig
 from amclr.data import manifest as manifests
 from amclr.data import tables
 from amclr.data.manifest import Manifest, Sample
@@ -120,7 +120,10 @@ def evaluate_run(
         raise UserError("--classnames and --templates belong to --zeroshot FOLDER: give it too")
     run = Run.open(folder)
     model = run.load_model().to("cuda" if torch.cuda.is_available() else "cpu")
-    config = replace(run.config, data=data) if data else run.config
+    config = run.config
+    if data:  # columns and folders of the run's own data mean nothing in another set
+        kept = {k: getattr(config.source, k) for k in ("captions", "val_fraction", "max_bad", "scan_up_to")}
+        config = replace(config, data=data, source=SourceConfig(**kept))
     results: dict[str, Any] = {"run": str(folder), "objective": config.objective}
     out = folder / "evaluations"
     out.mkdir(exist_ok=True)
@@ -209,11 +212,13 @@ def _chances(pictures: int) -> list[float]:
     return [100 * min(1.0, k / max(1, pictures)) for k in evaluate.RECALLS]
 
 
-def inspect(config: Config, sheet: Path, scan_all: bool = False, progress: bool = True) -> str:
+def inspect(
+    config: Config, sheet: Path, scan_all: bool = False, listing: Path | None = None, progress: bool = True
+) -> str:
     """Describe a data set in a few lines; draw a contact sheet of samples with both views, and lengths of captions.
 
     Bad rows and pictures are listed beside the sheet; no limit on them applies here. scan_all: decode
-    every picture, however many there are.
+    every picture, however many there are. listing: also write every sample, as JSON lines.
     """
     if sheet.suffix.lower() not in (".png", ".jpg", ".jpeg", ".pdf", ".svg"):
         raise UserError(f"cannot draw a contact sheet as '{sheet}': name a .png, .jpg, .pdf or .svg file")
@@ -255,8 +260,12 @@ def inspect(config: Config, sheet: Path, scan_all: bool = False, progress: bool 
         lines.append(f"  {'... ' if len(manifest.rejects) > 10 else ''}all of them listed in {listed}")
     _draw_sheet(samples, config, sheet, manifest)
     plot = sheet.with_name(f"{sheet.stem}-captions{sheet.suffix}")
-    figures.caption_statistics(lengths, tokens, config.model.max_tokens, counts, plot, manifest.root.name)
-    return "\n".join([*lines, f"contact sheet: {sheet}", f"caption lengths and words: {plot}"])
+    figures.caption_statistics(lengths, tokens, config.model.max_tokens, counts, plot, manifests.label(config.data))
+    lines += [f"contact sheet: {sheet}", f"caption lengths and words: {plot}"]
+    if listing:
+        manifest.write(listing)
+        lines.append(f"every sample: {listing}")
+    return "\n".join(lines)
 
 
 def _token_lengths(config: Config, captions: Sequence[str], most: int = 100_000) -> np.ndarray | None:
@@ -294,5 +303,5 @@ def _draw_sheet(samples: Sequence[Sample], config: Config, file: Path, manifest:
         cards.append((pictures, text, second))
     file.parent.mkdir(parents=True, exist_ok=True)
     figures.contact_sheet(
-        cards, file, f"{manifest.root.name}: {len(samples)} pictures; text in black, text_aug in blue"
+        cards, file, f"{manifests.label(config.data)}: {len(samples)} pictures; text in black, text_aug in blue"
     )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import glob
+import json
 import os
 import re
 from collections import Counter
@@ -18,6 +19,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import yaml
+from tqdm import tqdm
 
 from amclr.config import Config, SourceConfig, from_dict
 from amclr.data import columns, remote, scenes, tables, tars
@@ -94,6 +96,19 @@ class Manifest:
         kept = tuple(s for s in self.samples if s.picture not in bad)
         bad_pictures = self.bad_pictures + len(rejects)
         return replace(self, samples=kept, rejects=self.rejects + rejects, bad_pictures=bad_pictures)
+
+    def write(self, file: Path) -> None:
+        """Write the samples as JSON lines: id, name, splits, file, offset, size, captions, paraphrases, weight."""
+        with file.open("w", encoding="utf-8", errors="backslashreplace") as handle:
+            for s in self.samples:
+                place = s.picture
+                size = place.size if place.size >= 0 else os.path.getsize(place.file)
+                row = {
+                    "id": s.id, "name": s.name, "splits": [n for n, names in self.splits.items() if s.name in names],
+                    "file": place.file, "offset": place.offset, "size": size, "captions": s.captions,
+                    "paraphrases": s.paraphrases, "weight": s.weight,
+                }  # fmt: skip
+                handle.write(json.dumps(row, ensure_ascii=False) + "\n")
 
     def enforce_limit(self, max_bad: float) -> None:
         """Raise UserError if more than a share of `max_bad` of the rows, or of the pictures, was rejected."""
@@ -294,7 +309,7 @@ def _collect(reading: Reading, rows: Iterable[Row], called: str) -> Manifest:
     pictures = _Pictures(reading.root, reading.source.images)
     entries: dict[str, _Entry] = {}
     splits: dict[str, set[str]] = {}
-    for row in rows:
+    for row in tqdm(rows, "Reading captions", unit="row", delay=2, leave=False, disable=not reading.progress):
         reading.rows += max(1, len(row.captions))
 
         def reject(reason: str, row: Row = row) -> None:

@@ -171,7 +171,7 @@ def _copied(reading: Reading, table: Table, image: str) -> Iterator[tuple[Locati
     The copy and its index are made under other names, so that a kill leaves none or a whole one.
     """
     stem = reading.cache / "pictures" / f"{derive(FORMAT, table.stamp, image):016x}"
-    index, content = stem.with_suffix(".json.gz"), stem.with_suffix(".bin")
+    index, content = stem.with_suffix(".json.gz"), stem.with_suffix(".bin").absolute()
     if not (index.is_file() and content.is_file()):
         stem.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(stem.with_suffix(".lock")):

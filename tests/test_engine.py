@@ -21,7 +21,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import amclr
 from amclr import engine, features
-from amclr.config import Config, LossConfig, ModelConfig, OptimConfig, ViewsConfig, from_dict, problems
+from amclr.config import Config, LossConfig, ModelConfig, OptimConfig, SourceConfig, ViewsConfig, from_dict, problems
 from amclr.data import manifest as manifests
 from amclr.data.batches import BatchPlan
 from amclr.data.pictures import PictureStore
@@ -31,7 +31,7 @@ from amclr.errors import UserError
 from amclr.features import FeatureBatches
 from amclr.measure import Evaluator
 from amclr.model import DualEncoder, ImageTower, build_tokenizer
-from amclr.objectives import METHODS
+from amclr.objectives import METHODS, build
 from amclr.run import Run
 from tests.conftest import make_folder
 
@@ -270,6 +270,61 @@ def test_resuming_on_other_pictures_is_refused(objective: str, folder: Path) -> 
         train(Config(), resume=run.folder, progress=False)
     listed.write_text(names)
     train(Config(), resume=run.folder, progress=False)
+
+
+def test_with_other_pictures_the_samples_that_stay_keep_their_estimates(folder: Path) -> None:
+    run = train(frozen(folder, objective="iamclr"), progress=False)
+    before = run.load_last()
+    assert before is not None
+    names = (folder / "train.txt").read_text().split()
+    (folder / "Images" / "000-new.png").write_bytes((folder / "Images" / names[0]).read_bytes())
+    with (folder / "captions.txt").open("a") as handle:
+        handle.write("000-new.png,a new patch\n")
+    now = sorted({*names, "000-new.png"} - {"020.png", "033.png"})
+    (folder / "train.txt").write_text("\n".join(now))
+    settings = (run.folder / "config.yaml").read_text()
+    (run.folder / "config.yaml").write_text(settings.replace("epochs: 2", "epochs: 3"))
+    with pytest.raises(UserError, match=r"31 now, 32 then.*--resume .*run --changed_data"):
+        train(Config(), resume=run.folder, progress=False)
+    former = Run.open(run.folder)
+    training = engine.assemble(former.config, run.folder, former, False, changed_data=True)
+    training.restore()
+    assert training.step == 6 and training.plan.steps_per_epoch == 3  # two epochs, as before
+    found, saved = training.objective.state_dict(), before["objective"]
+    assert sum(k.endswith(".values") for k in saved) >= 2
+    for key in (k for k in saved if k.endswith(".values")):
+        for row, name in enumerate(now):
+            if name == "000-new.png":
+                fresh = build("iamclr", 1, temperature=0.1).state_dict()
+                assert torch.equal(found[key][row], fresh[key][0])
+            else:
+                assert torch.equal(found[key][row], saved[key][sorted(names).index(name)])
+    after = train(Config(), resume=run.folder, changed_data=True, progress=False)
+    assert after.load_last()["step"] == 9  # type: ignore[index]
+
+
+def test_pictures_that_go_bad_while_training_are_listed_up_to_the_limit(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_for(folder, decoded="none", source=SourceConfig(max_bad=0.1))
+    bad = [folder / "Images" / f"{k:03d}.png" for k in (12, 25, 31)]
+    whole = [file.read_bytes() for file in bad]
+    fit = engine.fit
+
+    def spoiled(training: engine.Training, progress: bool) -> None:
+        for file in bad:
+            file.write_bytes(b"")
+        fit(training, progress)
+
+    monkeypatch.setattr(engine, "fit", spoiled)
+    run = train(config, progress=False)
+    rows = [json.loads(line) for line in (run.folder / "rejects.jsonl").read_text().splitlines()]
+    assert sorted(r["key"] for r in rows) == ["012.png", "025.png", "031.png"]
+    assert all("while training: " in r["reason"] and "0 bytes" in r["reason"] for r in rows)
+    for file, content in zip(bad, whole, strict=True):
+        file.write_bytes(content)
+    with pytest.raises(UserError, match=r"2 of 32 training pictures can no longer be read, over the limit of 4.0%"):
+        train(replace(config, out=f"{config.out}-2", source=SourceConfig(max_bad=0.04)), progress=False)
 
 
 def test_resuming_a_finished_run_changes_nothing(folder: Path) -> None:

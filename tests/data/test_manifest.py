@@ -5,6 +5,9 @@ from __future__ import annotations
 import io
 import os
 import struct
+import subprocess
+import sys
+import time
 import zlib
 from dataclasses import replace
 from pathlib import Path
@@ -15,13 +18,14 @@ from PIL import Image
 
 from amclr.config import Config, SourceConfig
 from amclr.data import manifest as manifests
+from amclr.data import tables
 from amclr.data.pictures import BadPicture, read_picture, scan
 from amclr.errors import UserError
 from tests.conftest import make_folder
 
 
 def read(root: Path, **source: object) -> manifests.Manifest:
-    return manifests.read_folder(root, SourceConfig(**source))  # type: ignore[arg-type]
+    return manifests.load(Config(data=str(root), source=SourceConfig(**source)), root.parent / "cache")  # type: ignore[arg-type]
 
 
 def prepared(root: Path, max_bad: float = 1.0) -> manifests.Manifest:
@@ -164,6 +168,33 @@ def test_transparent_is_white_not_black() -> None:
     assert int(read_picture(Image.new("RGBA", (8, 8), (0, 0, 0, 0)), 8).min()) == 255
 
 
+def test_a_scan_that_was_killed_goes_on_where_it_was(tmp_path: Path) -> None:
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for k in range(900):
+        content = b"" if k % 100 == 7 else encoded(Image.new("RGB", (300, 200), (k % 256, 0, 0)))
+        (pictures / f"{k:03d}.jpg").write_bytes(content)
+    code = (
+        "import sys; from pathlib import Path; from amclr.data.pictures import Location, scan\n"
+        "places = [Location(str(f)) for f in sorted(Path(sys.argv[1]).iterdir())]\n"
+        "print(*(Path(p.file).name for p in scan(places, 32, Path(sys.argv[2]), progress=False)))\n"
+    )
+    verdicts = tmp_path / "verdicts.jsonl"
+    command = [sys.executable, "-c", code, str(pictures), str(verdicts)]
+    scanning = subprocess.Popen(command)
+    while not (verdicts.is_file() and verdicts.stat().st_size):
+        time.sleep(0.002)
+    scanning.kill()
+    scanning.wait()
+    with verdicts.open("ab") as handle:
+        handle.write(b'["half of a li')
+    done = verdicts.read_text().count("\n")
+    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    assert out == [f"{k:03d}.jpg" for k in range(7, 900, 100)]
+    rows = [line for line in verdicts.read_text().splitlines() if line.endswith("]")]
+    assert 256 <= done <= 900 and len(rows) == 900, "every picture was decoded once"
+
+
 def test_scan_takes_its_verdicts_from_the_cache(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     paths = [s.picture for s in read(folder).samples]
     Path(paths[0].file).write_bytes(b"x")
@@ -227,10 +258,12 @@ def test_columns_by_other_names_and_tabs(folder: Path) -> None:
     table = ["Title\tFile_Name\tid"] + [f"{caption}\t{name}\t{k}" for k, (name, caption) in enumerate(rows)]
     (folder / "captions.tsv").write_text("\n".join(table) + "\n")
     assert len(read(folder).samples) == 40
-    (folder / "captions.tsv").write_text("\n".join(["words\tpicture\tid", *table[1:]]) + "\n")
-    with pytest.raises(UserError, match=r"no column 'image': it has 'words', 'picture', 'id'.*--source.image_column"):
+    (folder / "captions.tsv").write_text("\n".join(["words\tphotograph\tid", *table[1:]]) + "\n")
+    with pytest.raises(
+        UserError, match=r"no column 'image': it has 'words', 'photograph', 'id'.*--source.image_column"
+    ):
         read(folder)
-    assert len(read(folder, image_column="picture", caption_column="words").samples) == 40
+    assert len(read(folder, image_column="photograph", caption_column="words").samples) == 40
 
 
 def test_paraphrase_column(tmp_path: Path) -> None:
@@ -264,7 +297,8 @@ def test_refusals_say_what_to_do(tmp_path: Path) -> None:
     assert "has no captions file: expected captions.txt" in message(tmp_path / "empty")
     (tmp_path / "empty" / "captions.txt").write_text("")
     assert "is empty: expected a header line image,caption" in message(tmp_path / "empty")
-    assert "is a file: give the folder" in message(tmp_path / "empty" / "captions.txt")
+    (tmp_path / "photos.zip").write_bytes(b"PK")
+    assert "is of no known format: its name must end with .csv" in message(tmp_path / "photos.zip")
 
 
 def test_class_folders(tmp_path: Path) -> None:
@@ -273,7 +307,7 @@ def test_class_folders(tmp_path: Path) -> None:
         for k in range(count):
             Image.new("RGB", (8, 8)).save(tmp_path / "val" / wnid / f"{k}.png")
     (tmp_path / "classnames.txt").write_text("n01\ttench, Tinca tinca\nn02\tgoldfish\n")
-    paths, labels, names = manifests.class_folders(tmp_path / "val")
+    paths, labels, names = tables.class_folders(tmp_path / "val")
     assert (
         names == ["tench", "goldfish"]
         and labels == [0, 1, 1]
@@ -281,8 +315,8 @@ def test_class_folders(tmp_path: Path) -> None:
     )
     (tmp_path / "classnames.txt").write_bytes("n01\tcaf\xe9\n".encode("latin-1"))
     with pytest.raises(UserError, match="classnames.txt' is not UTF-8 text"):
-        manifests.class_folders(tmp_path / "val")
+        tables.class_folders(tmp_path / "val")
     with pytest.raises(UserError, match="needs a folder with one folder per class"):
-        manifests.class_folders(tmp_path / "absent")
+        tables.class_folders(tmp_path / "absent")
     with pytest.raises(UserError, match="expected .*CLASS/PICTURE.jpg"):
-        manifests.class_folders(tmp_path / "val" / "n01")
+        tables.class_folders(tmp_path / "val" / "n01")

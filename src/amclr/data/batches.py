@@ -26,36 +26,60 @@ Tokenize = Callable[[list[str]], dict[str, Tensor]]
 class BatchPlan:
     """Which samples make up each step: an order per epoch, cut into whole batches.
 
-    samples: their ids (N,) int64. `plan[step]` is (epoch, rows (B,) of the samples); a pure function,
-    so that step k needs no step before it. Each epoch's order sorts the samples by a hash of their
-    ids, so that of two samples the same comes first whatever others there are. Up to B - 1 samples
-    sit out an epoch, others each time.
+    samples: their ids (N,) int64. weights: visits of each an epoch (N,), on average; 1 if None.
+    `plan[step]` is (epoch, rows (B,) of the samples); a pure function, so that step k needs no step
+    before it. Each epoch's order sorts the samples by a hash of their ids, so that of two samples the
+    same comes first whatever others there are. Up to B - 1 visits are left out of an epoch, others
+    each time.
     """
 
     samples: np.ndarray
     batch_size: int
     seed: int
+    weights: np.ndarray | None = None
     _orders: dict[int, np.ndarray] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if len(self.samples) < self.batch_size:
+        if self._visits < self.batch_size:
             raise UserError(
-                f"{len(self.samples)} training pictures are fewer than one batch of {self.batch_size}: "
-                f"lower --batch_size (at most {len(self.samples)})"
+                f"{self._visits} training pictures are fewer than one batch of {self.batch_size}: "
+                f"lower --batch_size (at most {self._visits})"
             )
 
     @property
     def steps_per_epoch(self) -> int:
         """Steps in one epoch."""
-        return len(self.samples) // self.batch_size
+        return self._visits // self.batch_size
+
+    @property
+    def _visits(self) -> int:
+        """Visits of any epoch at the least: their number differs by one from epoch to epoch for odd weights."""
+        if self.weights is None:
+            return len(self.samples)
+        return sum(int(w * n) for w, n in zip(*np.unique(self.weights, return_counts=True), strict=True))
 
     def __getitem__(self, step: int) -> tuple[int, np.ndarray]:
         """Epoch and rows (B,) of a step's samples."""
         epoch, k = divmod(step, self.steps_per_epoch)
         if epoch not in self._orders:
             self._orders.clear()
-            self._orders[epoch] = np.argsort(mixed(self.samples, self.seed, "order", epoch), kind="stable")
+            self._orders[epoch] = self._order(epoch)
         return epoch, self._orders[epoch][k * self.batch_size : (k + 1) * self.batch_size]
+
+    def _order(self, epoch: int) -> np.ndarray:
+        """Rows of the samples in the order of an epoch's visits."""
+        if self.weights is None:
+            return np.argsort(mixed(self.samples, self.seed, "order", epoch, 0), kind="stable")
+        visits = np.empty(len(self.samples), dtype=np.int64)
+        for weight in np.unique(self.weights):
+            # Samples of a weight come due one after the other, evenly over the epochs.
+            own = np.flatnonzero(self.weights == weight)
+            turn = np.argsort(np.argsort(mixed(self.samples[own], self.seed, "turn"), kind="stable"))
+            phase = (turn + 0.5) / len(own)
+            visits[own] = np.floor(weight * (epoch + 1) + phase) - np.floor(weight * epoch + phase)
+        rows = [np.flatnonzero(visits > copy) for copy in range(int(visits.max(initial=0)))]
+        keys = [mixed(self.samples[r], self.seed, "order", epoch, copy) for copy, r in enumerate(rows)]
+        return np.concatenate(rows)[np.argsort(np.concatenate(keys), kind="stable")]
 
 
 @dataclass

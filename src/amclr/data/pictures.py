@@ -13,10 +13,10 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any, Literal, TextIO
 
 import numpy as np
 import torch
@@ -155,21 +155,17 @@ def _to_rgb(picture: Image.Image) -> Image.Image:
 
 
 def scan(
-    places: Sequence[Location], size: int, cache: Path | None = None, progress: bool = True
+    places: Sequence[Location], size: int, cache: Path | None = None, progress: bool = True, look: bool = True
 ) -> dict[Location, str]:
     """Decode every picture once; return the reason for each that cannot be decoded.
 
-    Verdicts are remembered in `cache` by place, length and time of change, so that a later scan of
-    the same pictures takes a moment.
+    Verdicts are appended to `cache` (JSON lines: place and stamp, reason) as they come, so that a
+    scan that was stopped goes on where it was, and a later one of the same pictures takes a moment.
+    look: false decodes nothing and returns what is known.
     """
-    known: dict[str, str] = {}
-    if cache and cache.is_file():
-        try:
-            known = json.loads(cache.read_text())
-        except ValueError:
-            known = {}
+    known = _verdicts(cache) if cache else {}
     keys = {place: f"{place.file}|{place.stamp}" for place in places}
-    todo = [place for place in places if keys[place] not in known]
+    todo = [place for place in keys if keys[place] not in known] if look else []
 
     def verdict(place: Location) -> str:
         try:
@@ -179,15 +175,42 @@ def scan(
         return ""
 
     if todo:
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            found = tqdm(pool.map(verdict, todo), "Checking pictures", len(todo), disable=not progress, leave=False)
-            known.update(zip((keys[p] for p in todo), found, strict=True))
-        if cache:
-            cache.parent.mkdir(parents=True, exist_ok=True)
-            part = cache.with_suffix(f".{os.getpid()}.part")
-            part.write_text(json.dumps(known))
-            os.replace(part, cache)
-    return {place: known[keys[place]] for place in places if known[keys[place]]}
+        workers = min(32, os.cpu_count() or 1)
+        bar = tqdm(total=len(todo), desc="Checking pictures", unit="picture", disable=not progress, leave=False)
+        with bar, ThreadPoolExecutor(workers) as pool, _appending(cache) as handle:
+            for some in (todo[k : k + 256] for k in range(0, len(todo), 256)):
+                found = {keys[p]: reason for p, reason in zip(some, pool.map(verdict, some), strict=True)}
+                handle.write("".join(json.dumps(row) + "\n" for row in found.items()))
+                handle.flush()
+                known.update(found)
+                bar.update(len(some))
+    return {place: known[keys[place]] for place in places if known.get(keys[place])}
+
+
+def _verdicts(file: Path) -> dict[str, str]:
+    """Verdicts of earlier scans. A line cut off by a kill is left out."""
+    known: dict[str, str] = {}
+    if file.is_file():
+        with file.open(encoding="utf-8") as handle:
+            for line in handle:
+                try:
+                    key, reason = json.loads(line)
+                except (ValueError, TypeError):
+                    continue
+                known[key] = reason
+    return known
+
+
+@contextmanager
+def _appending(file: Path | None) -> Iterator[TextIO]:
+    """A file to append lines to, each whole whatever the last one was; nowhere if None."""
+    if file is None:
+        yield io.StringIO()
+        return
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a", encoding="utf-8") as handle:
+        handle.write("\n" if handle.tell() else "")
+        yield handle
 
 
 class PictureStore:

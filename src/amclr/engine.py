@@ -346,16 +346,13 @@ def assemble(config: Config, folder: Path, former: Run | None, progress: bool, c
     places, size, views = [s.picture for s in samples], config.model.image_size, objective.required_views
     batches: Dataset[Batch]
     if model_reads_pictures(model):
-        store = PictureStore(
-            places, size, config.decoded, folder=cache / "decoded", ram=config.ram_cache, disk=config.disk_cache,
-            progress=progress,
-        )  # fmt: skip
+        store = PictureStore.as_set(places, config, cache, progress)
         on_gpu = config.views.where == "auto" and fabric.device.type == "cuda"
         edited = not (on_gpu or config.views.where == "device")
         batches = PictureBatches(samples, store, plan, views, model.tokenize, config, edited)
     else:
         batches = FeatureBatches(model, samples, PictureStore(places, size), plan, views, config, cache, progress)
-    evaluator = Evaluator(model, held_out, config, cache, progress)
+    evaluator = Evaluator(model, held_out, config, cache, progress, again=True)
     wrapped, optimizer = fabric.setup(model, optimizer)
     return Training(fabric, config, run, manifest, plan, model, wrapped, objective, optimizer, batches, evaluator)
 

@@ -20,7 +20,7 @@ from amclr.config import Config, SourceConfig
 from amclr.data import manifest as manifests
 from amclr.data import tables
 from amclr.data.manifest import Manifest, Sample
-from amclr.data.pictures import BadPicture, Location, PictureStore, scan
+from amclr.data.pictures import BadPicture, Location, Picture, PictureStore, scan
 from amclr.data.rows import write_rejects
 from amclr.data.views import policies, text_views, title, whole
 from amclr.errors import UserError
@@ -37,16 +37,31 @@ def model_reads_pictures(model: DualEncoder) -> bool:
 
 
 class Evaluator:
-    """Retrieval on a fixed set of samples. Where both towers are frozen, their features are cached."""
+    """Retrieval on a fixed set of samples. Where both towers are frozen, their features are cached.
+
+    again: it will be asked more than once, so that decoded pictures are worth keeping.
+    """
 
     def __init__(
-        self, model: DualEncoder, samples: Sequence[Sample], config: Config, cache: Path, progress: bool = False
+        self,
+        model: DualEncoder,
+        samples: Sequence[Sample],
+        config: Config,
+        cache: Path,
+        progress: bool = False,
+        again: bool = False,
     ) -> None:
         self.model, self.samples = model, samples
         self.progress = progress and len(samples) > 2000  # a bar for a moment is only unrest
         self.captions = [c for s in samples for c in s.captions]
         self.image_of_text = np.repeat(np.arange(len(samples)), [len(s.captions) for s in samples])
         self.features: tuple[Tensor, Tensor] | None = None
+        places = [s.picture for s in samples]
+        self.pictures: Sequence[Picture] = places
+        if again and model_reads_pictures(model):
+            store = PictureStore.as_set(places, config, cache, progress)
+            if store.kept != "none":
+                self.pictures = [store[i] for i in range(len(store))]
         if not model_reads_pictures(model):
             texts = caption_features(model, self.captions, cache, progress)
             self.features = _plain_features(model, samples, config, cache, progress), torch.from_numpy(texts.copy())
@@ -54,7 +69,7 @@ class Evaluator:
     def embeddings(self) -> tuple[Tensor, Tensor]:
         """Unit rows of the pictures (N, D) and of all their captions (T, D), on the CPU."""
         if self.features is None:
-            pictures = self.model.encode_image([s.picture for s in self.samples], progress=self.progress)
+            pictures = self.model.encode_image(self.pictures, progress=self.progress)
             return pictures, self.model.encode_text(self.captions, progress=self.progress)
         return self.model.project(self.features[0], None), self.model.project(None, self.features[1])
 

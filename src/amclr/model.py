@@ -195,7 +195,7 @@ class DualEncoder(nn.Module):
         return {"input_ids": out["input_ids"], "attention_mask": out["attention_mask"]}
 
     def prepare(self, picture: Picture) -> Tensor:
-        """A picture (path, bytes or PIL) as the tower sees it in evaluation: (3, S, S) uint8."""
+        """A picture (path, bytes, PIL or decoded) as the tower sees it in evaluation: (3, S, S) uint8."""
         size = self.config.image_size
         return whole(read_picture(picture, size), size)
 

@@ -26,6 +26,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
+from amclr.config import Config
 from amclr.errors import UserError
 
 MAX_PIXELS = 64_000_000
@@ -74,7 +75,8 @@ class Location:
         return self.file if self.size < 0 else f"{self.file} at byte {self.offset}"
 
 
-Picture = str | Path | bytes | Location | Image.Image
+Picture = str | Path | bytes | Location | Image.Image | Tensor
+"""A picture: a path, encoded bytes, a place in a file, a PIL image, or already decoded, uint8 RGB (3, H, W)."""
 
 
 class BadPicture(UserError):
@@ -88,6 +90,9 @@ def read_picture(source: Picture, size: int) -> Tensor:
     use of a picture starts here, so training and evaluation see the same pixels. Raises BadPicture
     with a reason for empty, truncated, oversized or unreadable files.
     """
+    target = 2 * size
+    if isinstance(source, Tensor):
+        return _at_most(source, target)
     try:
         with warnings.catch_warnings():
             # We set our own limit on the size, below.
@@ -98,7 +103,6 @@ def read_picture(source: Picture, size: int) -> Tensor:
                 raise BadPicture(
                     f"picture too large: {width} x {height} pixels, over the limit of {MAX_PIXELS // 10**6} million"
                 )
-            target = 2 * size
             picture.draft("RGB", (target, target))
             ImageOps.exif_transpose(picture, in_place=True)
             pixels = torch.from_numpy(np.array(_to_rgb(picture))).permute(2, 0, 1)
@@ -111,11 +115,13 @@ def read_picture(source: Picture, size: int) -> Tensor:
             raise BadPicture("no such picture") from None
         message = re.sub(r"<_io\.BytesIO object at \w+>", "the file", str(error))
         raise BadPicture(f"picture cannot be decoded: {message or type(error).__name__}") from None
-    height, width = pixels.shape[1:]
-    if min(height, width) > target:
-        scale = target / min(height, width)
-        pixels = resized(pixels, round(height * scale), round(width * scale))
-    return pixels
+    return _at_most(pixels, target)
+
+
+def _at_most(picture: Tensor, shorter: int) -> Tensor:
+    height, width = picture.shape[1:]
+    scale = min(1.0, shorter / min(height, width))
+    return resized(picture, round(height * scale), round(width * scale))
 
 
 def resized(picture: Tensor, height: int, width: int) -> Tensor:
@@ -130,7 +136,7 @@ def resized(picture: Tensor, height: int, width: int) -> Tensor:
     return F.interpolate(batch, (height, width), mode="bicubic", antialias=True)[0]
 
 
-def _open(source: Picture) -> Image.Image:
+def _open(source: str | Path | bytes | Location | Image.Image) -> Image.Image:
     if isinstance(source, Image.Image):
         return source.copy()
     if isinstance(source, (str, Path)):
@@ -245,6 +251,14 @@ class PictureStore:
         self._starts = np.empty(0, dtype=np.int64)
         if keep != "none" and self.places:
             self._keep(keep, folder, int(ram * 1e9), int(disk * 1e9))
+
+    @classmethod
+    def as_set(cls, places: Sequence[Location], config: Config, cache: Path, progress: bool = True) -> PictureStore:
+        """Pictures kept as the settings say, files in the folder of caches."""
+        return cls(
+            places, config.model.image_size, config.decoded, folder=cache / "decoded", ram=config.ram_cache,
+            disk=config.disk_cache, progress=progress,
+        )  # fmt: skip
 
     @property
     def kept(self) -> str:

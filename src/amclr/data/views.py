@@ -62,7 +62,7 @@ def policies(config: Config) -> dict[str, Policy]:
 
 def title(name: str | list[Any]) -> str:
     """What to call a policy in a picture or a log."""
-    return name if isinstance(name, str) else " + ".join(k if isinstance(k, str) else next(iter(k)) for k in name)
+    return name if isinstance(name, str) else f"{len(name)} transforms"
 
 
 def whole(picture: Tensor, size: int) -> Tensor:

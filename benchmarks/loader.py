@@ -35,7 +35,7 @@ from torch.utils.data import DataLoader
 
 from amclr.config import Config, ModelConfig, ViewsConfig
 from amclr.data.batches import BatchPlan, PictureBatches
-from amclr.data.manifest import Sample, read_folder
+from amclr.data.manifest import Sample, load
 from amclr.data.pictures import Location, PictureStore
 from amclr.data.views import POLICIES, Drawn, boxes
 
@@ -62,8 +62,8 @@ def main() -> None:
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
-    samples = list(read_folder(options.data, Config().source).samples[: options.pictures])
     with tempfile.TemporaryDirectory() as folder:
+        samples = list(load(Config(data=str(options.data)), Path(folder), progress=False).samples[: options.pictures])
         loaders = prepare(samples, options.size, Path(folder))
         print(f"{len(samples)} pictures, size {options.size}, batch {BATCH}; {machine()}", flush=True)
         for workers in options.workers:

@@ -317,3 +317,13 @@ def test_datasets_of_the_hub_by_name(folder: Path, tmp_path: Path, amclr: Comman
     done = amclr("inspect", "--data", "hf:nobody/such-a-set", HF_HOME=tmp_path / "hub")
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "cannot load the dataset 'nobody/such-a-set'" in done.stderr and "save_to_disk(FOLDER)" in done.stderr
+
+
+def test_views_may_be_a_list_of_transforms(amclr: Command, folder: Path, tmp_path: Path) -> None:
+    crop = "{RandomResizedCrop: {size: 32, scale: [0.5, 1]}}"
+    done = amclr("inspect", "--data", folder, "--model.image_size", 32, "--views.image", f"[{crop}, RandomInvert]")
+    assert done.returncode == 0 and (tmp_path / "contact-sheet.png").is_file(), done.stderr
+    (tmp_path / "views.yaml").write_text(f"views:\n  image:\n  - {crop}\n  - ColorJiter: {{brightness: 0.4}}\n")
+    done = amclr("train", "--data", folder, "--recipe", "scratch", "--config", "views.yaml")
+    assert done.returncode == 1
+    assert done.stderr == "amclr: image views: unknown transform 'ColorJiter': did you mean ColorJitter?\n"

@@ -5,9 +5,11 @@ from __future__ import annotations
 import csv
 import errno
 import json
+import re
 import shutil
 import signal
 import sys
+import time
 import types
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +25,7 @@ import amclr
 from amclr import engine, features
 from amclr.config import Config, LossConfig, ModelConfig, OptimConfig, SourceConfig, ViewsConfig, from_dict, problems
 from amclr.data import manifest as manifests
-from amclr.data.batches import BatchPlan
+from amclr.data.batches import BatchPlan, PictureBatches
 from amclr.data.pictures import PictureStore
 from amclr.data.views import policy
 from amclr.engine import Stopped, train
@@ -410,6 +412,22 @@ def test_mixed_precision(precision: Any, folder: Path) -> None:
     exact = train(config_for(folder, "exact"), progress=False)
     first, second = (next(r["loss"] for r in x.metrics() if r["kind"] == "train") for x in (run, exact))
     assert first == pytest.approx(second, rel=0.05) and first != second
+
+
+def test_a_run_says_what_its_steps_waited_for(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "WAITED_LONG", 0.2)
+    real = PictureBatches.__getitem__
+    monkeypatch.setattr(PictureBatches, "__getitem__", lambda self, step: time.sleep(0.2) or real(self, step))
+    run = train(config_for(folder, epochs=1, decoded="none"), progress=True)
+    said = capsys.readouterr().err
+    assert re.search(r"[\d.]+ s a step: .*loader \d+%", said)
+    assert re.search(
+        r"\d+% of the time went into waiting for batches: try .*--decoded auto with a larger --ram_cache", said
+    )
+    rows = [r for r in run.metrics() if r["kind"] == "train"]
+    assert all(r["seconds_per_step"] > 0.2 and 0.15 < r["wait_share"] < 1 for r in rows)
 
 
 # -- frozen towers --------------------------------------------------------------------------------

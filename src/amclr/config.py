@@ -65,13 +65,13 @@ class SourceConfig:
 class ViewsConfig:
     """How a picture and its caption are rendered at each visit."""
 
-    image: Literal["paper", "strong", "weak", "single", "none"] | list[Any] = "paper"
+    image: Literal["paper", "strong", "weak", "none"] | list[Any] = "paper"
     """First image view. paper: crop, flip, RandAugment. strong: SimCLR's crop, flip, colour, grey, blur.
     weak: mild crop, flip. none: as in evaluation. Or a list of torchvision's v2 transforms, such as
     '[{RandomResizedCrop: {size: 64, scale: [0.5, 1]}}, {ColorJitter: {brightness: 0.4}}]'."""
     image_aug: Literal["single", "paper", "strong", "weak", "none"] | list[Any] = "single"
     """Second image view (image_aug). single: one operation drawn per sample from blur, flip, noise,
-    brightness, contrast, sharpen and crop, as in the paper; or what the first view can be."""
+    brightness, contrast, sharpen and crop, as in the paper; or anything that the first view can be."""
     where: Literal["auto", "workers", "device"] = "auto"
     """Where colours are changed, of whole batches: in the processes that prepare them, or on the device; the
     pictures are the same. auto: on a GPU where there is one."""

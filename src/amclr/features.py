@@ -52,9 +52,12 @@ def image_features(
 
     def chunk(start: int, stop: int) -> Tensor:
         pictures, ids = [store[i] for i in range(start, stop)], np.array([s.id for s in samples[start:stop]])
-        each = [drawn(pictures, ids, seed, "cached", v, title(name)) for v in range(draws)]
+        each = []
+        for v in range(draws):
+            cut, edits = drawn.draw(pictures, ids, seed, "cached", v, title(name))
+            each.append(edits(cut.to(model.device)))
         parts = torch.stack(each, 1).flatten(0, 1).split(model.pictures_at_once)
-        rows = [model.image_tower(part.to(model.device)).float().cpu() for part in parts]
+        rows = [model.image_tower(part).float().cpu() for part in parts]
         return torch.cat(rows).view(stop - start, draws, -1)
 
     shape = (len(samples), draws, model.image_tower.width)

@@ -140,11 +140,11 @@ def _rows(reading: Reading, table: Table) -> Iterator[Row]:
     others = [c for c in columns if c != image]
     file_column, id_column = find_column(others, "", FILE_COLUMNS), find_column(others, "", ID_COLUMNS)
     wanted = [c for c in others if c in (file_column, id_column) or c in texts or c.strip().lower() in USED]
-    first = next(table.read([image]), [])
+    first = next(_read(table, [image]), [])
     held = any(isinstance(row[image], (bytes, Mapping)) for row in first)
     places = iter(_copied(reading, table, image)) if held else None
     number = 0
-    for rows in table.read(wanted if held else [*wanted, image]):
+    for rows in _read(table, wanted if held else [*wanted, image]):
         for row in rows:
             number += 1
             place, called, fault = next(places) if places else (row[image], "", "")
@@ -159,6 +159,15 @@ def _rows(reading: Reading, table: Table) -> Iterator[Row]:
                 made.name = own
             made.file, made.line, made.split = table.called, number, made.split or table.split
             yield made
+
+
+def _read(table: Table, columns: Sequence[str]) -> Iterator[list[dict[str, Any]]]:
+    try:
+        yield from table.read(columns)
+    except (OSError, ValueError) as error:  # pyarrow's own errors are kinds of these
+        raise UserError(
+            f"'{table.called}' is damaged: {printable(str(error))}; mend it, or take it out of the folder"
+        ) from None
 
 
 def _copied(reading: Reading, table: Table, image: str) -> Iterator[tuple[Location | str | None, str, str]]:
@@ -186,7 +195,7 @@ def _copy(reading: Reading, table: Table, image: str, index: Path, content: Path
     bar = tqdm(total=table.rows, desc="Copying pictures into the cache", unit="row", leave=False,
                disable=not reading.progress)  # fmt: skip
     with bar, part.open("wb") as handle:
-        for rows in table.read([image]):
+        for rows in _read(table, [image]):
             for row in rows:
                 cell = row[image]
                 raw, name = (cell.get("bytes"), cell.get("path")) if isinstance(cell, Mapping) else (cell, "")

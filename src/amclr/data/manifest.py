@@ -368,7 +368,7 @@ def _collect(reading: Reading, rows: Iterable[Row], called: str) -> Manifest:
 
 
 class _Pictures:
-    """The folder that pictures of a table lie in. Nothing outside it is ever opened."""
+    """The folder that pictures of a table lie in. Nothing outside it, or the data set's own, is ever opened."""
 
     def __init__(self, root: Path, images: str) -> None:
         if images:
@@ -377,12 +377,12 @@ class _Pictures:
                 raise UserError(f"no folder '{images}' for --source.images")
         else:
             self.folder = next((root / f for f in PICTURE_FOLDERS if (root / f).is_dir()), root).resolve()
-        self.root = root.resolve()
-        self.inside = lru_cache(4096)(self._inside)
+        self.bases = (self.folder,) if images else tuple(dict.fromkeys((self.folder, root.resolve())))
+        self.real = lru_cache(4096)(os.path.realpath)
         self.find = lru_cache(4096)(self._find)
 
-    def _inside(self, folder: str) -> bool:
-        return Path(folder).resolve().is_relative_to(self.folder)
+    def _base(self, path: str) -> Path | None:
+        return next((base for base in self.bases if Path(path).is_relative_to(base)), None)
 
     def _find(self, text: str) -> tuple[str, Location | str, str | None]:
         """(name, place, None) of a picture, or why it cannot be used: no such file, or one outside the folder.
@@ -396,26 +396,29 @@ class _Pictures:
         path = PurePosixPath(text)
         outside = f"picture path leaves the folder: {text[:200]}"
         if path.is_absolute():
-            if not path.is_relative_to(self.folder):
+            base = self._base(str(path))
+            if base is None:
                 return text, "", outside
-            path = path.relative_to(self.folder)
+            path = path.relative_to(base)
         if PureWindowsPath(text).drive or ".." in path.parts:
             return text, "", outside
         try:
-            for base in dict.fromkeys((self.folder, self.root)):
+            for base in self.bases:
                 file = str(base / path)
                 if os.path.isfile(file):
                     break
             else:
                 return text, "", f"no such picture: {text[:200]}"
-            if not self.inside(os.path.dirname(file)):
+            file = os.path.join(self.real(os.path.dirname(file)), os.path.basename(file))
+            inside = self._base(file)
+            if inside is None:
                 return text, "", outside
-            if os.path.islink(file) and not Path(file).resolve().is_relative_to(self.folder):
+            if os.path.islink(file) and self._base(os.path.realpath(file)) is None:
                 return text, "", f"{outside} is a link out of it"
         except (OSError, ValueError) as error:  # names that are too long, or hold NUL
             what = getattr(error, "strerror", None) or error
             return text, "", f"picture cannot be reached: {text[:80]} ({what})"
-        return os.path.relpath(file, self.folder).replace(os.sep, "/"), Location(file), None
+        return os.path.relpath(file, inside).replace(os.sep, "/"), Location(file), None
 
 
 def _with_splits(manifest: Manifest, val_fraction: float) -> Manifest:

@@ -8,6 +8,7 @@ number of worker processes; one thread each. Captions are drawn and tokenised on
 take turns, several times; a figure is the median of its runs from the first batch to the last, a ratio the
 median of the ratios within each turn, with the smallest and largest. open_clip's batches are normalised
 float32; amclr's are uint8, which the image tower normalises where it is: rows "as float32" add that step.
+Below them: views of decoded pictures on one core, against the same policy by torchvision picture by picture.
 Needs amclr[bench].
 """
 
@@ -32,12 +33,13 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
+from torchvision.transforms import v2
 
 from amclr.config import Config, ModelConfig, ViewsConfig
 from amclr.data.batches import BatchPlan, PictureBatches
 from amclr.data.manifest import Sample, load
 from amclr.data.pictures import Location, PictureStore
-from amclr.data.views import POLICIES, Drawn, boxes
+from amclr.data.views import POLICIES, Drawn, boxes, policy
 
 BATCH = 128
 SHARDS = 8
@@ -68,7 +70,8 @@ def main() -> None:
         print(f"{len(samples)} pictures, size {options.size}, batch {BATCH}; {machine()}", flush=True)
         for workers in options.workers:
             speeds = measure(loaders, workers, options.repeats)
-            table(speeds, workers)
+            table(speeds, f"{workers} workers", list(speeds)[:2])
+        views(samples, options.size, options.repeats)
 
 
 def prepare(samples: list[Sample], size: int, folder: Path) -> dict[str, Loader]:
@@ -172,10 +175,37 @@ def measure(loaders: dict[str, Loader], workers: int, repeats: int) -> dict[str,
     return speeds
 
 
-def table(speeds: dict[str, list[float]], workers: int) -> None:
-    """Print a Markdown table of speeds and of ratios to open_clip's loaders."""
-    bases = list(speeds)[:2]
-    print(f"\n| {workers} workers | pictures/s | x {bases[0]} | x {bases[1]} |\n|---|---|---|---|")
+def views(samples: list[Sample], size: int, repeats: int) -> None:
+    """Views of decoded pictures a second, on one core: a batch at once, and picture by picture with torchvision."""
+    store = PictureStore([s.picture for s in samples[:BATCH]], size, "ram", progress=False)
+    pictures, ids = [store[i] for i in range(BATCH)], np.array([s.id for s in samples[:BATCH]])
+    kernel = max(3, int(0.1 * size) // 2 * 2 + 1)
+    colours = [
+        v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
+        v2.RandomGrayscale(p=0.2),
+        v2.RandomApply([v2.GaussianBlur(kernel, (0.1, 2.0))], p=0.5),
+    ]
+    augment = v2.RandAugment(2, 7, interpolation=v2.InterpolationMode.BILINEAR)
+    for name, low, more in (("weak", 0.6, []), ("paper", 0.5, [augment]), ("strong", 0.2, colours)):
+        crop = v2.RandomResizedCrop(size, (low, 1.0), (0.8, 1.25), v2.InterpolationMode.BICUBIC, antialias=True)
+        theirs, ours = v2.Compose([crop, v2.RandomHorizontalFlip(), *more]), policy(name, size)
+        speeds: dict[str, list[float]] = {"torchvision, one by one": [], "amclr, a batch at once": []}
+        for turn in range(repeats + 1):
+            for way, values in speeds.items():
+                begin = time.perf_counter()
+                for _ in range(3):
+                    if way.startswith("amclr"):
+                        ours(pictures, ids, turn)
+                    else:
+                        torch.stack([theirs(p) for p in pictures])
+                if turn:
+                    values.append(3 * BATCH / (time.perf_counter() - begin))
+        table(speeds, f"views '{name}'", list(speeds)[:1])
+
+
+def table(speeds: dict[str, list[float]], what: str, bases: list[str]) -> None:
+    """Print a Markdown table of speeds and of their ratios to some."""
+    print(f"\n| {what} | pictures/s | {' | '.join(f'x {base}' for base in bases)} |\n|---{'|---' * (1 + len(bases))}|")
     for name, values in speeds.items():
         cells = [f"{statistics.median(values):.0f} ({min(values):.0f} to {max(values):.0f})"]
         for base in bases:

@@ -271,7 +271,7 @@ class PictureStore:
     def __getitem__(self, index: int) -> Tensor:
         """Picture `index` as uint8 (3, H, W)."""
         if self._pixels is None and self._file:  # unpickled in another process
-            self._pixels = np.memmap(self._file, dtype=np.uint8, mode="c")
+            self._pixels = _mapped(self._file)
         if self._pixels is None or not self._sizes[index, 0]:
             return self._decode(self.places[index])
         height, width = self._sizes[index].tolist()
@@ -408,7 +408,7 @@ class PictureStore:
             os.utime(file)  # the least recently used are the first to go
         self._sizes = np.fromfile(table, dtype=np.int32).reshape(-1, 2)
         self._file, self._starts = file, _starts(self._sizes)
-        self._pixels = np.memmap(file, dtype=np.uint8, mode="c")
+        self._pixels = _mapped(file)
         return True
 
     def _make_room(self, file: Path, limit: int) -> None:
@@ -432,6 +432,11 @@ def _whole_part(file: Path, table: Path) -> tuple[int, int]:
     ends = shapes.astype(np.int64).prod(axis=1).cumsum() * 3
     done = int(np.searchsorted(ends, file.stat().st_size, side="right"))
     return done, int(ends[done - 1]) if done else 0
+
+
+def _mapped(file: Path) -> np.ndarray:
+    # A private map, so that torch may hold it as if it could be written; slices of plain arrays are cheaper.
+    return np.memmap(file, dtype=np.uint8, mode="c").view(np.ndarray)
 
 
 def _starts(sizes: np.ndarray) -> np.ndarray:

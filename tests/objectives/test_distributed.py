@@ -175,6 +175,11 @@ def work_with_a_fault(rank: int, folder: str) -> None:
     except ValueError as error:
         Path(folder, f"{rank}-diagnose.txt").write_text(str(error))
     objective.diagnose = False
+    # Or passes groups, which the others would not gather.
+    try:
+        objective(views, ids, groups(0) if rank else None)
+    except ValueError as error:
+        Path(folder, f"{rank}-groups.txt").write_text(str(error))
     # No tensor at all, on one of them.
     try:
         objective({**views, "text": None} if rank else views, ids)
@@ -192,6 +197,7 @@ def test_if_one_process_refuses_its_batch_all_do(tmp_path: Path) -> None:
     assert "view 'text' has shape (3, 5)" in (tmp_path / "1.txt").read_text()
     assert "process 1 refused its part of the batch" in (tmp_path / "0.txt").read_text()
     for rank in range(2):
-        assert "processes 0 and 1 do not do the same" in (tmp_path / f"{rank}-diagnose.txt").read_text()
+        for slip in ("diagnose", "groups"):
+            assert "processes 0 and 1 do not do the same" in (tmp_path / f"{rank}-{slip}.txt").read_text()
     assert "view 'text' must be a floating-point" in (tmp_path / "1-none.txt").read_text()
     assert "process 1 refused" in (tmp_path / "0-none.txt").read_text()

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from amclr import evaluate, figures
 from amclr.config import Config
+from amclr.data import duplicates, tables
 from amclr.data import manifest as manifests
-from amclr.data import tables
 from amclr.data.manifest import Manifest, Sample
-from amclr.data.pictures import BadPicture, Location, PictureStore, scan
+from amclr.data.pictures import BadPicture, Location, PictureStore, hashes, scan
 from amclr.data.rows import write_rejects
 from amclr.data.views import image_view, policy, text_views
 from amclr.errors import UserError
@@ -220,7 +220,8 @@ def inspect(config: Config, sheet: Path, progress: bool = True) -> str:
     samples = manifest.samples
     lengths = np.array([len(c.split()) for s in samples for c in s.captions])
     per_picture = Counter(len(s.captions) for s in samples)
-    repeated = sum(n - 1 for n in Counter(c for s in samples for c in s.captions).values())
+    store = PictureStore([s.picture for s in samples], config.model.image_size)
+    groups = duplicates.near_duplicates(hashes(store, progress))
     words = len({w for s in samples for c in s.captions for w in c.lower().split()})
     lines = [
         f"{manifest.root}",
@@ -228,7 +229,7 @@ def inspect(config: Config, sheet: Path, progress: bool = True) -> str:
         f"captions     {len(lengths)}: "
         + ", ".join(f"{n} pictures with {k}" for k, n in sorted(per_picture.items(), key=lambda x: -x[1])[:3]),
         f"words        {words}; {lengths.min()} to {lengths.max()} per caption, median {np.median(lengths):.0f}",
-        f"repeated     {repeated} captions say what another says already",
+        *duplicates.report(groups, [s.name for s in samples], [s.captions for s in samples], manifest.splits),
         f"left out     {len(manifest.rejects)} of {manifest.rows} rows",
     ]
     for one, other in combinations(manifest.splits, 2):
@@ -242,7 +243,22 @@ def inspect(config: Config, sheet: Path, progress: bool = True) -> str:
         write_rejects(manifest.rejects, listed)
         lines.append(f"  {'... ' if len(manifest.rejects) > 10 else ''}all of them listed in {listed}")
     _draw_sheet(samples, config, sheet, manifest)
-    return "\n".join([*lines, f"contact sheet: {sheet}"])
+    lines.append(f"contact sheet: {sheet}")
+    if sets := duplicates.largest(groups):
+        drawn = sheet.with_name(f"{sheet.stem}-duplicates{sheet.suffix}")
+        _draw_duplicates(samples, sets, store, drawn)
+        lines.append(f"pictures that look the same: {drawn}")
+    return "\n".join(lines)
+
+
+def _draw_duplicates(samples: Sequence[Sample], sets: Sequence[np.ndarray], store: PictureStore, file: Path) -> None:
+    """Draw some members of the largest groups of near-duplicate pictures, with a caption of the first two."""
+    shown = policy("none", 96)
+    cards = []
+    for members in sets[:12]:
+        pictures = [(samples[i].name[-16:], image_view(shown, store[i], 0)) for i in map(int, members[:4])]
+        cards.append((pictures, samples[members[0]].captions[0], samples[members[1]].captions[0]))
+    figures.contact_sheet(cards, file, f"{sum(map(len, sets))} pictures in {len(sets)} groups look the same")
 
 
 def _draw_sheet(samples: Sequence[Sample], config: Config, file: Path, manifest: Manifest) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from itertools import combinations
 
@@ -58,9 +58,9 @@ def _transform() -> tuple[Tensor, Tensor]:
     return torch.from_numpy(cosines).float(), torch.from_numpy(order)
 
 
-def picture_hashes(pictures: Iterable[Tensor]) -> np.ndarray:
-    """Hashes of pictures, (N, 24) uint8."""
-    return np.frombuffer(b"".join(map(picture_hash, pictures)), dtype=np.uint8).reshape(-1, HASH_BYTES)
+def as_rows(hashes: Iterable[bytes]) -> np.ndarray:
+    """Hashes as an array (N, 24) uint8."""
+    return np.frombuffer(b"".join(hashes), dtype=np.uint8).reshape(-1, HASH_BYTES)
 
 
 def near_duplicates(hashes: np.ndarray, distance: int = DISTANCE) -> np.ndarray:
@@ -153,8 +153,8 @@ class Duplicates:
     captions: the group of each caption that stands, but for `normalised`, under several samples.
     """
 
-    pictures: np.ndarray | None
-    captions: Mapping[str, int]
+    pictures: np.ndarray | None = None
+    captions: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
     def find(cls, texts: Sequence[Sequence[str]], hashes: np.ndarray | None) -> Duplicates:
@@ -169,7 +169,9 @@ class Duplicates:
 
     def groups(self, rows: Sequence[int] | np.ndarray, texts: Mapping[str, Sequence[str]]) -> dict[str, Tensor]:
         """The groups of a batch by view, as an objective takes them: of the samples `rows` (B,) and of drawn texts."""
-        found = {view: torch.tensor([self.captions.get(t, -1) for t in drawn]) for view, drawn in texts.items()}
+        found: dict[str, Tensor] = {}
+        if self.captions:
+            found = {view: torch.tensor([self.captions.get(t, -1) for t in drawn]) for view, drawn in texts.items()}
         if self.pictures is not None:
             found["image"] = torch.from_numpy(self.pictures[np.asarray(rows)])
         return found
@@ -199,9 +201,8 @@ def report(
         leaks = [(i, j) for own in sets for i in own[within[other][own]] for j in own[within[one][own]][:1] if i != j]
         if leaks:
             i, j = leaks[0]
-            lines.append(
-                f"leakage      {len(leaks)} pictures of {other} look like one of {one}, such as {names[i]} and {names[j]}"
-            )
+            lines.append(f"leakage      {len(leaks)} pictures of {other} look like one of {one}, "
+                         f"such as {names[i]} and {names[j]}")  # fmt: skip
     stands = Counter(text for own in captions for text in {normalised(c) for c in own})
     shared = {text: count for text, count in stands.items() if count > 1}
     count = sum(normalised(c) in shared for own in captions for c in own)

@@ -20,6 +20,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
+from amclr.data.duplicates import as_rows, picture_hash
 from amclr.errors import UserError
 
 MAX_PIXELS = 64_000_000
@@ -186,6 +187,13 @@ def _appending(file: Path | None) -> Iterator[TextIO]:
     with file.open("a", encoding="utf-8") as handle:
         handle.write("\n" if handle.tell() else "")
         yield handle
+
+
+def hashes(store: PictureStore, progress: bool = True) -> np.ndarray:
+    """Perceptual hashes of all pictures of a store, (N, 24) uint8."""
+    with ThreadPoolExecutor(min(32, os.cpu_count() or 1)) as pool:
+        found = pool.map(lambda i: picture_hash(store[i]), range(len(store)))
+        return as_rows(tqdm(found, "Comparing pictures", len(store), disable=not progress, leave=False))
 
 
 class PictureStore:

@@ -17,14 +17,22 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-SIDE = 32
-"""A picture is hashed at this size."""
+from amclr.randomness import mixed
+
+SIDE, COARSE = 32, 8
+"""A picture is hashed at these sizes: its waves, and its patches."""
 LUMA_BITS, CHROMA_BITS = 128, 32
-HASH_BYTES = (LUMA_BITS + 2 * CHROMA_BITS) // 8
-DISTANCE = 24
-"""Of 192 bits, so many may differ between near-duplicates (`python -m benchmarks.duplicates`)."""
+SIGNS = (LUMA_BITS + 2 * CHROMA_BITS) // 8
+LEVEL_BITS = 5
+HASH_BYTES = SIGNS + 3 * COARSE**2 * LEVEL_BITS // 8
+DISTANCE, LEVELS = 24, 2
+"""Of 192 signs, so many may differ between near-duplicates, and by so many steps each patch."""
+STEPS, COLOUR = 4.0, 1.5
+"""Steps of a patch per standard deviation of luma; weight of its colour."""
 FAINT = 1.0
-"""Coefficients below this are nothing: else the hash of a blank picture would be rounding errors."""
+"""Waves below this are nothing: else the signs of a blank picture would be rounding errors."""
+FLAT = 4.0
+"""Added to the standard deviation, in grey levels, so that noise is not stretched to a picture."""
 INDEXED = (0, 1, 2, 3, 4, 5, 16, 17, 20, 21)
 """Bytes that make the keys of the search: the coarsest of luma and of both chromas, which change least."""
 NEXT = 64
@@ -34,18 +42,24 @@ YCC = ((0.299, 0.587, 0.114), (-0.168736, -0.331264, 0.5), (0.5, -0.418688, -0.0
 
 
 def picture_hash(picture: Tensor) -> bytes:
-    """A hash of what a picture looks like: 24 bytes, few bits of which change when it is saved anew.
+    """A hash of what a picture looks like: 144 bytes that change little when it is saved anew or made brighter.
 
-    picture: uint8 (3, H, W). Bits are the signs of the lowest frequencies of a cosine transform, 128 of luma and
-    32 of each chroma, whatever the size and proportions: Zauner 2010, "Implementation and Benchmarking of
-    Perceptual Image Hash Functions", section 3.2.1, without its median, and with colour. Brightness leaves them
-    alone.
+    picture: uint8 (3, H, W). The first 24 bytes are the signs of the lowest frequencies of a cosine transform, 128
+    of luma and 32 of each chroma, whatever the size and proportions: Zauner 2010, "Implementation and
+    Benchmarking of Perceptual Image Hash Functions", section 3.2.1, without its median, and with colour. The others
+    are 8 x 8 patches of luma and both chromas in 5 bits each, in units of the contrast: of pictures on one
+    background, the signs are often the same whatever small thing is before it.
     """
-    small = F.adaptive_avg_pool2d(picture.float(), SIDE)
+    ycc = torch.tensordot(torch.tensor(YCC), F.adaptive_avg_pool2d(picture.float(), SIDE), 1)
     cosines, order = _transform()
-    waves = cosines @ torch.tensordot(torch.tensor(YCC), small, 1) @ cosines.T
-    luma, *chroma = (waves.flatten(1)[:, order] > FAINT).numpy()
-    return np.packbits(np.concatenate([luma, *(c[:CHROMA_BITS] for c in chroma)])).tobytes()
+    luma, *chroma = ((cosines @ ycc @ cosines.T).flatten(1)[:, order] > FAINT).numpy()
+    patches = F.avg_pool2d(ycc, SIDE // COARSE).flatten(1)
+    patches[0] -= patches[0].mean()
+    scale = torch.tensor([[1.0], [COLOUR], [COLOUR]]) * STEPS / (patches[0].square().mean().sqrt() + FLAT)
+    top = 1 << (LEVEL_BITS - 1)
+    levels = ((patches * scale).round().clamp(-top, top - 1) + top).byte().flatten().numpy()
+    bits = np.unpackbits(levels[:, None], axis=1)[:, -LEVEL_BITS:]
+    return np.packbits(np.concatenate([luma, *(c[:CHROMA_BITS] for c in chroma), bits.ravel()])).tobytes()
 
 
 @cache
@@ -59,22 +73,22 @@ def _transform() -> tuple[Tensor, Tensor]:
 
 
 def as_rows(hashes: Iterable[bytes]) -> np.ndarray:
-    """Hashes as an array (N, 24) uint8."""
+    """Hashes as an array (N, 144) uint8."""
     return np.frombuffer(b"".join(hashes), dtype=np.uint8).reshape(-1, HASH_BYTES)
 
 
-def near_duplicates(hashes: np.ndarray, distance: int = DISTANCE) -> np.ndarray:
-    """Groups (N,) int64 of pictures by their hashes (N, 24) uint8: the least index of the group's members, or -1.
+def near_duplicates(hashes: np.ndarray) -> np.ndarray:
+    """Groups (N,) int64 of pictures by their hashes (N, 144) uint8: the least index of the group's members, or -1.
 
-    Two pictures whose hashes differ in at most `distance` bits are of a group, and so are those that each is
-    in a group with. Only pictures that agree in three whole bytes of `INDEXED` are compared (as in Manku et al. 2007,
-    "Detecting near-duplicates for web crawling"): each of the 120 choices of three sorts the pictures by a key of
-    24 bits. So it takes O(N log N) time and O(N) memory, and misses few pairs: with more than 7 of the indexed
-    bits different, some.
+    Two pictures whose hashes differ in at most `DISTANCE` signs, and by at most `LEVELS` in every patch, are of a
+    group, and so are those that each is in a group with. Only pictures that agree in three whole bytes of
+    `INDEXED` are compared (as in Manku et al. 2007, "Detecting near-duplicates for web crawling"): each of the 120
+    choices of three sorts the pictures by a key of 24 bits. So it takes O(N log N) time and O(N) memory, and
+    misses few pairs: some of those that differ in more than 7 of the indexed signs.
     """
     first, every = _collapsed(hashes)
     unique = hashes[first]
-    words = np.ascontiguousarray(unique).view(np.uint16)
+    signs = unique[:, :SIGNS].copy().view(np.uint16)
     label = np.arange(len(unique))
     places = np.arange(len(unique), dtype=np.uint64)
     for chosen in combinations(INDEXED, 3):
@@ -92,7 +106,7 @@ def near_duplicates(hashes: np.ndarray, distance: int = DISTANCE) -> np.ndarray:
             one, other = order[here], order[here + ahead]
             apart = label[one] != label[other]
             one, other = one[apart], other[apart]
-            near = _ones()[words[one] ^ words[other]].sum(1, dtype=np.int64) <= distance
+            near = _alike(unique, signs, one, other)
             label = _joined(label, one[near], other[near])
     return _alone_unnumbered(first[label][every])
 
@@ -100,12 +114,30 @@ def near_duplicates(hashes: np.ndarray, distance: int = DISTANCE) -> np.ndarray:
 def _collapsed(hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The first of each set of equal rows, and which of those each row is."""
     words = np.ascontiguousarray(hashes).view(np.uint64)
-    order = np.lexsort(words.T)
+    factors = mixed(np.arange(words.shape[1]), "columns") | np.uint64(1)
+    order = np.argsort((words * factors).sum(1, dtype=np.uint64), kind="stable")
     starts = np.ones(len(order), dtype=bool)
     starts[1:] = (words[order[1:]] != words[order[:-1]]).any(1)
     every = np.empty(len(order), dtype=np.int64)
     every[order] = np.cumsum(starts) - 1
     return order[starts], every
+
+
+def _alike(hashes: np.ndarray, signs: np.ndarray, one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Whether the pictures of each pair of rows are near-duplicates, bool; some pairs at a time."""
+    found = np.zeros(len(one), dtype=bool)
+    for start in range(0, len(one), 1 << 16):
+        a, b = one[start : start + (1 << 16)], other[start : start + (1 << 16)]
+        near = np.flatnonzero(_ones()[signs[a] ^ signs[b]].sum(1, dtype=np.int64) <= DISTANCE)
+        apart = np.abs(_levels(hashes[a[near]]) - _levels(hashes[b[near]])).max(1, initial=0)
+        found[start + near[apart <= LEVELS]] = True
+    return found
+
+
+def _levels(hashes: np.ndarray) -> np.ndarray:
+    """The patches of some hashes, (n, 192) int8."""
+    bits = np.unpackbits(hashes[:, SIGNS:], axis=1).reshape(len(hashes), 3 * COARSE**2, LEVEL_BITS)
+    return (bits @ (1 << np.arange(LEVEL_BITS, dtype=np.uint8)[::-1])).astype(np.int8)
 
 
 @cache
@@ -158,7 +190,7 @@ class Duplicates:
 
     @classmethod
     def find(cls, texts: Sequence[Sequence[str]], hashes: np.ndarray | None) -> Duplicates:
-        """Among N samples: texts, the captions of each, and hashes of their pictures, (N, 24) uint8."""
+        """Among N samples: texts, the captions of each, and hashes of their pictures, (N, 144) uint8."""
         every = [t for own in texts for t in own]
         sample = np.repeat(np.arange(len(texts)), [len(own) for own in texts])
         group = caption_groups(every)
@@ -192,7 +224,8 @@ def report(
     pictures: groups (N,) by `near_duplicates`; names and captions of the N samples; names by split.
     """
     sets = largest(pictures)
-    lines = [f"look-alikes  {sum(map(len, sets))} pictures in {len(sets)} groups look the same"]
+    count = f"{len(sets)} group{'s' * (len(sets) != 1)}"
+    lines = [f"look-alikes  {sum(map(len, sets))} pictures in {count} look the same"]
     if sets:
         some = ", ".join(names[i] for i in sets[0][:3])
         lines[0] += f"; the largest is of {len(sets[0])}: {some}{', ...' if len(sets[0]) > 3 else ''}"
@@ -205,8 +238,8 @@ def report(
                          f"such as {names[i]} and {names[j]}")  # fmt: skip
     stands = Counter(text for own in captions for text in {normalised(c) for c in own})
     shared = {text: count for text, count in stands.items() if count > 1}
-    count = sum(normalised(c) in shared for own in captions for c in own)
-    lines.append(f"repeated     {count} captions, {len(shared)} different ones, stand under several pictures")
+    those = sum(normalised(c) in shared for own in captions for c in own)
+    lines.append(f"repeated     {those} captions, {len(shared)} different ones, stand under several pictures")
     if shared:
         text, most = max(shared.items(), key=lambda item: item[1])
         lines[-1] += f", such as '{text[:60]}' under {most}"

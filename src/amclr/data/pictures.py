@@ -190,7 +190,7 @@ def _appending(file: Path | None) -> Iterator[TextIO]:
 
 
 def hashes(store: PictureStore, progress: bool = True) -> np.ndarray:
-    """Perceptual hashes of all pictures of a store, (N, 24) uint8."""
+    """Perceptual hashes of all pictures of a store, (N, 144) uint8."""
     with ThreadPoolExecutor(min(32, os.cpu_count() or 1)) as pool:
         found = pool.map(lambda i: picture_hash(store[i]), range(len(store)))
         return as_rows(tqdm(found, "Comparing pictures", len(store), disable=not progress, leave=False))

@@ -25,7 +25,7 @@ LUMA_BITS, CHROMA_BITS = 128, 32
 SIGNS = (LUMA_BITS + 2 * CHROMA_BITS) // 8
 LEVEL_BITS = 5
 HASH_BYTES = SIGNS + 3 * COARSE**2 * LEVEL_BITS // 8
-DISTANCE, LEVELS = 24, 2
+DISTANCE, LEVELS = 24, 3
 """Of 192 signs, so many may differ between near-duplicates, and by so many steps each patch."""
 STEPS, COLOUR = 4.0, 1.5
 """Steps of a patch per standard deviation of luma; weight of its colour."""

@@ -115,6 +115,9 @@ class Training:
                 self.step = round(self.step / state["steps_per_epoch"] * self.plan.steps_per_epoch)
                 self.objective.load_rows(state["objective"], rows_among(before, self.plan.samples))
         self.run.forget_metrics_after(self.step)
+        for row in self.run.metrics():
+            if row["kind"] == "replaced":
+                self.lose(row["sample"], row["reason"])
 
 
 def rows_among(before: np.ndarray, now: np.ndarray) -> Tensor:
@@ -292,7 +295,8 @@ def duplicates(samples: Sequence[Sample], store: PictureStore, config: Config, p
     what = config.source.duplicates
     if what == "negatives":
         return Duplicates()
-    return Duplicates.find([s.texts for s in samples], hashes(store, progress) if what == "positives" else None)
+    looks = what == "positives" and len(samples) <= config.source.scan_up_to
+    return Duplicates.find([s.texts for s in samples], hashes(store, progress) if looks else None)
 
 
 def build_objective(config: Config, samples: int) -> Objective:

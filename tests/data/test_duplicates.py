@@ -147,15 +147,17 @@ def test_captions_that_say_the_same() -> None:
 def test_groups_of_a_batch_are_by_view() -> None:
     texts = [["A dog.", "One dog", "one dog"], ["a dog", "a cat"], ["A cat!", "two cats"], ["a horse", "a horse."]]
     rows = np.zeros((4, HASH_BYTES), dtype=np.uint8)
-    rows[:2, 0] = 255
+    rows[:2, :4] = 255
     rows[2:, SIGNS] = [0, 255]
-    found = Duplicates.find(texts, rows)
+    found = Duplicates.find(texts, [r.tobytes() for r in rows])
     assert set(found.captions) == {"A dog.", "a dog", "a cat", "A cat!"}, "what stands under one sample alone is none"
     drawn = {"text": ["A dog.", "a cat"], "text_aug": ["One dog", "a dog"]}
     groups = found.groups([0, 1], drawn)
     assert groups["image"].tolist() == [0, 0]
     assert groups["text"][0] == groups["text_aug"][1] >= 0 and groups["text_aug"][0] == -1
     assert groups["text"][1] not in (-1, groups["text"][0])
+    some = Duplicates.find(texts, [None, rows[2].tobytes(), rows[0].tobytes(), rows[1].tobytes()]).pictures
+    assert some is not None and some.tolist() == [-1, -1, 2, 2], "of a picture without a hash nothing is known"
     assert set(Duplicates.find(texts, None).groups([0], drawn)) == {"text", "text_aug"}
     assert Duplicates().groups([0, 1], drawn) == {}
 

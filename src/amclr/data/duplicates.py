@@ -111,6 +111,15 @@ def near_duplicates(hashes: np.ndarray) -> np.ndarray:
     return _alone_unnumbered(first[label][every])
 
 
+def picture_groups(hashes: Sequence[bytes | None]) -> np.ndarray:
+    """Groups (N,) of pictures as by `near_duplicates`, -1 where a hash is not known."""
+    known = np.array([k for k, h in enumerate(hashes) if h is not None], dtype=np.int64)
+    groups = np.full(len(hashes), -1, dtype=np.int64)
+    found = near_duplicates(as_rows(h for h in hashes if h is not None))
+    groups[known[found >= 0]] = known[found[found >= 0]]
+    return groups
+
+
 def _collapsed(hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The first of each set of equal rows, and which of those each row is."""
     words = np.ascontiguousarray(hashes).view(np.uint64)
@@ -189,15 +198,15 @@ class Duplicates:
     captions: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
-    def find(cls, texts: Sequence[Sequence[str]], hashes: np.ndarray | None) -> Duplicates:
-        """Among N samples: texts, the captions of each, and hashes of their pictures, (N, 144) uint8."""
+    def find(cls, texts: Sequence[Sequence[str]], hashes: Sequence[bytes | None] | None) -> Duplicates:
+        """Among N samples: texts, the captions of each, and hashes, of their pictures, as far as they are known."""
         every = [t for own in texts for t in own]
         sample = np.repeat(np.arange(len(texts)), [len(own) for own in texts])
         group = caption_groups(every)
         elsewhere = (group >= 0) & (sample[group] != sample)
         shared = set(group[elsewhere].tolist())
         captions = {t: g for t, g in zip(every, group.tolist(), strict=True) if g in shared}
-        return cls(None if hashes is None else near_duplicates(hashes), captions)
+        return cls(None if hashes is None else picture_groups(hashes), captions)
 
     def groups(self, rows: Sequence[int] | np.ndarray, texts: Mapping[str, Sequence[str]]) -> dict[str, Tensor]:
         """The groups of a batch by view, as an objective takes them: of the samples `rows` (B,) and of drawn texts."""
@@ -217,12 +226,19 @@ def largest(groups: np.ndarray) -> list[np.ndarray]:
 
 
 def report(
-    pictures: np.ndarray, names: Sequence[str], captions: Sequence[Sequence[str]], splits: Mapping[str, Iterable[str]]
+    pictures: np.ndarray | None,
+    names: Sequence[str],
+    captions: Sequence[Sequence[str]],
+    splits: Mapping[str, Iterable[str]],
 ) -> list[str]:
     """What stands more than once in a data set, a line each: near-duplicate pictures, also across splits; captions.
 
-    pictures: groups (N,) by `near_duplicates`; names and captions of the N samples; names by split.
+    pictures: groups (N,), None where they are not known; names and captions of the N samples; names by split.
     """
+    return [*([] if pictures is None else _report_pictures(pictures, names, splits)), _report_captions(captions)]
+
+
+def _report_pictures(pictures: np.ndarray, names: Sequence[str], splits: Mapping[str, Iterable[str]]) -> list[str]:
     sets = largest(pictures)
     count = f"{len(sets)} group{'s' * (len(sets) != 1)}"
     lines = [f"look-alikes  {sum(map(len, sets))} pictures in {count} look the same"]
@@ -236,11 +252,15 @@ def report(
             i, j = leaks[0]
             lines.append(f"leakage      {len(leaks)} pictures of {other} look like one of {one}, "
                          f"such as {names[i]} and {names[j]}")  # fmt: skip
+    return lines
+
+
+def _report_captions(captions: Sequence[Sequence[str]]) -> str:
     stands = Counter(text for own in captions for text in {normalised(c) for c in own})
     shared = {text: count for text, count in stands.items() if count > 1}
     those = sum(normalised(c) in shared for own in captions for c in own)
-    lines.append(f"repeated     {those} captions, {len(shared)} different ones, stand under several pictures")
+    line = f"repeated     {those} captions, {len(shared)} different ones, stand under several pictures"
     if shared:
         text, most = max(shared.items(), key=lambda item: item[1])
-        lines[-1] += f", such as '{text[:60]}' under {most}"
-    return lines
+        line += f", such as '{text[:60]}' under {most}"
+    return line

@@ -20,7 +20,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
-from amclr.data.duplicates import as_rows, picture_hash
+from amclr.data.duplicates import picture_hash
 from amclr.errors import UserError
 
 MAX_PIXELS = 64_000_000
@@ -189,11 +189,18 @@ def _appending(file: Path | None) -> Iterator[TextIO]:
         yield handle
 
 
-def hashes(store: PictureStore, progress: bool = True) -> np.ndarray:
-    """Perceptual hashes of all pictures of a store, (N, 144) uint8."""
+def hashes(store: PictureStore, progress: bool = True) -> list[bytes | None]:
+    """Perceptual hashes of all pictures of a store, None where one cannot be decoded."""
+
+    def of(index: int) -> bytes | None:
+        try:
+            return picture_hash(store[index])
+        except BadPicture:
+            return None
+
     with ThreadPoolExecutor(min(32, os.cpu_count() or 1)) as pool:
-        found = pool.map(lambda i: picture_hash(store[i]), range(len(store)))
-        return as_rows(tqdm(found, "Comparing pictures", len(store), disable=not progress, leave=False))
+        found = pool.map(of, range(len(store)))
+        return list(tqdm(found, "Comparing pictures", len(store), disable=not progress, leave=False))
 
 
 class PictureStore:

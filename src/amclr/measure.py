@@ -20,7 +20,7 @@ from amclr.config import Config, SourceConfig
 from amclr.data import duplicates, tables
 from amclr.data import manifest as manifests
 from amclr.data.manifest import Manifest, Sample
-from amclr.data.pictures import BadPicture, Location, PictureStore, hashes, scan
+from amclr.data.pictures import BadPicture, Location, PictureStore, scan
 from amclr.data.rows import write_rejects
 from amclr.data.views import image_view, policy, text_views
 from amclr.errors import UserError
@@ -162,7 +162,8 @@ def measure_classes(
     elif templates:
         raise UserError(f"no templates file '{file}': one prompt per line, with {{}} for the class name")
     places = [Location(str(p)) for p in paths]
-    bad = scan(places, model.config.image_size, progress=progress)
+    verdicts = scan(places, model.config.image_size, progress=progress)
+    bad = {place: v.reason for place, v in verdicts.items() if v.reason}
     kept = [(p, y) for p, y in zip(places, labels, strict=True) if p not in bad]
     if not kept:
         raise UserError(f"no picture under '{root}' can be decoded; the first: {next(iter(bad.items()))}")
@@ -222,15 +223,15 @@ def inspect(
     """
     if sheet.suffix.lower() not in (".png", ".jpg", ".jpeg", ".pdf", ".svg"):
         raise UserError(f"cannot draw a contact sheet as '{sheet}': name a .png, .jpg, .pdf or .svg file")
-    lenient = replace(config, source=replace(config.source, max_bad=1.0))
+    lenient = replace(config, source=replace(config.source, max_bad=1.0, duplicates="positives"))
     manifest = manifests.prepare(lenient, manifests.cache_folder(config), progress, scan_all)
     samples = manifest.samples
     captions = [c for s in samples for c in s.captions]
     lengths = np.array([len(c.split()) for c in captions])
     per_picture = Counter(len(s.captions) for s in samples)
     store = PictureStore([s.picture for s in samples], config.model.image_size)
-    looked = scan_all or len(samples) <= config.source.scan_up_to
-    groups = duplicates.picture_groups(hashes(store, progress)) if looked else None
+    looks = [manifest.looks.get(s.picture) for s in samples]
+    groups = duplicates.picture_groups(looks) if any(looks) else None
     words = Counter(w for c in captions for w in re.findall(r"\w+", c.lower()))
     counts = np.array(sorted(words.values(), reverse=True) or [0])
     commonest = int(np.searchsorted(np.cumsum(counts), counts.sum() / 2)) + 1

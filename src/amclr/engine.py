@@ -9,7 +9,7 @@ import signal
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -27,7 +27,8 @@ from amclr import figures
 from amclr.config import Config, problems
 from amclr.data import manifest as manifests
 from amclr.data.batches import Batch, BatchPlan, PictureBatches
-from amclr.data.manifest import Manifest
+from amclr.data.duplicates import Duplicates
+from amclr.data.manifest import Manifest, Sample
 from amclr.data.pictures import PictureStore
 from amclr.data.rows import Reject, append_rejects, write_rejects
 from amclr.data.views import policies
@@ -275,14 +276,15 @@ def backward(t: Training, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
     if 0 < size < len(batch.ids):
         made = backward_in_chunks(
             lambda part: embed(t.wrapped, part.to(device)), batch.chunks(size), t.objective, batch.ids.to(device),
-            model=t.model, backward=t.fabric.backward, no_sync=lambda: t.fabric.no_backward_sync(t.wrapped),
+            groups=batch.groups, model=t.model, backward=t.fabric.backward,
+            no_sync=lambda: t.fabric.no_backward_sync(t.wrapped),
         )  # fmt: skip
         t.clock.lap("forward and backward")
         return made
     batch = batch.to(device)
     views = embed(t.wrapped, batch)
     t.clock.lap("forward")
-    loss, metrics = t.objective(views, batch.ids)
+    loss, metrics = t.objective(views, batch.ids, batch.groups)
     t.clock.lap("objective")
     t.fabric.backward(loss)
     t.clock.lap("backward")
@@ -346,18 +348,29 @@ def assemble(config: Config, folder: Path, former: Run | None, progress: bool, c
         print(f"{len(manifest.rejects)} rows or pictures left out: {folder / 'rejects.jsonl'}", file=sys.stderr)
     fabric.to_device(model)
     fabric.to_device(objective)
-    places, size, views = [s.picture for s in samples], config.model.image_size, objective.required_views
+    places, views = [s.picture for s in samples], objective.required_views
+    same = duplicates(samples, manifest, config)
     batches: Dataset[Batch]
     if model_reads_pictures(model):
         store = PictureStore.as_set(places, config, cache, progress)
         on_gpu = config.views.where == "auto" and fabric.device.type == "cuda"
         edited = not (on_gpu or config.views.where == "device")
-        batches = PictureBatches(samples, store, plan, views, model.tokenize, config, edited)
+        batches = PictureBatches(samples, store, plan, views, model.tokenize, config, same, edited)
     else:
-        batches = FeatureBatches(model, samples, PictureStore(places, size), plan, views, config, cache, progress)
+        store = PictureStore(places, config.model.image_size)
+        batches = FeatureBatches(model, samples, store, plan, views, config, cache, progress, same)
     evaluator = Evaluator(model, held_out, config, cache, progress, again=True)
     wrapped, optimizer = fabric.setup(model, optimizer)
     return Training(fabric, config, run, manifest, plan, model, wrapped, objective, optimizer, batches, evaluator)
+
+
+def duplicates(samples: Sequence[Sample], manifest: Manifest, config: Config) -> Duplicates:
+    """What stands more than once among the training samples, as far as `source.duplicates` wants it known."""
+    what = config.source.duplicates
+    if what == "negatives":
+        return Duplicates()
+    looks = [manifest.looks.get(s.picture) for s in samples]
+    return Duplicates.find([s.texts for s in samples], looks if what == "positives" and any(looks) else None)
 
 
 def build_objective(config: Config, samples: int) -> Objective:

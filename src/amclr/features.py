@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from amclr.config import Config
 from amclr.data.batches import Batch, BatchPlan, split_views
+from amclr.data.duplicates import Duplicates
 from amclr.data.manifest import Sample
 from amclr.data.pictures import PictureStore
 from amclr.data.views import policy, text_views, title
@@ -168,8 +169,10 @@ class FeatureBatches(Dataset[Batch]):
         config: Config,
         cache: Path,
         progress: bool = True,
+        duplicates: Duplicates | None = None,
     ) -> None:
         self.samples, self.plan = samples, plan
+        self.duplicates = duplicates or Duplicates()
         self.image_views, self.text_views = split_views(required_views)
         self.seed, self.one, self.noise = config.seed, config.source.captions == "one", config.views.word_noise
         policies = {"image": config.views.image, "image_aug": config.views.image_aug}
@@ -211,8 +214,8 @@ class FeatureBatches(Dataset[Batch]):
                 rows.append(table[ids, pick])
             images = torch.from_numpy(np.concatenate(rows))
         tokens = None
+        texts: dict[str, list[str]] = {v: [] for v in self.text_views}
         if self.text_views:
-            texts: dict[str, list[int]] = {v: [] for v in self.text_views}
             for i in ids:
                 s = self.samples[i]
                 _, text, second = text_views(
@@ -221,8 +224,10 @@ class FeatureBatches(Dataset[Batch]):
                 if "text_aug" in texts:
                     if _alone(s):
                         second = self._noisy(s, epoch % self.cached_views)
-                    texts["text_aug"].append(self.rows[second])
+                    texts["text_aug"].append(second)
                 if "text" in texts:
-                    texts["text"].append(self.rows[text])
-            tokens = torch.from_numpy(np.concatenate([self.captions[texts[v]] for v in self.text_views]))
-        return Batch(self.image_views, self.text_views, images, tokens, torch.from_numpy(ids.astype(np.int64)))
+                    texts["text"].append(text)
+            tokens = torch.from_numpy(self.captions[[self.rows[t] for drawn in texts.values() for t in drawn]])
+        groups = self.duplicates.groups(ids, texts)
+        places = torch.from_numpy(ids.astype(np.int64))
+        return Batch(self.image_views, self.text_views, images, tokens, places, groups=groups)

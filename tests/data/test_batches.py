@@ -73,7 +73,7 @@ def batches(
     samples = manifests.load(config, folder.parent).split("train")
     store = PictureStore([s.picture for s in samples], 24, "ram" if ram else "none", ram=ram, progress=False)
     plan = BatchPlan(np.array([s.id for s in samples]), 8, 0)
-    return PictureBatches(samples, store, plan, views, letters, config, edited)
+    return PictureBatches(samples, store, plan, views, letters, config, edited=edited)
 
 
 def same(a: Batch, b: Batch) -> bool:

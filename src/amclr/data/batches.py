@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from amclr.config import Config
+from amclr.data.duplicates import Duplicates
 from amclr.data.edits import Edits
 from amclr.data.manifest import Sample
 from amclr.data.pictures import BadPicture, PictureStore
@@ -89,6 +90,8 @@ class Batch:
     images: uint8 (V_i * B, 3, S, S), or cached tower features (V_i * B, F), view by view.
     tokens: token tensors of V_t * B captions, or cached features (V_t * B, F), view by view.
     ids: (B,) int64, the samples. replaced: names of samples that could not be read, and why.
+    groups: view -> (B,) int64, equal where samples show the same, as an objective takes them. They stay on the
+    CPU, where a batch without a match shows at no cost.
     edits: what is still to be done to the V_i * B images, on the device that they come to.
     """
 
@@ -98,6 +101,7 @@ class Batch:
     tokens: dict[str, Tensor] | Tensor | None
     ids: Tensor
     replaced: dict[str, str] = field(default_factory=dict)
+    groups: dict[str, Tensor] = field(default_factory=dict)
     edits: Edits | None = None
 
     def chunks(self, size: int) -> list[Batch]:
@@ -118,6 +122,7 @@ class Batch:
                 tokens=part(self.tokens, len(self.text_views), start),
                 ids=self.ids[start : start + size],
                 replaced={},
+                groups={v: g[start : start + size] for v, g in self.groups.items()},
                 edits=self.edits[rows[:, start : start + size].ravel()] if self.edits else None,
             )
             for start in range(0, len(self.ids), size)
@@ -165,10 +170,12 @@ class PictureBatches(Dataset[Batch]):
         required_views: Sequence[str],
         tokenize: Tokenize,
         config: Config,
+        duplicates: Duplicates | None = None,
         edited: bool = True,
     ) -> None:
         self.edited = edited
         self.samples, self.store, self.plan, self.tokenize = samples, store, plan, tokenize
+        self.duplicates = duplicates or Duplicates()
         self.image_views, self.text_views = split_views(required_views)
         self.seed, self.one = config.seed, config.source.captions == "one"
         self.noise = config.views.word_noise
@@ -179,15 +186,17 @@ class PictureBatches(Dataset[Batch]):
         epoch, planned = self.plan[step]
         pictures, ids, replaced = self._pictures([int(i) for i in planned])
         images, edits = self._images(pictures, self.plan.samples[ids], epoch) if self.image_views else (None, None)
-        tokens = None
+        tokens, texts = None, {}
         if self.text_views:
             drawn = [
                 text_views(s.captions, s.paraphrases, self.one, self.noise, self.seed, epoch, s.name, "text")
                 for s in (self.samples[i] for i in ids)
             ]
-            texts = {"text": [d[1] for d in drawn], "text_aug": [d[2] for d in drawn]}
-            tokens = self.tokenize([t for view in self.text_views for t in texts[view]])
-        return Batch(self.image_views, self.text_views, images, tokens, torch.tensor(ids), replaced, edits)
+            both = {"text": [d[1] for d in drawn], "text_aug": [d[2] for d in drawn]}
+            texts = {view: both[view] for view in self.text_views}
+            tokens = self.tokenize([t for drawn_texts in texts.values() for t in drawn_texts])
+        groups = self.duplicates.groups(ids, texts)
+        return Batch(self.image_views, self.text_views, images, tokens, torch.tensor(ids), replaced, groups, edits)
 
     def _images(self, pictures: list[Tensor], samples: np.ndarray, epoch: int) -> tuple[Tensor, Edits | None]:
         """All image views (V_i * B, 3, S, S), view by view, and the edits left for the device."""

@@ -18,9 +18,11 @@ from PIL import Image
 
 import amclr as package
 from amclr import cli
+from amclr.run import Run
 from tests.conftest import COLOURS, REAL, SMALL, Command, needs_real_data, paint
 from tests.data.formats import items_of, write_parquet, write_tars
 from tests.data.test_manifest import bomb
+from tests.test_engine import assert_same_run
 
 
 def one_line(result: subprocess.CompletedProcess[str], code: int = 1) -> str:
@@ -188,7 +190,7 @@ def test_killed_and_resumed(amclr: Command, folder: Path, tmp_path: Path) -> Non
     assert resumed.returncode == 0, resumed.stderr[-2000:]
     whole = amclr("train", "--data", folder, *SMALL, "--epochs", "12", "--out", "whole")
     assert whole.returncode == 0, whole.stderr[-2000:]
-    assert (tmp_path / "run" / "metrics.jsonl").read_text() == (tmp_path / "whole" / "metrics.jsonl").read_text()
+    assert_same_run(Run.open(tmp_path / "run"), Run.open(tmp_path / "whole"))
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -69,7 +69,7 @@ def assert_same_run(a: Run, b: Run) -> None:
 
 
 def untimed(run: Run) -> list[dict[str, Any]]:
-    return [{k: v for k, v in row.items() if k not in ("seconds_per_step", "wait_share")} for row in run.metrics()]
+    return [{k: v for k, v in row.items() if k not in engine.TIMES} for row in run.metrics()]
 
 
 @pytest.mark.parametrize("objective", METHODS)

@@ -43,6 +43,9 @@ from amclr.run import Loggers, Run, write_atomically
 
 LOG_EVERY = 10
 
+TIMES = ("seconds_per_step", "wait_share")
+"""What rows of training metrics say of time: all in them that differs from run to run."""
+
 WAIT_MATTERS, WAITED_LONG = 0.15, 10.0
 """Waiting for batches is worth a word above this share of the time, and advice above so many seconds of it."""
 
@@ -77,7 +80,7 @@ class Clock:
         steps = self.steps - self._steps_before
         self._before, self._steps_before = dict(self.spent), self.steps
         whole = sum(recent.values())
-        return {"seconds_per_step": whole / max(1, steps), "wait_share": recent["loader"] / whole}
+        return dict(zip(TIMES, (whole / max(1, steps), recent["loader"] / whole), strict=True))
 
     def report(self) -> str:
         """The whole loop in a line, largest first."""

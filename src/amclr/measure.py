@@ -18,8 +18,10 @@ from amclr import evaluate, figures
 from amclr.config import Config
 from amclr.data import manifest as manifests
 from amclr.data.manifest import Manifest, Sample
+from amclr.data.paraphrases import find_store
 from amclr.data.pictures import BadPicture, PictureStore, scan
-from amclr.data.views import image_view, policy, text_views
+from amclr.data.texts import TextPolicy
+from amclr.data.views import image_view, policy
 from amclr.errors import UserError
 from amclr.features import caption_features, image_features
 from amclr.model import DualEncoder
@@ -231,6 +233,9 @@ def inspect(config: Config, sheet: Path, progress: bool = True) -> str:
     for one, other in combinations(manifest.splits, 2):
         if shared := manifest.splits[one] & manifest.splits[other]:
             lines.append(f"overlap      {len(shared)} pictures are in both {one} and {other}, such as {min(shared)}")
+    if store := find_store(manifest.root, config.source.paraphrases):
+        reworded = sum(1 for s in samples for c in s.captions if store.of(c))
+        lines.append(f"paraphrases  of {reworded} captions, from {store.path}")
     if manifest.zeroshot:
         lines.append(f"zero-shot    {manifest.zeroshot}")
     lines += [f"  {reject}" for reject in manifest.rejects[:10]]
@@ -253,8 +258,7 @@ def _draw_sheet(samples: Sequence[Sample], config: Config, file: Path, manifest:
         pictures = [("as evaluated", image_view(policy("none", size), store[i], *key))]
         for view, name in (("image", config.views.image), ("image_aug", config.views.image_aug)):
             pictures.append((f"{view}: {name}", image_view(policy(name, size, flip), store[i], *key, view)))
-        one, noise = config.source.captions == "one", config.views.word_noise
-        _, text, second = text_views(s.captions, s.paraphrases, one, noise, *key, "text")
+        _, text, second = TextPolicy.of(config).draw(s.captions, s.paraphrases, *key, "text")
         cards.append((pictures, text, second))
     file.parent.mkdir(parents=True, exist_ok=True)
     figures.contact_sheet(

@@ -15,6 +15,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from amclr.config import Config, SourceConfig
 from amclr.data import scenes
+from amclr.data.paraphrases import attach, find_store
 from amclr.data.pictures import scan
 from amclr.errors import UserError
 from amclr.randomness import derive
@@ -104,6 +105,10 @@ class Manifest:
 
 def load(config: Config, cache: Path, progress: bool = True) -> Manifest:
     """Read the data set that `config.data` names: `scenes`, or a folder with a captions file."""
+    return _with_paraphrases(_load(config, cache, progress), config.source)
+
+
+def _load(config: Config, cache: Path, progress: bool) -> Manifest:
     if config.data == "scenes":
         where = cache / f"scenes-{derive(scenes.FORMAT, repr(config.scenes)):016x}"
         scenes.write_scenes(where, config.scenes, progress=progress)
@@ -121,6 +126,20 @@ def load(config: Config, cache: Path, progress: bool = True) -> Manifest:
         rest = frozenset(s.name for s in manifest.samples) - others
         manifest = replace(manifest, splits={**manifest.splits, "train": rest})
     return manifest
+
+
+def _with_paraphrases(manifest: Manifest, source: SourceConfig) -> Manifest:
+    """The manifest with the paraphrases that the settings name; rows of them that cannot be used are rejects too."""
+    store = find_store(manifest.root, source.paraphrases)
+    if store is None:
+        return manifest
+    faults = tuple(Reject(store.path.name, line, reason) for line, reason in store.faults)
+    return replace(
+        manifest,
+        samples=attach(manifest.samples, store),
+        rejects=manifest.rejects + faults,
+        rows=manifest.rows + (0 if store.version else store.rows),
+    )
 
 
 def cache_folder(config: Config) -> Path:

@@ -258,7 +258,7 @@ class ParaphraseConfig:
     keep_facts: bool = True
     """Filter: reject what changes numbers, colours, negation, or left and right (English)."""
     similarity: float | None = None
-    """Filter: cosine of the embeddings of caption and paraphrase at least; 0 asks no encoder. Empty is 0.6 for
+    """Filter: cosine of the embeddings of caption and paraphrase at least; 0 asks no encoder. Empty is 0.5 for
     models and 0 for rules."""
     encoder: str = "minilm"
     """Text encoder of that filter: `minilm` (needs amclr[pretrained]), or a transformers model by name or folder."""

@@ -370,7 +370,7 @@ class Version:
         self._part = self.folder / PARTS / f"{rank:05d}.jsonl"
         try:
             self._part.parent.mkdir(parents=True, exist_ok=True)
-            if not (self.folder / SETTINGS).is_file():
+            if rank == 0 and not (self.folder / SETTINGS).is_file():
                 self._write_settings(None)
             _drop_cut_line(self._part)
         except OSError as error:

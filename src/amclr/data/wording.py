@@ -245,7 +245,11 @@ _ING = {
     "kick": "kicking", "push": "pushing", "pull": "pulling", "slide": "sliding", "swing": "swinging",
     "perform": "performing", "pose": "posing", "laugh": "laughing", "read": "reading", "rest": "resting",
     "hike": "hiking", "race": "racing", "skate": "skating", "surf": "surfing", "wait": "waiting",
-    "sing": "singing", "cook": "cooking", "stare": "staring", "point": "pointing", "splash": "splashing",
+    "sing": "singing", "cook": "cooking",
+    "try": "trying", "lean": "leaning", "gather": "gathering", "kneel": "kneeling", "dig": "digging",
+    "hug": "hugging", "kiss": "kissing", "show": "showing", "cross": "crossing", "bite": "biting",
+    "lick": "licking", "float": "floating", "drive": "driving", "paint": "painting", "move": "moving",
+    "enjoy": "enjoying", "wade": "wading", "take": "taking", "make": "making", "cut": "cutting", "stare": "staring", "point": "pointing", "splash": "splashing",
 }  # fmt: skip
 
 
@@ -269,17 +273,49 @@ def _any(options: Sequence[str] | frozenset[str]) -> str:
 
 _ONE, _MANY = _any(_ONE_PERSON | _ONE_ANIMAL), _any(_MANY_PEOPLE | _MANY_ANIMALS)
 _NOUN = _any(_ONE_PERSON | _ONE_ANIMAL | _MANY_PEOPLE | _MANY_ANIMALS)
-_COUNT = _any([*list(_UNITS)[2:13], "some", "several"]) + r"|[2-9]"
+_COUNT = _any([*_UNIT_WORDS[2:13], "some", "several", *"23456789"])
 # Words before a noun that are neither a preposition, a verb nor a second noun phrase.
-_BEFORE = rf"(?:(?!(?:and|or|in|on|at|of|with|by|who|that|is|are|to|{_NOUN})\b)[\w-]+ ){{0,3}}?"
+_MIXED = rf"(?:{_any(_COLOURS)} and (?={_any(_COLOURS)} ))?"
+_BEFORE = rf"{_MIXED}(?:(?!(?:and|or|in|on|at|of|with|by|who|that|is|are|to|{_NOUN})\b)[\w-]+ ){{0,3}}?"
+_GROUP = rf"(?:an?|the) {_BEFORE}(?:group|crowd|bunch|couple) of {_BEFORE}{_MANY}"
 _ONE_NP, _MANY_NP = rf"(?:an?|the|one) {_BEFORE}{_ONE}", rf"(?:the|{_COUNT}) {_BEFORE}{_MANY}"
-_NP = rf"(?:{_ONE_NP}|{_MANY_NP})"
-_DOING = _any(list(_OF_ING))
-_FINITE = re.compile(rf"\b(?:is|are|was|were|has|have|do|does|{_any(list(_THIRD))})\b", re.I)
+_NP = rf"(?:{_GROUP}|{_ONE_NP}|{_MANY_NP})"
+_DOING, _DOES = _any(list(_OF_ING)), _any(list(_THIRD))
+_GARMENT = _any(
+    _list("shirt jacket dress coat sweater uniform suit swimsuit costume vest hat helmet cap outfit jersey")
+)
+
+
+def _pattern(text: str) -> re.Pattern[str]:
+    return re.compile(text, re.I)
+
+
+_IS_DOING, _ONE_DOES, _NP_DOING = (
+    _pattern(rf"({_NP}) (is|are) ({_DOING})\b"),
+    _pattern(rf"({_ONE_NP}) ({_DOES})\b"),
+    _pattern(rf"({_NP}) ({_DOING})\b"),
+)
+_THERE_IS, _FINITE_NP = _pattern(rf"there (is|are) ({_NP}) ({_DOING})\b"), _pattern(rf"{_NP} (?:is|are|{_DOES})\b")
+_TITLE = _pattern(r"(?:an?|the) (?:photo|picture|photograph|image) of (?=(?:an?|the|two|three|four|some) )")
+_BOTH = _pattern(rf"((?:there are )?)({_NP}) and ({_NP})(?= are\b|$)")
+_WHERE = _pattern(
+    rf"({_NP} (?:is|are) {_DOING}(?: (?:together|around|alone|happily|quickly))?)"
+    rf" ((?:in|on|at|near|beside|through|down|along|across) (?:(?:the|an?) )?(?:[a-z]+ )?{_any(_PLACES)})"
+)
+_WORN = _pattern(rf"\b(in|wearing) ((?:an?|his|her) (?:[\w-]+ ){{0,2}}?{_GARMENT})\b")
+_SUBJECT, _BARE = _pattern(rf"(an?|the) ({_BEFORE}{_ONE})\b"), _pattern(rf"{_BEFORE}{_ONE}\b")
+_STARTS = _pattern(rf"(?:an?|the|there|young|little|small|large|big|{_COUNT}|{_any(_COLOURS)}|{_NOUN})\b")
+_NAMES = r"(?<!number )(?<!no )(?<!jersey )(?<!# )(?<!#)(?<![\w.,:/'-])"
+_WORD_OF = {str(n): w for w, n in _UNITS.items() if 2 <= n <= 12}
+_AS_WORD = _pattern(rf"{_NAMES}({_any(_UNIT_WORDS[2:13])})(?= [a-z])")
+_AS_DIGIT = _pattern(rf"{_NAMES}({_any(list(_WORD_OF))})(?= [a-z])")
+_FINITE = _pattern(rf"\b(?:is|are|was|were|has|have|do|does|{_DOES})\b")
 # A word in -s that no rule knows may be a verb ("snowboards"), which would give a sentence two of them.
-_MAYBE_FINITE = re.compile(r"\b(?!(?:his|this|its|across|grass|glass|dress|grassy|sunglasses|glasses|shorts|"
-                           r"jeans|pants|clothes|stairs|steps|trees|woods|rocks|waves|others|hands|arms)\b)"
-                           r"[a-z]+[^s\W]s\b", re.I)  # fmt: skip
+_NOUNS_IN_S = _any(_list(
+    "his this its across grass glass dress grassy sunglasses glasses shorts jeans pants clothes stairs steps trees "
+    "woods rocks waves others hands arms"
+))  # fmt: skip
+_MAYBE_FINITE = _pattern(rf"\b(?!{_NOUNS_IN_S}\b)[a-z]+[^s\W]s\b")
 
 Draw = np.random.Generator
 Rule = Callable[[str, Draw], str | None]
@@ -290,18 +326,16 @@ def synonyms(word: str) -> tuple[str, ...]:
     return _SYNONYMS.get(word.lower(), ())
 
 
-_LEXICON = re.compile(rf"(?<![\w-])(?:(an?) )?({_any(list(_SYNONYMS))})(?![\w'-])", re.I)
+_LEXICON = _pattern(rf"(?<![\w-])(?:(an?) )?({_any(list(_SYNONYMS))})(?![\w'-])")
 
 
 def _by_lexicon(text: str, draw: Draw) -> str | None:
     def swap(found: re.Match[str]) -> str:
         article, word = found[1], found[2]
-        if float(draw.random()) < 0.5 or word.lower() not in _SYNONYMS:
+        if float(draw.random()) < 0.5:
             return found[0]
         options = _SYNONYMS[word.lower()]
         new = options[int(draw.integers(len(options)))]
-        if article and new.endswith(("lots of", "a number of")):
-            return found[0]
         new = new[0].upper() + new[1:] if word[0].isupper() else new
         return f"{_article(new, article)} {new}" if article else new
 
@@ -315,31 +349,33 @@ def _article(word: str, like: str = "a") -> str:
 
 def _digits(text: str, draw: Draw) -> str | None:
     """Two or 2: either stands for the other, unless it is a name, such as that of player number 2."""
-    names = r"(?<!number )(?<!no )(?<!jersey )(?<!# )(?<!#)(?<![\w.,:/'-])"
-    to_digit = float(draw.random()) < 0.5
-    if to_digit:
-        pattern = re.compile(rf"{names}({_any(list(_UNITS)[2:13])})(?= [a-z])", re.I)
-        return pattern.sub(lambda m: str(_UNITS[m[1].lower()]), text)
-    of = {str(n): w for w, n in _UNITS.items() if 2 <= n <= 12}
-    return re.sub(rf"{names}({_any(list(of))})(?= [a-z])", lambda m: of[m[1]], text, flags=re.I)
+    if float(draw.random()) < 0.5:
+        return _AS_WORD.sub(lambda m: str(_UNITS[m[1].lower()]), text)
+    return _AS_DIGIT.sub(lambda m: _WORD_OF[m[1]], text)
 
 
 def _other_article(text: str, draw: Draw) -> str | None:
-    """The subject is the one in the picture, whether it is called a dog or the dog."""
-    found = re.match(rf"(an?|the) ({_BEFORE}{_ONE})\b", text, re.I)
-    if not found:
-        return None
-    new = "the" if found[1].lower() != "the" else _article(found[2])
-    return f"{new} {found[2]}{text[found.end() :]}"
+    """The subject is the one in the picture, whether it is called a dog, the dog, or dog."""
+    if found := _SUBJECT.match(text):
+        new = "the" if found[1].lower() != "the" else _article(found[2])
+        return f"{new} {found[2]}{text[found.end() :]}"
+    return f"{_article(text)} {text}" if _BARE.match(text) and not _FINITE.match(text) else None
+
+
+def _garment(text: str, draw: Draw) -> str | None:
+    """In a red shirt: wearing a red shirt; and back."""
+    return _WORN.sub(lambda m: f"{'wearing' if m[1].lower() == 'in' else 'in'} {m[2]}", text, count=1)
+
+
+def _many(noun_phrase: str) -> bool:
+    return noun_phrase.split()[-1].lower() in _MANY_PEOPLE | _MANY_ANIMALS
 
 
 def _tense(text: str, draw: Draw) -> str | None:
-    """A dog runs: a dog is running."""
-    found = re.match(rf"({_ONE_NP}) ({_any(list(_THIRD))})\b", text, re.I)
-    if found:
+    """A dog runs: a dog is running; and back."""
+    if found := _ONE_DOES.match(text):
         return f"{found[1]} is {_ING[_THIRD[found[2].lower()]]}{text[found.end() :]}"
-    found = re.match(rf"({_NP}) (is|are) ({_DOING})\b", text, re.I)
-    if not found:
+    if not (found := _IS_DOING.match(text)):
         return None
     base = _OF_ING[found[3].lower()]
     return f"{found[1]} {_third(base) if found[2].lower() == 'is' else base}{text[found.end() :]}"
@@ -347,60 +383,42 @@ def _tense(text: str, draw: Draw) -> str | None:
 
 def _relative(text: str, draw: Draw) -> str | None:
     """A man wearing a hat: a man who is wearing a hat."""
-    found = re.match(rf"({_NP}) ({_DOING})\b", text, re.I)
-    if not found:
+    if not (found := _NP_DOING.match(text)):
         return None
-    noun = found[1].split()[-1].lower()
-    many = noun in _MANY_PEOPLE | _MANY_ANIMALS
-    link = "who" if noun in _ONE_PERSON | _MANY_PEOPLE else "that"
-    return f"{found[1]} {link} {'are' if many else 'is'} {found[2]}{text[found.end() :]}"
+    link = "who" if found[1].split()[-1].lower() in _ONE_PERSON | _MANY_PEOPLE else "that"
+    return f"{found[1]} {link} {'are' if _many(found[1]) else 'is'} {found[2]}{text[found.end() :]}"
 
 
 def _sentence(text: str, draw: Draw) -> str | None:
     """A man wearing a hat: a man is wearing a hat. Only where no other verb belongs to the man."""
-    found = re.match(rf"({_NP}) ({_DOING})\b", text, re.I)
-    if not found or _FINITE.search(text) or _MAYBE_FINITE.search(text[found.end() :]):
+    found = _NP_DOING.match(text)
+    if not found or _FINITE.search(text) or _MAYBE_FINITE.search(text, found.end()):
         return None
-    many = found[1].split()[-1].lower() in _MANY_PEOPLE | _MANY_ANIMALS
-    return f"{found[1]} {'are' if many else 'is'} {found[2]}{text[found.end() :]}"
+    return f"{found[1]} {'are' if _many(found[1]) else 'is'} {found[2]}{text[found.end() :]}"
 
 
 def _existential(text: str, draw: Draw) -> str | None:
     """A dog is running: there is a dog running; and back."""
-    found = re.match(rf"there (is|are) ({_NP}) ({_DOING})\b", text, re.I)
-    if found:
+    if found := _THERE_IS.match(text):
         return f"{found[2]} {found[1]} {found[3]}{text[found.end() :]}"
-    found = re.match(rf"((?!the\b){_NP}) (is|are) ({_DOING})\b", text, re.I)
+    found = None if text.lower().startswith("the ") else _IS_DOING.match(text)
     return f"there {found[2]} {found[1]} {found[3]}{text[found.end() :]}" if found else None
-
-
-_TITLE = re.compile(r"(?:an?|the) (?:photo|picture|photograph|image) of (?=(?:an?|the|two|three|four|some) )", re.I)
 
 
 def _titled(text: str, draw: Draw) -> str | None:
     """A dog running: a photo of a dog running; a dog is running: a photo in which a dog is running; and back."""
-    found = _TITLE.match(text)
-    if found:
+    if found := _TITLE.match(text):
         return text[found.end() :]
     what = ("a photo", "a picture", "an image")[int(draw.integers(3))]
-    if re.match(rf"{_NP} ({_DOING})\b", text, re.I) and not _FINITE.search(text) and not _MAYBE_FINITE.search(text):
+    if (found := _NP_DOING.match(text)) and not _FINITE.search(text) and not _MAYBE_FINITE.search(text, found.end()):
         return f"{what} of {text}"
-    if re.match(rf"{_NP} (is|are|{_any(list(_THIRD))})\b", text, re.I):
-        return f"{what} in which {text}"
-    return None
+    return f"{what} in which {text}" if _FINITE_NP.match(text) else None
 
 
 def _swapped(text: str, draw: Draw) -> str | None:
     """A man and a woman are walking: a woman and a man are walking."""
-    found = re.match(rf"((?:there are )?)({_NP}) and ({_NP})(?= are\b|$)", text, re.I)
+    found = _BOTH.match(text)
     return f"{found[1]}{found[3]} and {found[2]}{text[found.end() :]}" if found else None
-
-
-_WHERE = re.compile(
-    rf"({_NP} (?:is |are )?(?:{_DOING}|{_any(list(_THIRD))})(?: (?:together|around|alone|happily|quickly))?)"
-    rf" ((?:in|on|at|near|beside|through|down|along|across) (?:(?:the|an?) )?(?:[a-z]+ )?{_any(_PLACES)})",
-    re.I,
-)  # fmt: skip
 
 
 def _fronted(text: str, draw: Draw) -> str | None:
@@ -409,10 +427,15 @@ def _fronted(text: str, draw: Draw) -> str | None:
     Only where the place follows the verb: then it is the subject's own.
     """
     found = _WHERE.fullmatch(text)
-    return f"{found[2]}, {found[1]}" if found and re.search(r"(?:is|are) ", found[1]) else None
+    return f"{found[2]}, {found[1]}" if found else None
 
 
 _STRUCTURE: tuple[Rule, ...] = (_tense, _relative, _sentence, _existential, _titled, _swapped, _fronted)
+_WORDING: tuple[tuple[Rule, float], ...] = (
+    (_garment, 0.4), (_other_article, 0.25), (_digits, 0.25), (_by_lexicon, 0.9),
+)  # fmt: skip
+LONGEST = 1000
+PATIENCE = 10
 
 
 def reword(caption: str, count: int, *key: Key) -> list[str]:
@@ -420,32 +443,33 @@ def reword(caption: str, count: int, *key: Key) -> list[str]:
 
     Fewer, or none, where the rules do not fit it. None of them changes what `changed` looks at.
     """
-    draw = generator("reword", RULES, *key, caption)
-    text, end = re.fullmatch(r"(.*?)((?:\s*[.!])*\s*)", caption, re.S).groups()  # type: ignore[union-attr]
-    capital = text[:1].isupper()
-    if capital and re.match(rf"(?:an?|the|there|{_COUNT})\b", text, re.I):
-        text = text[0].lower() + text[1:]
     out: list[str] = []
+    if len(caption) > LONGEST:
+        return out
+    draw = generator("reword", RULES, *key, caption)
+    text = caption.rstrip(" .!")
+    end, capital = caption[len(text) :], text[:1].isupper()
+    if capital and _STARTS.match(text):
+        text = text[0].lower() + text[1:]
     seen = {tuple(words(caption))}
-    for _ in range(6 * count):
+    idle = 0
+    while len(out) < count and idle < PATIENCE:
+        idle += 1
         new = _reworded(text, draw)
         new = (new[:1].upper() + new[1:] if capital else new) + end
-        if tuple(words(new)) not in seen and changed(caption, new) is None:
-            seen.add(tuple(words(new)))
-            out.append(new)
-            if len(out) == count:
-                break
+        if (told := tuple(words(new))) not in seen:
+            seen.add(told)
+            if changed(caption, new) is None:
+                out.append(new)
+                idle = 0
     return out
 
 
 def _reworded(text: str, draw: Draw) -> str:
-    """One pass of the rules: of those that change the structure at most two, then words."""
-    for k in draw.permutation(len(_STRUCTURE))[: 1 + int(draw.integers(len(_STRUCTURE)))]:
-        new = _STRUCTURE[k](text, draw)
-        if new:
-            text = new
-            break
-    for rule, chance in ((_other_article, 0.25), (_digits, 0.25), (_by_lexicon, 0.9)):
+    """One pass of the rules: at most one that changes the structure, then words."""
+    order = draw.permutation(len(_STRUCTURE))[: int(draw.integers(1, len(_STRUCTURE) + 1))]
+    text = next((new for k in order if (new := _STRUCTURE[k](text, draw))), text)
+    for rule, chance in _WORDING:
         if float(draw.random()) < chance:
             text = rule(text, draw) or text
     return text

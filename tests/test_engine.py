@@ -11,7 +11,7 @@ import sys
 import types
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -21,9 +21,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import amclr
 from amclr import engine, features
-from amclr.config import Config, LossConfig, ModelConfig, OptimConfig, ViewsConfig, from_dict, problems
+from amclr.config import Config, LossConfig, ModelConfig, OptimConfig, SourceConfig, ViewsConfig, from_dict, problems
 from amclr.data import manifest as manifests
-from amclr.data.batches import BatchPlan
+from amclr.data.batches import BatchPlan, PictureBatches
 from amclr.data.pictures import PictureStore
 from amclr.data.views import image_view, policy
 from amclr.engine import Stopped, train
@@ -444,8 +444,64 @@ def test_feature_batches_hold_what_they_say(towers: Any, own_cache: Path) -> Non
         for row, i in enumerate(batch.ids):
             of = [[np.array_equal(t, side[row]) for t in table[i]] for side in (first, second)]
             assert sum(of[0]) == sum(of[1]) == 1 and of[0] != of[1], "two different views of the same picture"
-            own = data.captions[[data.rows[c] for c in samples[int(i)].captions]]
+            own = data.text_features(samples[int(i)].captions)
             assert {tuple(text[row].tolist()), tuple(other[row].tolist())} == set(map(tuple, own.tolist()))
+
+
+@pytest.mark.parametrize("weights", [(0, 0, 0), (1, 1, 1), (0, 0, 1), (0, 1, 0)])
+@pytest.mark.parametrize("captions", ["all", "one"])
+def test_feature_batches_know_every_text_that_can_be_drawn(
+    towers: Any, own_cache: Path, weights: tuple[float, float, float], captions: Literal["all", "one"]
+) -> None:
+    """Samples with all kinds of texts; the second views are those that batches of pictures tokenise."""
+    config, model, samples, store = towers
+    texts = ("a red patch on grey", "some red patch by itself", "red on grey")
+    kinds: list[tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]] = [
+        (texts[:1], ()), (texts[:2], ()), (texts[:1], (("one red patch",),)), (texts, (("red it is", "so red"), (), ("x",))),
+    ]  # fmt: skip
+    samples = [replace(s, captions=c, paraphrases=p) for s, (c, p) in zip(samples, kinds * 8, strict=True)]
+    views = replace(config.views, word_noise=0.5, paraphrases=weights[0], other_captions=weights[1], words=weights[2])
+    config = replace(config, views=views, source=SourceConfig(captions=captions))
+    required = ("image", "image_aug", "text", "text_aug")
+    plan = BatchPlan(32, 8, 0)
+    data = FeatureBatches(model, samples, store, plan, required, config, own_cache, progress=False)
+    drawn: list[list[str]] = []
+    data.text_features = lambda texts: drawn.append(list(texts)) or FeatureBatches.text_features(data, texts)  # type: ignore[method-assign, func-returns-value]
+    tokenized: list[str] = []
+    pictures = PictureBatches(samples, store, plan, required, lambda t: tokenized.extend(t) or {}, config)  # type: ignore[func-returns-value]
+    for step in range(40):
+        first, second = data[step].tokens.chunk(2)
+        tokenized.clear()
+        pictures[step]
+        ids = plan[step][1]
+        assert tokenized[:8] == drawn[-2]
+        for row, i in enumerate(ids):
+            known = {*samples[i].texts}
+            noise = tokenized[8 + row] not in known or drawn[-1][row] not in known
+            assert noise or tokenized[8 + row] == drawn[-1][row]
+        for side, said in ((first, drawn[-2]), (second, drawn[-1])):
+            with torch.inference_mode():
+                expected = model.text_tower(**model.tokenize(said))
+            torch.testing.assert_close(side, expected, atol=1e-4, rtol=0)
+
+
+def test_another_store_computes_its_own_texts_alone(
+    towers: Any, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, model, samples, store = towers
+    real, asked = model.tokenize, []
+    monkeypatch.setattr(model, "tokenize", lambda t: asked.extend(t) or real(t))
+
+    def texts(paraphrases: tuple[str, ...], views: tuple[str, ...]) -> list[str]:
+        asked.clear()
+        with_them = [replace(s, paraphrases=(paraphrases,) * len(s.captions)) for s in samples]
+        FeatureBatches(model, with_them, store, BatchPlan(32, 8, 0), views, config, own_cache, progress=False)
+        return list(asked)
+
+    both = ("text", "text_aug")
+    assert sorted(texts((), both)) == sorted({c for s in samples for c in s.captions})
+    assert sorted(texts(("so it is", "so be it"), both)) == ["so be it", "so it is"]
+    assert texts(("so it is", "so be it"), both) == [] and texts(("never seen",), ("text",)) == []
 
 
 def test_second_views_are_made_only_for_methods_that_use_them(folder: Path, own_cache: Path) -> None:

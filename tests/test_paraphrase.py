@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,10 +29,31 @@ from amclr.data import manifest as manifests
 from amclr.data import paraphrases as stores
 from amclr.data.wording import changed, words
 from amclr.errors import UserError
-from amclr.paraphrase import Encoder, ModelParaphraser, paraphrase
+from amclr.paraphrase import Encoder, ModelParaphraser, RuleParaphraser, paraphrase
 from tests.conftest import Command
 
-WORDS = "dog cat man child runs sits plays holds ball stick grass water street near the under over happy wet old".split()
+WORDS = [
+    "dog",
+    "cat",
+    "man",
+    "child",
+    "runs",
+    "sits",
+    "plays",
+    "holds",
+    "ball",
+    "stick",
+    "grass",
+    "water",
+    "street",
+    "near",
+    "the",
+    "under",
+    "over",
+    "happy",
+    "wet",
+    "old",
+]
 
 
 def captioned(root: Path, count: int = 24, seed: int = 0) -> Path:
@@ -53,7 +75,9 @@ def word_tokenizer(end: str = "</s>") -> PreTrainedTokenizerFast:
     inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.Whitespace()
     if end:
-        inner.post_processor = processors.TemplateProcessing(single=f"$A {end}", special_tokens=[(end, vocabulary[end])])
+        inner.post_processor = processors.TemplateProcessing(
+            single=f"$A {end}", special_tokens=[(end, vocabulary[end])]
+        )
     return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
 
 
@@ -96,9 +120,7 @@ def options(model: Path | str, **others: Any) -> ParaphraseConfig:
 
 def bytes_of(store: Path) -> dict[str, bytes]:
     """Every file of a store, but for the lock."""
-    return {
-        str(p.relative_to(store)): p.read_bytes() for p in store.rglob("*") if p.is_file() and p.name != ".lock"
-    }
+    return {str(p.relative_to(store)): p.read_bytes() for p in store.rglob("*") if p.is_file() and p.name != ".lock"}
 
 
 def child(work: Callable[[], object]) -> int:
@@ -268,10 +290,8 @@ def test_a_cut_at_any_write_leaves_no_trace(
 
         with monkeypatch.context() as patch:
             patch.setattr(module, operation, cut)
-            try:
+            with suppress(PowerCut):
                 paraphrase(options("rules", out=str(store)), str(data))
-            except PowerCut:
-                pass
         if calls < n:
             break
         paraphrase(options("rules", out=str(store)), str(data))
@@ -298,7 +318,9 @@ def test_a_line_cut_anywhere_is_done_again(seq2seq: Path, tmp_path: Path, monkey
         assert bytes_of(tmp_path / "store") == expected
 
 
-def test_new_captions_alone_are_paraphrased_later(seq2seq: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_new_captions_alone_are_paraphrased_later(
+    seq2seq: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     data = captioned(tmp_path / "data")
     paraphrase(options(seq2seq), str(data))
     before = stores.read_store(data / "paraphrases").texts
@@ -385,6 +407,29 @@ def test_torchrun_goes_on_where_one_process_was_killed(seq2seq: Path, tmp_path: 
     assert bytes_of(store) == bytes_of(tmp_path / "one")
 
 
+def test_ctrl_c_says_how_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = captioned(tmp_path / "data")
+    real, batches = RuleParaphraser.__call__, []
+
+    def stops(self: RuleParaphraser, captions: list[str], count: int) -> list[list[str | None]]:
+        if len(batches) == 3:
+            raise KeyboardInterrupt
+        batches.append(captions)
+        return real(self, captions, count)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RuleParaphraser, "__call__", stops)
+        command = ["paraphrase", str(data), "--model", "rules", "--batch_size", "4", "--progress", "false"]
+        assert cli.main(command) == 130
+    assert capsys.readouterr().err == (
+        "amclr: stopped, with every batch kept that was done; the same command goes on\n"
+    )
+    assert parts(data / "paraphrases") == 3 and cli.main(command) == 0
+    assert "12 of them done before a stop" in capsys.readouterr().out
+
+
 def test_one_at_a_time(tmp_path: Path) -> None:
     data = captioned(tmp_path / "data")
     version = stores.Version(data / "paraphrases", {"model": "rules", "k": 2})
@@ -410,7 +455,9 @@ def test_filters_reject_what_a_model_gets_wrong(tmp_path: Path, monkeypatch: pyt
         "2 dogs with a red ball, on the left hand side", " ".join(["dog"] * 60), "2 dogs with\x07 a red ball at left",
         "2 dogs with a red ball on the left hand side!", "On the left, a pair of dogs with a red ball",
     ]  # fmt: skip
-    monkeypatch.setattr("amclr.paraphrase.RuleParaphraser.__call__", lambda self, captions, count: [made for _ in captions])
+    monkeypatch.setattr(
+        "amclr.paraphrase.RuleParaphraser.__call__", lambda self, captions, count: [made for _ in captions]
+    )
     told = paraphrase(options("rules", k=3, shortest=0.5, longest=2.0), str(data))
     found = stores.read_store(data / "paraphrases")
     assert found.texts["Two dogs with a red ball on the left ."] == (made[7], made[11])
@@ -449,9 +496,7 @@ def one_line(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     return error
 
 
-def test_slips_are_one_line_with_advice(
-    tmp_path: Path, seq2seq: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_slips_are_one_line_with_advice(tmp_path: Path, seq2seq: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = captioned(tmp_path / "data", 2)
     assert "captions of scenes are paraphrases of each other already" in one_line(capsys, "scenes", "--model", "rules")
     assert "no data set at" in one_line(capsys, tmp_path / "absent", "--model", "rules")

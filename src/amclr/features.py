@@ -202,9 +202,9 @@ class FeatureBatches(Dataset[Batch]):
         key = (self.cached_seed, "cached", v, sample.name, *later)
         return self.word_policy.draw(sample.captions[index : index + 1], (), *key)[2]
 
-    def _embedded(self, rows: list[int]) -> np.ndarray:
-        """Features (n, F) of texts by their rows, which run on from table to table."""
-        wanted = np.array(rows)
+    def text_features(self, texts: Sequence[str]) -> np.ndarray:
+        """Features (n, F) of texts that a visit can draw."""
+        wanted = np.array([self.rows[t] for t in texts])
         out = np.empty((len(wanted), self.tables[0].shape[1]), np.float32)
         start = 0
         for table in self.tables:
@@ -232,7 +232,7 @@ class FeatureBatches(Dataset[Batch]):
             images = torch.from_numpy(np.concatenate(rows))
         tokens = None
         if self.text_views:
-            texts: dict[str, list[int]] = {v: [] for v in self.text_views}
+            texts: dict[str, list[str]] = {v: [] for v in self.text_views}
             for i in ids:
                 s = self.samples[i]
                 noisy = partial(self._noisy, s, v=epoch % self.cached_views)
@@ -240,8 +240,8 @@ class FeatureBatches(Dataset[Batch]):
                     s.captions, s.paraphrases, self.seed, epoch, int(i), "text", words=noisy
                 )
                 if "text_aug" in texts:
-                    texts["text_aug"].append(self.rows[second])
+                    texts["text_aug"].append(second)
                 if "text" in texts:
-                    texts["text"].append(self.rows[text])
-            tokens = torch.from_numpy(np.concatenate([self._embedded(texts[v]) for v in self.text_views]))
+                    texts["text"].append(text)
+            tokens = torch.from_numpy(np.concatenate([self.text_features(texts[v]) for v in self.text_views]))
         return Batch(self.image_views, self.text_views, images, tokens, torch.from_numpy(ids.astype(np.int64)))

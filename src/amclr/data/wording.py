@@ -249,7 +249,8 @@ _ING = {
     "try": "trying", "lean": "leaning", "gather": "gathering", "kneel": "kneeling", "dig": "digging",
     "hug": "hugging", "kiss": "kissing", "show": "showing", "cross": "crossing", "bite": "biting",
     "lick": "licking", "float": "floating", "drive": "driving", "paint": "painting", "move": "moving",
-    "enjoy": "enjoying", "wade": "wading", "take": "taking", "make": "making", "cut": "cutting", "stare": "staring", "point": "pointing", "splash": "splashing",
+    "enjoy": "enjoying", "wade": "wading", "take": "taking", "make": "making", "cut": "cutting",
+    "stare": "staring", "point": "pointing", "splash": "splashing",
 }  # fmt: skip
 
 

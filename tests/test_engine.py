@@ -24,14 +24,15 @@ from amclr import engine, features
 from amclr.config import Config, LossConfig, ModelConfig, OptimConfig, SourceConfig, ViewsConfig, from_dict, problems
 from amclr.data import manifest as manifests
 from amclr.data.batches import BatchPlan, PictureBatches
+from amclr.data.paraphrases import Entry, Version
 from amclr.data.pictures import PictureStore
 from amclr.data.views import image_view, policy
 from amclr.engine import Stopped, train
 from amclr.errors import UserError
 from amclr.features import FeatureBatches
-from amclr.measure import Evaluator
+from amclr.measure import Evaluator, evaluate_run
 from amclr.model import DualEncoder, ImageTower, build_tokenizer
-from amclr.objectives import METHODS
+from amclr.objectives import METHODS, build
 from amclr.run import Run
 from tests.conftest import make_folder
 
@@ -99,7 +100,7 @@ def test_a_small_encoder_learns_colours(objective: str, tmp_path: Path) -> None:
 def test_run_folder(folder: Path) -> None:
     with (folder / "captions.txt").open("a") as handle:
         handle.write("001.png,\n")
-    config = config_for(folder, source=replace(Config().source, max_bad=0.1))
+    config = config_for(folder, source=replace(Config().source, max_bad=0.1, paraphrases="none"))
     run = train(config, progress=False)
     results = json.loads((run.folder / "results.json").read_text())
     assert results["split"] == "val" and results["pictures"] == 8 and 0 <= results["r_mean"] <= 100
@@ -124,7 +125,7 @@ def test_run_folder(folder: Path) -> None:
 def test_loaded_model_is_the_best_one(folder: Path) -> None:
     run = train(config_for(folder), progress=False)
     model = amclr.load(str(run.folder))
-    images = [s.path for s in manifests.load(run.config, folder.parent).split("val")]
+    images = [s.picture for s in manifests.load(run.config, folder.parent).split("val")]
     captions = [c for s in manifests.load(run.config, folder.parent).split("val") for c in s.captions]
     owner = np.repeat(np.arange(len(images)), 2)
     found = amclr.evaluate.retrieval(model.encode_image(images), model.encode_text(captions), owner)
@@ -268,6 +269,61 @@ def test_resuming_on_other_pictures_is_refused(objective: str, folder: Path) -> 
     train(Config(), resume=run.folder, progress=False)
 
 
+def test_with_other_pictures_the_samples_that_stay_keep_their_estimates(folder: Path) -> None:
+    run = train(frozen(folder, objective="iamclr"), progress=False)
+    before = run.load_last()
+    assert before is not None
+    names = (folder / "train.txt").read_text().split()
+    (folder / "Images" / "000-new.png").write_bytes((folder / "Images" / names[0]).read_bytes())
+    with (folder / "captions.txt").open("a") as handle:
+        handle.write("000-new.png,a new patch\n")
+    now = sorted({*names, "000-new.png"} - {"020.png", "033.png"})
+    (folder / "train.txt").write_text("\n".join(now))
+    settings = (run.folder / "config.yaml").read_text()
+    (run.folder / "config.yaml").write_text(settings.replace("epochs: 2", "epochs: 3"))
+    with pytest.raises(UserError, match=r"31 now, 32 then.*--resume .*run --changed_data"):
+        train(Config(), resume=run.folder, progress=False)
+    former = Run.open(run.folder)
+    training = engine.assemble(former.config, run.folder, former, False, changed_data=True)
+    training.restore()
+    assert training.step == 6 and training.plan.steps_per_epoch == 3  # two epochs, as before
+    found, saved = training.objective.state_dict(), before["objective"]
+    assert sum(k.endswith(".values") for k in saved) >= 2
+    for key in (k for k in saved if k.endswith(".values")):
+        for row, name in enumerate(now):
+            if name == "000-new.png":
+                fresh = build("iamclr", 1, temperature=0.1).state_dict()
+                assert torch.equal(found[key][row], fresh[key][0])
+            else:
+                assert torch.equal(found[key][row], saved[key][sorted(names).index(name)])
+    after = train(Config(), resume=run.folder, changed_data=True, progress=False)
+    assert after.load_last()["step"] == 9  # type: ignore[index]
+
+
+def test_pictures_that_go_bad_while_training_are_listed_up_to_the_limit(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_for(folder, ram_cache=0.0, source=SourceConfig(max_bad=0.1))
+    bad = [folder / "Images" / f"{k:03d}.png" for k in (12, 25, 31)]
+    whole = [file.read_bytes() for file in bad]
+    fit = engine.fit
+
+    def spoiled(training: engine.Training, progress: bool) -> None:
+        for file in bad:
+            file.write_bytes(b"")
+        fit(training, progress)
+
+    monkeypatch.setattr(engine, "fit", spoiled)
+    run = train(config, progress=False)
+    rows = [json.loads(line) for line in (run.folder / "rejects.jsonl").read_text().splitlines()]
+    assert sorted(r["key"] for r in rows) == ["012.png", "025.png", "031.png"]
+    assert all("while training: " in r["reason"] and "0 bytes" in r["reason"] for r in rows)
+    for file, content in zip(bad, whole, strict=True):
+        file.write_bytes(content)
+    with pytest.raises(UserError, match=r"2 of 32 training pictures can no longer be read, over the limit of 4.0%"):
+        train(replace(config, out=f"{config.out}-2", source=SourceConfig(max_bad=0.04)), progress=False)
+
+
 def test_resuming_a_finished_run_changes_nothing(folder: Path) -> None:
     run = train(frozen(folder), progress=False)
     before, rows = weights(run), run.metrics()
@@ -362,7 +418,7 @@ def towers(folder: Path) -> tuple[Config, DualEncoder, list[manifests.Sample], P
     torch.manual_seed(0)
     model = DualEncoder(config.model, build_tokenizer(config.model, ["a red green blue yellow patch number 1"]))
     samples = list(manifests.load(config, folder.parent).split("train"))
-    return config, model, samples, PictureStore([s.path for s in samples], 32)
+    return config, model, samples, PictureStore([s.picture for s in samples], 32)
 
 
 def test_cached_features_are_the_towers_own(towers: Any, own_cache: Path) -> None:
@@ -400,7 +456,7 @@ def test_cache_is_reused_until_something_that_matters_changes(
     assert get(objective="clip", batch_size=4, epochs=9) == 0
     assert get(views=2) == 64 and get("none") == 32 and get(seed=1) == 0
     assert get(views_config=replace(config.views, cached_seed=1)) == 96
-    Image.new("RGB", (40, 40)).save(samples[3].path)
+    Image.new("RGB", (40, 40)).save(samples[3].picture.file)
     assert get() == 96
     with torch.no_grad():
         next(model.image_tower.parameters()).mul_(1.5)
@@ -434,7 +490,16 @@ def test_interrupted_caching_goes_on_where_it_was(
 def test_feature_batches_hold_what_they_say(towers: Any, own_cache: Path) -> None:
     config, model, samples, store = towers
     views = ("image", "image_aug", "text", "text_aug")
-    data = FeatureBatches(model, samples, store, BatchPlan(32, 8, 0), views, config, own_cache, progress=False)
+    data = FeatureBatches(
+        model,
+        samples,
+        store,
+        BatchPlan(np.array([s.id for s in samples]), 8, 0),
+        views,
+        config,
+        own_cache,
+        progress=False,
+    )
     table = data.features["image"]
     for step in range(8):
         batch = data[step]
@@ -455,7 +520,7 @@ def test_feature_batches_know_every_text_that_can_be_drawn(
 ) -> None:
     """Samples with all kinds of texts; the second views are those that batches of pictures tokenise."""
     config, model, samples, store = towers
-    texts = ("a red patch on grey", "some red patch by itself", "red on grey")
+    texts = ("a red patch on grey", "some red patch by itself", "grey and red")
     kinds: list[tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]] = [
         (texts[:1], ()), (texts[:2], ()), (texts[:1], (("one red patch",),)), (texts, (("red it is", "so red"), (), ("x",))),
     ]  # fmt: skip
@@ -463,7 +528,7 @@ def test_feature_batches_know_every_text_that_can_be_drawn(
     views = replace(config.views, word_noise=0.5, paraphrases=weights[0], other_captions=weights[1], words=weights[2])
     config = replace(config, views=views, source=SourceConfig(captions=captions))
     required = ("image", "image_aug", "text", "text_aug")
-    plan = BatchPlan(32, 8, 0)
+    plan = BatchPlan(np.array([s.id for s in samples]), 8, 0)
     data = FeatureBatches(model, samples, store, plan, required, config, own_cache, progress=False)
     drawn: list[list[str]] = []
     data.text_features = lambda texts: drawn.append(list(texts)) or FeatureBatches.text_features(data, texts)  # type: ignore[method-assign, func-returns-value]
@@ -495,13 +560,37 @@ def test_another_store_computes_its_own_texts_alone(
     def texts(paraphrases: tuple[str, ...], views: tuple[str, ...]) -> list[str]:
         asked.clear()
         with_them = [replace(s, paraphrases=(paraphrases,) * len(s.captions)) for s in samples]
-        FeatureBatches(model, with_them, store, BatchPlan(32, 8, 0), views, config, own_cache, progress=False)
+        FeatureBatches(model, with_them, store, plan, views, config, own_cache, progress=False)
         return list(asked)
 
+    plan = BatchPlan(np.array([s.id for s in samples]), 8, 0)
     both = ("text", "text_aug")
     assert sorted(texts((), both)) == sorted({c for s in samples for c in s.captions})
     assert sorted(texts(("so it is", "so be it"), both)) == ["so be it", "so it is"]
     assert texts(("so it is", "so be it"), both) == [] and texts(("never seen",), ("text",)) == []
+
+
+def test_a_run_keeps_the_paraphrases_that_it_began_with(folder: Path) -> None:
+    """A store that is made, or another that becomes the latest, while a run is stopped changes nothing in it."""
+    train(frozen(folder, "without"), progress=False)
+    assert Run.open(folder.parent / "without").config.source.paraphrases == "none"
+    made = []
+    for seed in (0, 1):
+        version = Version(folder / "paraphrases", {"model": "rules", "k": 1, "seed": seed})
+        version.append([Entry("a red patch number 8", (f"patch {seed}",))])
+        version.finish()
+        made.append(version)
+        train(frozen(folder, f"with{seed}"), progress=False)
+    for seed in (0, 1):
+        run = Run.open(folder.parent / f"with{seed}")
+        found = manifests.load(run.config, folder.parent)
+        assert found.paraphrases == (str(made[seed].folder),)
+        assert [p for s in found.samples for k in s.paraphrases for p in k] == [f"patch {seed}"]
+    (made[1].folder / "paraphrases.jsonl").unlink()
+    with pytest.raises(UserError, match="are not complete"):
+        train(frozen(folder, "incomplete"), progress=False)
+    measured = evaluate_run(folder.parent / "with1", progress=False)
+    assert measured["pictures"] == 8, "evaluation needs no second views"
 
 
 def test_second_views_are_made_only_for_methods_that_use_them(folder: Path, own_cache: Path) -> None:

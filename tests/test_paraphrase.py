@@ -500,7 +500,7 @@ def test_slips_are_one_line_with_advice(tmp_path: Path, seq2seq: Path, capsys: p
     data = captioned(tmp_path / "data", 2)
     assert "captions of scenes are paraphrases of each other already" in one_line(capsys, "scenes", "--model", "rules")
     assert "no data set at" in one_line(capsys, tmp_path / "absent", "--model", "rules")
-    assert "give a folder with --out" in one_line(capsys, data / "captions.txt", "--model", "rules")
+    assert "give one with --out" in one_line(capsys, data / "captions.txt", "--model", "rules")
     assert "--k must lie between 1 and 64, got 0" in one_line(capsys, data, "--k", "0")
     assert "--candidates must be at least k" in one_line(capsys, data, "--k", "3", "--candidates", "2")
     assert "--prompt must hold {}" in one_line(capsys, data, "--prompt", "Say it again")

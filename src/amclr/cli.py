@@ -81,6 +81,9 @@ def _fail(message: str, code: int) -> int:
 
 def _train(arguments: list[str]) -> int:
     resume, arguments = _take(arguments, "--resume")
+    changed = resume is not None and "--changed_data" in arguments
+    if changed:
+        arguments.remove("--changed_data")
     if resume and not _asks_help(arguments):
         if arguments:
             raise UserError(f"--resume goes on with the run's own settings: leave out {' '.join(arguments)}")
@@ -93,7 +96,7 @@ def _train(arguments: list[str]) -> int:
     from amclr.config import Config
 
     try:
-        run = engine.train(config or Config(), resume=Path(resume) if resume else None)
+        run = engine.train(config or Config(), resume=Path(resume) if resume else None, changed_data=changed)
     except engine.Stopped as stopped:
         return _fail(str(stopped), stopped.code)
     print(measure.report(json.loads((run.folder / "results.json").read_text())))
@@ -212,8 +215,11 @@ def _parser(command: str) -> ArgumentParser:
         epilog = f"recipes, full sets of defaults; without --recipe: scenes or, with --data, frozen\n{summaries}\n"
         usage = f"amclr {command} [--data FOLDER] [--recipe NAME] [--config FILE.yaml] [OPTIONS]"
         if command == "train":
-            usage += "\n       amclr train --resume RUN"
-            epilog += "\n--resume RUN goes on with a run that was stopped.\n"
+            usage += "\n       amclr train --resume RUN [--changed_data]"
+            epilog += (
+                "\n--resume RUN goes on with a run that was stopped; --changed_data lets it, where pictures were added "
+                "or removed since.\n"
+            )
         else:
             epilog += "\n--sheet FILE names the contact sheet (contact-sheet.png).\n"
     import argparse

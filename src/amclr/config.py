@@ -37,13 +37,18 @@ class SourceConfig:
     """Where pictures and captions are, and which of them are used."""
 
     captions_file: str = ""
-    """Captions file inside the data folder; empty finds captions.txt, .csv or .tsv."""
+    """Captions file inside the data folder; empty finds captions.txt, .csv, .jsonl, metadata.csv and the like."""
+    images: str = ""
+    """Folder of the pictures that a captions file names, from the data folder on or absolute; nothing outside
+    it is opened. Empty finds Images, images or the data folder."""
     image_column: str = ""
-    """Column with the picture's file name; empty finds `image`, `file_name`, `path` and the like."""
+    """Column or key with the picture; empty finds `image`, `file_name`, `path` and the like."""
     caption_column: str = ""
-    """Column with the caption; empty finds `caption`, `text`, `title` and the like."""
+    """Column or key with the caption or a list of them; empty finds `caption`, `text`, `title` and the like."""
     encoding: str = "utf-8"
-    """Text encoding of the captions file."""
+    """Text encoding of a CSV or TSV file."""
+    class_caption: str = "a photo of a {}"
+    """Caption of the pictures in a folder by class, {} standing for the class."""
     captions: Literal["all", "one"] = "all"
     """all: every visit draws one of the picture's captions. one: the first is the caption, the others
     serve only as paraphrases for methods with a second text view."""
@@ -54,6 +59,9 @@ class SourceConfig:
     """Share of the pictures held out for validation where the folder has no val.txt."""
     max_bad: float = 0.02
     """Abort if more than this share of rows or pictures cannot be used."""
+    scan_up_to: int = 200_000
+    """Decode every picture once before training where there are at most so many; of more, bad ones are passed
+    over in training, unless `amclr inspect --scan` has found them."""
 
 
 @dataclass(frozen=True)
@@ -178,7 +186,9 @@ class Config:
     """A training run."""
 
     data: str = "scenes"
-    """A folder of captioned pictures, or `scenes`, the built-in generated set."""
+    """A folder of captioned pictures; a CSV, TSV, JSON, JSON lines or Parquet file; WebDataset tars
+    ('shards/{00..12}.tar'); a saved Hugging Face dataset, or hf:NAME from the Hub; a folder of pictures by class;
+    a URL; a YAML file that mixes several; or `scenes`, the built-in generated set."""
     out: str = ""
     """Run folder; empty makes runs/DATA-OBJECTIVE-seedN."""
     objective: str = "amclr"
@@ -369,4 +379,4 @@ def _fits(value: Any, hint: Any) -> bool:
         return value is None
     if isinstance(value, bool) or hint is bool:
         return hint is bool and isinstance(value, bool)
-    return isinstance(value, (int, float) if hint is float else hint)
+    return isinstance(value, (int, float) if hint is float else get_origin(hint) or hint)

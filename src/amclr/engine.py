@@ -9,11 +9,12 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.fabric import Fabric
 from torch import Tensor
@@ -26,6 +27,7 @@ from amclr.data import manifest as manifests
 from amclr.data.batches import Batch, BatchPlan, PictureBatches
 from amclr.data.manifest import Manifest
 from amclr.data.pictures import PictureStore
+from amclr.data.rows import Reject, append_rejects, write_rejects
 from amclr.errors import UserError
 from amclr.features import FeatureBatches
 from amclr.measure import Evaluator, draw_gallery, measure_classes, model_reads_pictures
@@ -67,6 +69,8 @@ class Training:
     """Steps done."""
     best: float = -math.inf
     """Best mean recall so far."""
+    lost: set[str] = field(default_factory=set)
+    """Samples whose pictures went bad while training."""
 
     @property
     def steps(self) -> int:
@@ -78,8 +82,22 @@ class Training:
         state = {
             "model": self.model.state_to_save(), "optimizer": self.optimizer.state_dict(),
             "objective": self.objective.state_dict(), "step": self.step, "best": self.best,
+            "samples": torch.from_numpy(self.plan.samples), "steps_per_epoch": self.plan.steps_per_epoch,
         }  # fmt: skip
         self.run.save(state, self.step, best=is_best, keep=self.config.keep)
+
+    def lose(self, name: str, reason: str) -> None:
+        """List a sample whose picture went bad. Raises UserError beyond the limit on bad pictures."""
+        if name in self.lost:
+            return
+        self.lost.add(name)
+        append_rejects([Reject("", 0, f"while training: {reason}", name)], self.run.folder / "rejects.jsonl")
+        if len(self.lost) > self.config.source.max_bad * len(self.plan.samples):
+            raise UserError(
+                f"{len(self.lost)} of {len(self.plan.samples)} training pictures can no longer be read, over the limit "
+                f"of {self.config.source.max_bad:.1%}; the last: {name}: {reason}. Mend them, then go on by: "
+                f"amclr train --resume {self.run.folder}"
+            )
 
     def restore(self) -> None:
         """Take up the run's newest checkpoint, if it has one."""
@@ -87,22 +105,36 @@ class Training:
         if state:
             self.model.load_saved(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
-            self.objective.load_state_dict(state["objective"])
             self.step, self.best = state["step"], state["best"]
+            before = state.get("samples", torch.from_numpy(self.plan.samples)).numpy()
+            if np.array_equal(before, self.plan.samples):
+                self.objective.load_state_dict(state["objective"])
+            else:
+                # As many epochs are done as were, of the samples that there are now.
+                self.step = round(self.step / state["steps_per_epoch"] * self.plan.steps_per_epoch)
+                self.objective.load_rows(state["objective"], rows_among(before, self.plan.samples))
         self.run.forget_metrics_after(self.step)
 
 
-def train(config: Config, *, resume: Path | None = None, progress: bool = True) -> Run:
+def rows_among(before: np.ndarray, now: np.ndarray) -> Tensor:
+    """Where each of the ids `now` stands among the ids `before`: (N,) int64, -1 where it does not."""
+    order = np.argsort(before)
+    place = np.minimum(np.searchsorted(before, now, sorter=order), len(before) - 1)
+    return torch.from_numpy(np.where(before[order[place]] == now, order[place], -1))
+
+
+def train(config: Config, *, resume: Path | None = None, changed_data: bool = False, progress: bool = True) -> Run:
     """Train a dual encoder and leave a run folder; the Python form of `amclr train`.
 
-    resume: a run folder to go on with; `config` is then its own. Raises UserError for what the user
+    resume: a run folder to go on with; `config` is then its own. changed_data: go on even where samples
+    were added or removed since; the others keep their estimates. Raises UserError for what the user
     can put right, and Stopped after a signal (Ctrl-C, SIGTERM), with a checkpoint written.
     """
     former = Run.open(resume) if resume else None
     folder = former.folder if former else Path(config.out or default_folder(config))
     try:
         with kept_random_state():
-            training = assemble(former.config if former else config, folder, former, progress)
+            training = assemble(former.config if former else config, folder, former, progress, changed_data)
             if former:
                 training.restore()
             fit(training, progress)
@@ -143,6 +175,7 @@ def fit(t: Training, progress: bool) -> None:
             bar.update()
             for name, reason in batch.replaced.items():
                 t.run.log({"kind": "replaced", "step": t.step, "sample": name, "reason": reason})
+                t.lose(name, reason)
             due = time.monotonic() - written > 60 * config.checkpoint_minutes
             measures = t.step == t.steps or t.step % (per_epoch * config.eval_every) == 0
             if (t.step - 1) % LOG_EVERY == 0 or measures or due or signals:
@@ -198,7 +231,7 @@ def embed(model: Any, batch: Batch) -> dict[str, Tensor]:
     return {v: e for views, rows in parts if views for v, e in zip(views, rows.chunk(len(views)), strict=True)}
 
 
-def assemble(config: Config, folder: Path, former: Run | None, progress: bool) -> Training:
+def assemble(config: Config, folder: Path, former: Run | None, progress: bool, changed_data: bool = False) -> Training:
     """Put a run together from its settings. Makes its folder only once all of it fits together."""
     if wrong := problems(config):
         raise UserError("; ".join(wrong))
@@ -216,7 +249,10 @@ def assemble(config: Config, folder: Path, former: Run | None, progress: bool) -
     cache = manifests.cache_folder(config)
     manifest = manifests.prepare(config, cache, progress)
     samples, held_out = manifest.split("train"), manifest.split("val")
-    plan = BatchPlan(len(samples), config.batch_size, config.seed)
+    plan = BatchPlan(
+        np.array([s.id for s in samples], dtype=np.int64), config.batch_size, config.seed,
+        np.array([s.weight for s in samples]) if manifest.parts else None,
+    )  # fmt: skip
     objective = build_objective(config, len(samples))
     tokenizer = build_tokenizer(config.model, [t for s in samples for t in s.texts], folder / "tokenizer")
     torch.manual_seed(derive(config.seed, "weights"))
@@ -225,26 +261,33 @@ def assemble(config: Config, folder: Path, former: Run | None, progress: bool) -
     if not held_out:
         raise UserError(f"{manifest.root} has no validation pictures: give it a val.txt or raise --source.val_fraction")
 
-    run = former or Run.create(folder, config)
-    run.pin_samples([s.name for s in samples])
+    run = former or Run.create(folder, _with_store(config, manifest))
+    run.pin_samples([s.name for s in samples], changed_data)
     if config.model.text_tower == "small" and not (folder / "tokenizer").is_dir():
         tokenizer.save_pretrained(folder / "tokenizer.part")  # a kill here must leave none, or a whole one
         (folder / "tokenizer.part").rename(folder / "tokenizer")
-    manifests.write_rejects(manifest.rejects, folder / "rejects.jsonl")
+    write_rejects(manifest.rejects, folder / "rejects.jsonl")
     if manifest.rejects and progress:
         print(f"{len(manifest.rejects)} rows or pictures left out: {folder / 'rejects.jsonl'}", file=sys.stderr)
     fabric.to_device(model)
     fabric.to_device(objective)
-    paths, size, views = [s.path for s in samples], config.model.image_size, objective.required_views
+    places, size, views = [s.picture for s in samples], config.model.image_size, objective.required_views
     batches: Dataset[Batch]
     if model_reads_pictures(model):
-        store = PictureStore(paths, size, config.ram_cache, progress)
+        store = PictureStore(places, size, config.ram_cache, progress)
         batches = PictureBatches(samples, store, plan, views, model.tokenize, config)
     else:
-        batches = FeatureBatches(model, samples, PictureStore(paths, size), plan, views, config, cache, progress)
+        batches = FeatureBatches(model, samples, PictureStore(places, size), plan, views, config, cache, progress)
     evaluator = Evaluator(model, held_out, config, cache, progress)
     wrapped, optimizer = fabric.setup(model, optimizer)
     return Training(fabric, config, run, manifest, plan, model, wrapped, objective, optimizer, batches, evaluator)
+
+
+def _with_store(config: Config, manifest: Manifest) -> Config:
+    """The settings with the paraphrases that were found, so that a run that is gone on with has no others."""
+    if config.source.paraphrases or (manifest.parts and manifest.paraphrases):
+        return config
+    return replace(config, source=replace(config.source, paraphrases=(*manifest.paraphrases, "none")[0]))
 
 
 def build_objective(config: Config, samples: int) -> Objective:
@@ -264,7 +307,7 @@ def build_objective(config: Config, samples: int) -> Objective:
 
 def default_folder(config: Config) -> Path:
     """runs/DATA-OBJECTIVE-seedN, with a number behind it where that is taken."""
-    name = f"{Path(config.data).resolve().name}-{config.objective}-seed{config.seed}"
+    name = f"{manifests.label(config.data)}-{config.objective}-seed{config.seed}"
     taken = (Path("runs") / f"{name}{suffix}" for suffix in ("", *(f"-{k}" for k in range(2, 10_000))))
     return next(folder for folder in taken if not folder.exists())
 
@@ -279,7 +322,7 @@ def finish(t: Training, progress: bool) -> None:
     if t.manifest.zeroshot:
         results |= measure_classes(t.model, t.manifest.zeroshot, t.config, progress=progress)
     write_atomically(t.run.folder / "results.json", json.dumps(results, indent=2) + "\n")
-    title = f"{t.config.objective} on {Path(t.config.data).resolve().name}"
+    title = f"{t.config.objective} on {manifests.label(t.config.data)}"
     figures.curves(t.run.metrics(), t.run.folder / "curves.png", title, t.evaluator.chance())
     draw_gallery(t.model, t.evaluator, images, texts, t.run.folder / "gallery.png", title)
 

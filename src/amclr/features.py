@@ -29,7 +29,7 @@ from amclr.data.pictures import PictureStore
 from amclr.data.texts import TextPolicy
 from amclr.data.views import image_view, policy
 from amclr.model import DualEncoder
-from amclr.randomness import Key, generator
+from amclr.randomness import Key, mixed
 
 CHUNK = 128
 FORMAT = 1
@@ -145,8 +145,7 @@ def _fingerprint(tower: nn.Module) -> str:
 
 
 def _stamp(sample: Sample) -> list[object]:
-    stat = sample.path.stat()
-    return [sample.name, stat.st_size, stat.st_mtime_ns]
+    return [sample.name, sample.picture.stamp]
 
 
 class FeatureBatches(Dataset[Batch]):
@@ -218,15 +217,16 @@ class FeatureBatches(Dataset[Batch]):
         epoch, ids = self.plan[step]
         images = None
         if self.image_views:
-            first = generator(self.seed, "cached views", step).random((2, len(ids)))
+            keys = self.plan.samples[ids]
             rows, drawn = [], None
-            for k, view in enumerate(self.image_views):
+            for view in self.image_views:
                 table = self.features[view]
                 views = table.shape[1]
+                draw = mixed(keys, self.seed, "cached view", view, epoch)
                 if drawn is not None and self.shared and views > 1:
-                    pick = (drawn + 1 + (first[k] * (views - 1)).astype(int)) % views
+                    pick = (drawn + 1 + (draw % np.uint64(views - 1)).astype(int)) % views
                 else:
-                    pick = (first[k] * views).astype(int)
+                    pick = (draw % np.uint64(views)).astype(int)
                 drawn = pick
                 rows.append(table[ids, pick])
             images = torch.from_numpy(np.concatenate(rows))
@@ -237,7 +237,7 @@ class FeatureBatches(Dataset[Batch]):
                 s = self.samples[i]
                 noisy = partial(self._noisy, s, v=epoch % self.cached_views)
                 _, text, second = self.policy.draw(
-                    s.captions, s.paraphrases, self.seed, epoch, int(i), "text", words=noisy
+                    s.captions, s.paraphrases, self.seed, epoch, s.name, "text", words=noisy
                 )
                 if "text_aug" in texts:
                     texts["text_aug"].append(second)

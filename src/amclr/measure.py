@@ -17,9 +17,10 @@ from torch import Tensor
 from amclr import evaluate, figures
 from amclr.config import Config
 from amclr.data import manifest as manifests
+from amclr.data import tables
 from amclr.data.manifest import Manifest, Sample
-from amclr.data.paraphrases import find_store
-from amclr.data.pictures import BadPicture, PictureStore, scan
+from amclr.data.pictures import BadPicture, Location, PictureStore, scan
+from amclr.data.rows import write_rejects
 from amclr.data.texts import TextPolicy
 from amclr.data.views import image_view, policy
 from amclr.errors import UserError
@@ -53,7 +54,7 @@ class Evaluator:
     def embeddings(self) -> tuple[Tensor, Tensor]:
         """Unit rows of the pictures (N, D) and of all their captions (T, D), on the CPU."""
         if self.features is None:
-            pictures = self.model.encode_image([s.path for s in self.samples], progress=self.progress)
+            pictures = self.model.encode_image([s.picture for s in self.samples], progress=self.progress)
             return pictures, self.model.encode_text(self.captions, progress=self.progress)
         return self.model.project(self.features[0], None), self.model.project(None, self.features[1])
 
@@ -75,7 +76,7 @@ def _plain_features(
     model: DualEncoder, samples: Sequence[Sample], config: Config, cache: Path, progress: bool
 ) -> Tensor:
     """Cached features (N, F) of pictures as they are evaluated."""
-    store = PictureStore([s.path for s in samples], config.model.image_size)
+    store = PictureStore([s.picture for s in samples], config.model.image_size)
     found = image_features(model, samples, "none", 1, config, cache, store, progress)
     return torch.from_numpy(found[:, 0].copy())
 
@@ -90,7 +91,7 @@ def draw_gallery(
 
     def shown(index: int) -> Tensor:
         try:
-            return model.prepare(evaluator.samples[index].path)
+            return model.prepare(evaluator.samples[index].picture)
         except BadPicture:
             return torch.full((3, model.config.image_size, model.config.image_size), 128, dtype=torch.uint8)
 
@@ -120,10 +121,11 @@ def evaluate_run(
     run = Run.open(folder)
     model = run.load_model().to("cuda" if torch.cuda.is_available() else "cpu")
     config = replace(run.config, data=data) if data else run.config
+    config = replace(config, source=replace(config.source, paraphrases="none"))  # they are for training alone
     results: dict[str, Any] = {"run": str(folder), "objective": config.objective}
     out = folder / "evaluations"
     out.mkdir(exist_ok=True)
-    name = f"{Path(config.data).resolve().name}-{split}"
+    name = f"{manifests.label(config.data)}-{split}"
     if zeroshot:
         results |= measure_classes(model, Path(zeroshot), config, classnames, templates, progress)
     if retrieval:
@@ -150,21 +152,22 @@ def measure_classes(
     model: DualEncoder, root: Path, config: Config, classnames: str = "", templates: str = "", progress: bool = True
 ) -> dict[str, Any]:
     """Zero-shot accuracy on a folder of pictures by class. Pictures that cannot be decoded are left out and counted."""
-    paths, labels, names = manifests.class_folders(root, Path(classnames) if classnames else None)
+    paths, labels, names = tables.class_folders(root, Path(classnames) if classnames else None)
     prompts: Sequence[str] = evaluate.TEMPLATES
     file = Path(templates) if templates else root / "templates.txt"
     if file.is_file():
-        prompts = manifests.read_lines(file)
+        prompts = tables.read_lines(file)
     elif templates:
         raise UserError(f"no templates file '{file}': one prompt per line, with {{}} for the class name")
-    bad = scan(paths, model.config.image_size, progress=progress)
-    kept = [(p, y) for p, y in zip(paths, labels, strict=True) if p not in bad]
+    places = [Location(str(p)) for p in paths]
+    bad = scan(places, model.config.image_size, progress=progress)
+    kept = [(p, y) for p, y in zip(places, labels, strict=True) if p not in bad]
     if not kept:
         raise UserError(f"no picture under '{root}' can be decoded; the first: {next(iter(bad.items()))}")
     if model_reads_pictures(model):
         images = model.encode_image([p for p, _ in kept], progress=progress)
     else:
-        samples = [Sample(p.name, p, ()) for p, _ in kept]
+        samples = [Sample(p.file, p, ()) for p, _ in kept]
         images = model.project(_plain_features(model, samples, config, manifests.cache_folder(config), progress), None)
     try:
         found = evaluate.zeroshot(model, images, [y for _, y in kept], names, prompts)
@@ -233,15 +236,14 @@ def inspect(config: Config, sheet: Path, progress: bool = True) -> str:
     for one, other in combinations(manifest.splits, 2):
         if shared := manifest.splits[one] & manifest.splits[other]:
             lines.append(f"overlap      {len(shared)} pictures are in both {one} and {other}, such as {min(shared)}")
-    if store := find_store(manifest.root, config.source.paraphrases):
-        reworded = sum(1 for s in samples for c in s.captions if store.of(c))
-        lines.append(f"paraphrases  of {reworded} captions, from {store.path}")
+    if reworded := sum(1 for s in samples for p in s.paraphrases if p):
+        lines.append(f"paraphrases  of {reworded} captions, from {', '.join(manifest.paraphrases) or 'the data set'}")
     if manifest.zeroshot:
         lines.append(f"zero-shot    {manifest.zeroshot}")
     lines += [f"  {reject}" for reject in manifest.rejects[:10]]
     if manifest.rejects:
         listed = sheet.with_name(f"{sheet.stem}-rejects.jsonl")
-        manifests.write_rejects(manifest.rejects, listed)
+        write_rejects(manifest.rejects, listed)
         lines.append(f"  {'... ' if len(manifest.rejects) > 10 else ''}all of them listed in {listed}")
     _draw_sheet(samples, config, sheet, manifest)
     return "\n".join([*lines, f"contact sheet: {sheet}"])
@@ -250,11 +252,11 @@ def inspect(config: Config, sheet: Path, progress: bool = True) -> str:
 def _draw_sheet(samples: Sequence[Sample], config: Config, file: Path, manifest: Manifest) -> None:
     pick = np.random.default_rng(config.seed).permutation(len(samples))[:8]
     size, flip = config.model.image_size, config.views.flip
-    store = PictureStore([s.path for s in samples], size)
+    store = PictureStore([s.picture for s in samples], size)
     cards = []
     for i in map(int, pick):
         s = samples[i]
-        key = (config.seed, 0, i)
+        key = (config.seed, 0, s.name)
         pictures = [("as evaluated", image_view(policy("none", size), store[i], *key))]
         for view, name in (("image", config.views.image), ("image_aug", config.views.image_aug)):
             pictures.append((f"{view}: {name}", image_view(policy(name, size, flip), store[i], *key, view)))

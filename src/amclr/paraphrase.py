@@ -278,8 +278,11 @@ def _store_folder(config: ParaphraseConfig, data: str) -> Path:
     if config.out:
         return Path(config.out).expanduser()
     root = Path(data).expanduser()
-    if root.is_file():
-        raise UserError(f"'{root}' is a file, with no place for paraphrases: give a folder with --out")
+    if not root.is_dir() and (root.exists() or ":" in data):
+        raise UserError(
+            f"'{data}' is no folder, so paraphrases have no place in it: give one with --out, and the same with "
+            "--source.paraphrases to amclr train"
+        )
     return root / FOLDER
 
 

@@ -27,6 +27,18 @@ def generator(*key: Key) -> np.random.Generator:
     return np.random.default_rng(derive(*key))
 
 
+def mixed(ids: np.ndarray, *key: Key) -> np.ndarray:
+    """A hash of each of many ids (int64) under a key: uint64, as if drawn at random for each.
+
+    splitmix64 (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators"), with
+    the key as its starting state.
+    """
+    z = ids.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(derive(*key))
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
 @contextmanager
 def torch_seeded(*key: Key) -> Iterator[None]:
     """Run a block with torch's CPU generator seeded from a key, and put it back afterwards.

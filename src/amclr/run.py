@@ -74,22 +74,24 @@ class Run:
         except (ValueError, TypeError, yaml.YAMLError) as error:
             raise UserError(f"cannot read '{file}': {error}") from None
 
-    def pin_samples(self, names: Sequence[str]) -> None:
+    def pin_samples(self, names: Sequence[str], changed: bool = False) -> None:
         """Record the training pictures of a run; of one that goes on, refuse others than those it began with.
 
-        The order of batches and every row of the estimators follow from this list.
+        The order of batches and every row of the estimators follow from this list. changed: take the
+        others.
         """
         file = self.folder / "samples.json"
         digest = hashlib.sha256("\n".join(names).encode("utf-8", "surrogatepass")).hexdigest()
         now = {"training pictures": len(names), "sha256 of their names": digest}
-        if not file.is_file():
+        if changed or not file.is_file():
             write_atomically(file, json.dumps(now, indent=2) + "\n")
             return
         before = json.loads(file.read_text(encoding="utf-8"))
         if before != now:
             raise UserError(
                 f"the training pictures are not those that '{self.folder}' began with ({len(names)} now, "
-                f"{before['training pictures']} then): put them back as they were, or start another run"
+                f"{before['training pictures']} then): put them back, or go on with those of now by: "
+                f"amclr train --resume {self.folder} --changed_data"
             )
 
     # -- metrics ----------------------------------------------------------------------------------

@@ -64,16 +64,21 @@ def test_without_flips_left_stays_left() -> None:
 
 
 def test_a_plan_visits_each_sample_once_an_epoch() -> None:
-    plan = BatchPlan(50, 8, seed=3)
+    plan = BatchPlan(np.arange(50), 8, seed=3)
     assert plan.steps_per_epoch == 6
     for epoch in range(3):
         ids = np.concatenate([plan[epoch * 6 + k][1] for k in range(6)])
         assert len(set(ids)) == 48 and {plan[epoch * 6 + k][0] for k in range(6)} == {epoch}
     assert not np.array_equal(plan[0][1], plan[6][1])
-    assert np.array_equal(BatchPlan(50, 8, 3)[11][1], plan[11][1])
-    assert not np.array_equal(BatchPlan(50, 8, 4)[0][1], plan[0][1])
+    assert np.array_equal(BatchPlan(np.arange(50), 8, 3)[11][1], plan[11][1])
+    assert not np.array_equal(BatchPlan(np.arange(50), 8, 4)[0][1], plan[0][1])
+    # Without some samples, the others keep their order.
+    kept = np.arange(50)[np.arange(50) % 7 != 0]
+    whole = np.concatenate([BatchPlan(np.arange(50), 10, 3)[k][1] for k in range(5)])
+    part = np.concatenate([BatchPlan(kept, 1, 3)[k][1] for k in range(len(kept))])
+    assert [i for i in whole if i % 7] == list(kept[part])
     with pytest.raises(UserError, match="5 training pictures are fewer than one batch of 8: lower --batch_size"):
-        BatchPlan(5, 8, 0)
+        BatchPlan(np.arange(5), 8, 0)
 
 
 def letters(texts: list[str]) -> dict[str, torch.Tensor]:
@@ -86,8 +91,8 @@ def batches(folder: Path, views: tuple[str, ...] = VIEWS, ram: float = 1.0, **vi
         source=SourceConfig(),
     )  # fmt: skip
     samples = manifests.load(config, folder.parent).split("train")
-    store = PictureStore([s.path for s in samples], 24, ram, progress=False)
-    return PictureBatches(samples, store, BatchPlan(len(samples), 8, 0), views, letters, config)
+    store = PictureStore([s.picture for s in samples], 24, ram, progress=False)
+    return PictureBatches(samples, store, BatchPlan(np.array([s.id for s in samples]), 8, 0), views, letters, config)
 
 
 def same(a: Batch, b: Batch) -> bool:
@@ -136,12 +141,12 @@ def test_unused_views_are_not_made(folder: Path, monkeypatch: pytest.MonkeyPatch
 def test_a_picture_that_goes_bad_is_replaced_and_named(folder: Path) -> None:
     data = batches(folder, ram=0.0)
     victim = int(data[0].ids[2])
-    data.store.paths[victim].write_bytes(b"")
+    Path(data.store.places[victim].file).write_bytes(b"")
     batch = data[0]
     assert int(batch.ids[2]) == (victim + 1) % len(data.samples)
     (name,) = batch.replaced
     assert name == data.samples[victim].name and "0 bytes" in batch.replaced[name]
-    for path in data.store.paths:
-        path.write_bytes(b"")
+    for place in data.store.places:
+        Path(place.file).write_bytes(b"")
     with pytest.raises(UserError, match="no picture can be read any more"):
         data[1]

@@ -15,13 +15,14 @@ from PIL import Image
 
 from amclr.config import Config, SourceConfig
 from amclr.data import manifest as manifests
+from amclr.data import tables
 from amclr.data.pictures import BadPicture, read_picture, scan
 from amclr.errors import UserError
 from tests.conftest import make_folder
 
 
 def read(root: Path, **source: object) -> manifests.Manifest:
-    return manifests.read_folder(root, SourceConfig(**source))  # type: ignore[arg-type]
+    return manifests.load(Config(data=str(root), source=SourceConfig(**source)), root.parent / "cache")  # type: ignore[arg-type]
 
 
 def prepared(root: Path, max_bad: float = 1.0) -> manifests.Manifest:
@@ -165,8 +166,8 @@ def test_transparent_is_white_not_black() -> None:
 
 
 def test_scan_takes_its_verdicts_from_the_cache(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    paths = [s.path for s in read(folder).samples]
-    paths[0].write_bytes(b"x")
+    paths = [s.picture for s in read(folder).samples]
+    Path(paths[0].file).write_bytes(b"x")
     first = scan(paths, 32, folder / "verdicts.json", progress=False)
     monkeypatch.setattr("amclr.data.pictures.read_picture", lambda *_: pytest.fail("decoded again"))
     assert scan(paths, 32, folder / "verdicts.json", progress=False) == first and list(first) == paths[:1]
@@ -227,10 +228,12 @@ def test_columns_by_other_names_and_tabs(folder: Path) -> None:
     table = ["Title\tFile_Name\tid"] + [f"{caption}\t{name}\t{k}" for k, (name, caption) in enumerate(rows)]
     (folder / "captions.tsv").write_text("\n".join(table) + "\n")
     assert len(read(folder).samples) == 40
-    (folder / "captions.tsv").write_text("\n".join(["words\tpicture\tid", *table[1:]]) + "\n")
-    with pytest.raises(UserError, match=r"no column 'image': it has 'words', 'picture', 'id'.*--source.image_column"):
+    (folder / "captions.tsv").write_text("\n".join(["words\tphotograph\tid", *table[1:]]) + "\n")
+    with pytest.raises(
+        UserError, match=r"no column 'image': it has 'words', 'photograph', 'id'.*--source.image_column"
+    ):
         read(folder)
-    assert len(read(folder, image_column="picture", caption_column="words").samples) == 40
+    assert len(read(folder, image_column="photograph", caption_column="words").samples) == 40
 
 
 def test_paraphrase_column(tmp_path: Path) -> None:
@@ -264,7 +267,8 @@ def test_refusals_say_what_to_do(tmp_path: Path) -> None:
     assert "has no captions file: expected captions.txt" in message(tmp_path / "empty")
     (tmp_path / "empty" / "captions.txt").write_text("")
     assert "is empty: expected a header line image,caption" in message(tmp_path / "empty")
-    assert "is a file: give the folder" in message(tmp_path / "empty" / "captions.txt")
+    (tmp_path / "photos.zip").write_bytes(b"PK")
+    assert "is of no known format: its name must end with .csv" in message(tmp_path / "photos.zip")
 
 
 def test_class_folders(tmp_path: Path) -> None:
@@ -273,7 +277,7 @@ def test_class_folders(tmp_path: Path) -> None:
         for k in range(count):
             Image.new("RGB", (8, 8)).save(tmp_path / "val" / wnid / f"{k}.png")
     (tmp_path / "classnames.txt").write_text("n01\ttench, Tinca tinca\nn02\tgoldfish\n")
-    paths, labels, names = manifests.class_folders(tmp_path / "val")
+    paths, labels, names = tables.class_folders(tmp_path / "val")
     assert (
         names == ["tench", "goldfish"]
         and labels == [0, 1, 1]
@@ -281,8 +285,8 @@ def test_class_folders(tmp_path: Path) -> None:
     )
     (tmp_path / "classnames.txt").write_bytes("n01\tcaf\xe9\n".encode("latin-1"))
     with pytest.raises(UserError, match="classnames.txt' is not UTF-8 text"):
-        manifests.class_folders(tmp_path / "val")
+        tables.class_folders(tmp_path / "val")
     with pytest.raises(UserError, match="needs a folder with one folder per class"):
-        manifests.class_folders(tmp_path / "absent")
+        tables.class_folders(tmp_path / "absent")
     with pytest.raises(UserError, match="expected .*CLASS/PICTURE.jpg"):
-        manifests.class_folders(tmp_path / "val" / "n01")
+        tables.class_folders(tmp_path / "val" / "n01")

@@ -13,6 +13,7 @@ from amclr.config import Config, SourceConfig
 from amclr.data import manifest as manifests
 from amclr.data import paraphrases as stores
 from amclr.data.paraphrases import Entry, Filters, Store, Version, attach, choose, find_store, read_store
+from amclr.data.pictures import Location
 from amclr.errors import UserError
 
 SETTINGS = {"model": "rules", "k": 2}
@@ -43,7 +44,7 @@ def test_tables_that_people_write(name: str, text: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text(text, encoding="utf-8")
     found = read_store(tmp_path / name)
     assert found.texts == {"a dog, wet": ("a wet dog", "dog that is wet"), "a cat": ("one cat",)}
-    assert found.rows == 3 and not found.faults and found.version == ""
+    assert found.rows == 3 and not found.rejects and found.version == ""
     assert found.of(" a dog,  wet\n") == ("a wet dog", "dog that is wet") and found.of("a fox") == ()
 
 
@@ -54,10 +55,10 @@ def test_rows_that_cannot_be_used_are_listed(tmp_path: Path) -> None:
     )
     found = read_store(file)
     assert found.texts == {"a": ("one",), "g": ("five",)} and found.rows == 8
-    reasons = dict(found.faults)
+    reasons = {r.line: r.reason for r in found.rejects}
     assert reasons[3] == "row has 1 columns: expected 2" and reasons[4] == "empty paraphrase"
     assert reasons[5] == "empty caption" and reasons[6] == "row has 3 columns: expected 2"
-    assert reasons[7] == "paraphrase is not valid text: save the file as UTF-8"
+    assert reasons[7] == "paraphrase is not valid Unicode"
     assert reasons[8] == "paraphrase of 2000000 characters: over the limit of 20000" and len(reasons) == 6
 
     lines = tmp_path / "p.jsonl"
@@ -67,8 +68,8 @@ def test_rows_that_cannot_be_used_are_listed(tmp_path: Path) -> None:
     lines.write_text("\n".join(rows) + "\n")
     found = read_store(lines)
     assert found.texts == {"a": ("one",), "f": ("two",)} and found.rows == 10
-    assert [line for line, _ in found.faults] == [2, 3, 4, 5, 6, 7, 8, 9]
-    assert dict(found.faults)[9] == "row of more than 4194304 characters"
+    assert [r.line for r in found.rejects] == [2, 3, 4, 5, 6, 7, 8, 9]
+    assert found.rejects[7].reason == "row of more than 4194304 characters"
 
 
 def test_a_huge_field_of_a_csv_loses_no_row_silently(tmp_path: Path) -> None:
@@ -76,8 +77,8 @@ def test_a_huge_field_of_a_csv_loses_no_row_silently(tmp_path: Path) -> None:
     file = tmp_path / "p.csv"
     file.write_text(f'caption,paraphrase\na,one\nb,"{"x" * 20_000_000}"\nc,three\n')
     found = read_store(file)
-    assert found.of("a") == ("one",) and found.faults and "field larger" in found.faults[0][1]
-    assert found.of("c") == ("three",) or any(line == 4 for line, _ in found.faults)
+    assert found.of("a") == ("one",) and found.rejects and "field larger" in found.rejects[0].reason
+    assert found.of("c") == ("three",) or any(r.line == 4 for r in found.rejects)
 
 
 def test_hostile_text_stays_text(tmp_path: Path) -> None:
@@ -85,7 +86,7 @@ def test_hostile_text_stays_text(tmp_path: Path) -> None:
         b"caption,paraphrase\na,<script>alert(1)</script>\nb,nul\0 and \x1b[31mred\nc,=cmd()\n"
     )
     found = read_store(tmp_path / "p.csv").texts
-    assert found == {"a": ("<script>alert(1)</script>",), "b": ("nul\ufffd and \ufffd[31mred",), "c": ("=cmd()",)}
+    assert found == {"a": ("<script>alert(1)</script>",), "b": ("nul\ufffd and [31mred",), "c": ("=cmd()",)}
     sheet = stores.sample_sheet([Entry("a\nb", ("<b>",)), Entry("c", ())])
     assert "    <b>" in sheet and "(none)" in sheet
 
@@ -131,6 +132,12 @@ def test_the_latest_complete_version_is_used_unless_one_is_named(tmp_path: Path)
         find_store(root, begun.name)
     begun.finish()
     assert used("") == (begun.name, ("3",))
+    (begun.folder / "paraphrases.jsonl").unlink()
+    with pytest.raises(UserError, match="are not complete"):
+        find_store(root, "")
+    (root / "paraphrases" / "latest").write_text("gone\n")
+    with pytest.raises(UserError, match="does not say which version is the latest"):
+        find_store(root, "")
     (root / "paraphrases" / "latest").unlink()
     with pytest.raises(UserError, match=f"does not say which version is the latest: name one of .*{old.name}"):
         find_store(root, "")
@@ -154,8 +161,8 @@ def test_a_damaged_store_is_refused(tmp_path: Path) -> None:
     whole = rows.read_text()
     rows.write_text(whole + '{"caption": "d", "paraphrases": ["by hand"]}\n')
     assert read_store(tmp_path).of("d") == ("by hand",), "people may add rows and mend them"
-    for damaged, message in ((whole[:-40], "is damaged"), (whole.replace('"b"', "b"), "line 2: row is not JSON"),
-                             ("".join(whole.splitlines(True)[:2]), "2 rows are left, of 3")):  # fmt: skip
+    for damaged, message in ((whole[:-40], "is damaged"), (whole.replace('"b"', "b"), "jsonl:2: row is not JSON"),
+                             ("".join(whole.splitlines(True)[:2]), "2 rows are left of 3")):  # fmt: skip
         rows.write_text(damaged)
         with pytest.raises(UserError, match=message):
             read_store(tmp_path)
@@ -202,9 +209,9 @@ def test_paraphrases_join_captions_by_their_text(folder: Path, tmp_path: Path) -
 
 def test_a_store_comes_after_what_the_data_bring_and_says_nothing_twice(tmp_path: Path) -> None:
     samples = [
-        manifests.Sample("1", tmp_path, ("a", "b"), (("one", "uno"), ())),
-        manifests.Sample("2", tmp_path, ("c",)),
-        manifests.Sample("3", tmp_path, ("d",), (("four",),)),
+        manifests.Sample("1", Location(str(tmp_path)), ("a", "b"), (("one", "uno"), ())),
+        manifests.Sample("2", Location(str(tmp_path)), ("c",)),
+        manifests.Sample("3", Location(str(tmp_path)), ("d",), (("four",),)),
     ]
     store = Store(tmp_path, {"a": ("un", "one"), "c": ("three",)}, 2)
     joined = attach(samples, store)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -18,45 +17,69 @@ from amclr.data.pictures import BadPicture, PictureStore
 from amclr.data.texts import TextPolicy
 from amclr.data.views import image_view, policy
 from amclr.errors import UserError
-from amclr.randomness import generator
+from amclr.randomness import mixed
 
 Tokenize = Callable[[list[str]], dict[str, Tensor]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class BatchPlan:
-    """Which samples make up each step: a permutation per epoch, cut into whole batches.
+    """Which samples make up each step: an order per epoch, cut into whole batches.
 
-    `plan[step]` is (epoch, ids (B,)); a pure function, so that step k needs no step before it. Up
-    to B - 1 samples sit out an epoch, others each time.
+    samples: their ids (N,) int64. weights: visits of each an epoch (N,), on average; 1 if None.
+    `plan[step]` is (epoch, rows (B,) of the samples); a pure function, so that step k needs no step
+    before it. Each epoch's order sorts the samples by a hash of their ids, so that of two samples the
+    same comes first whatever others there are. Up to B - 1 visits are left out of an epoch, others
+    each time.
     """
 
-    samples: int
+    samples: np.ndarray
     batch_size: int
     seed: int
+    weights: np.ndarray | None = None
+    _orders: dict[int, np.ndarray] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if self.samples < self.batch_size:
+        if self._visits < self.batch_size:
             raise UserError(
-                f"{self.samples} training pictures are fewer than one batch of {self.batch_size}: "
-                f"lower --batch_size (at most {self.samples})"
+                f"{self._visits} training pictures are fewer than one batch of {self.batch_size}: "
+                f"lower --batch_size (at most {self._visits})"
             )
 
     @property
     def steps_per_epoch(self) -> int:
         """Steps in one epoch."""
-        return self.samples // self.batch_size
+        return self._visits // self.batch_size
+
+    @property
+    def _visits(self) -> int:
+        """Visits of any epoch at the least: their number differs by one from epoch to epoch for odd weights."""
+        if self.weights is None:
+            return len(self.samples)
+        return sum(int(w * n) for w, n in zip(*np.unique(self.weights, return_counts=True), strict=True))
 
     def __getitem__(self, step: int) -> tuple[int, np.ndarray]:
-        """Epoch and sample ids (B,) of a step."""
+        """Epoch and rows (B,) of a step's samples."""
         epoch, k = divmod(step, self.steps_per_epoch)
-        order = _permutation(self.samples, self.seed, epoch)
-        return epoch, order[k * self.batch_size : (k + 1) * self.batch_size]
+        if epoch not in self._orders:
+            self._orders.clear()
+            self._orders[epoch] = self._order(epoch)
+        return epoch, self._orders[epoch][k * self.batch_size : (k + 1) * self.batch_size]
 
-
-@lru_cache(maxsize=2)
-def _permutation(samples: int, seed: int, epoch: int) -> np.ndarray:
-    return generator(seed, "order", epoch).permutation(samples)
+    def _order(self, epoch: int) -> np.ndarray:
+        """Rows of the samples in the order of an epoch's visits."""
+        if self.weights is None:
+            return np.argsort(mixed(self.samples, self.seed, "order", epoch, 0), kind="stable")
+        visits = np.empty(len(self.samples), dtype=np.int64)
+        for weight in np.unique(self.weights):
+            # Samples of a weight come due one after the other, evenly over the epochs.
+            own = np.flatnonzero(self.weights == weight)
+            turn = np.argsort(np.argsort(mixed(self.samples[own], self.seed, "turn"), kind="stable"))
+            phase = (turn + 0.5) / len(own)
+            visits[own] = np.floor(weight * (epoch + 1) + phase) - np.floor(weight * epoch + phase)
+        rows = [np.flatnonzero(visits > copy) for copy in range(int(visits.max(initial=0)))]
+        keys = [mixed(self.samples[r], self.seed, "order", epoch, copy) for copy, r in enumerate(rows)]
+        return np.concatenate(rows)[np.argsort(np.concatenate(keys), kind="stable")]
 
 
 @dataclass
@@ -141,15 +164,15 @@ class PictureBatches(Dataset[Batch]):
         images = None
         if self.image_views:
             images = torch.stack([
-                image_view(self.policies[view], picture, self.seed, epoch, i, view)
+                image_view(self.policies[view], picture, self.seed, epoch, self.samples[i].name, view)
                 for view in self.image_views
                 for i, picture in zip(ids, pictures, strict=True)
             ])  # fmt: skip
         tokens = None
         if self.text_views:
             drawn = [
-                self.texts.draw(s.captions, s.paraphrases, self.seed, epoch, i, "text")
-                for i, s in ((i, self.samples[i]) for i in ids)
+                self.texts.draw(s.captions, s.paraphrases, self.seed, epoch, s.name, "text")
+                for s in (self.samples[i] for i in ids)
             ]
             texts = {"text": [d[1] for d in drawn], "text_aug": [d[2] for d in drawn]}
             tokens = self.tokenize([t for view in self.text_views for t in texts[view]])

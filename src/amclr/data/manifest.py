@@ -1,42 +1,55 @@
 """A data set as a list of samples: what there is, where it lies, and what could not be used.
 
-A new source format is one function that returns a `Manifest`, entered in `load`.
+A new source format is a reader (a function that yields rows) and its line in `FORMATS`.
 """
 
 from __future__ import annotations
 
-import csv
-import json
+import glob
 import os
+import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, fields, replace
+from functools import lru_cache
 from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
 
-from amclr.config import Config, SourceConfig
-from amclr.data import scenes
+import yaml
+
+from amclr.config import Config, SourceConfig, from_dict
+from amclr.data import columns, remote, scenes, tables, tars
 from amclr.data.paraphrases import attach, find_store
-from amclr.data.pictures import scan
+from amclr.data.pictures import Location, scan
+from amclr.data.rows import PICTURE_SUFFIXES, SPLIT_NAMES, Reading, Reject, Row, caption_fault, clean, printable
 from amclr.errors import UserError
 from amclr.randomness import derive
 
-CAPTION_FILES = ("captions.txt", "captions.csv", "captions.tsv")
-IMAGE_COLUMNS = ("image", "image_name", "file_name", "filename", "filepath", "image_path", "path", "file")
-CAPTION_COLUMNS = ("caption", "comment", "text", "title", "description")
-PARAPHRASE_COLUMN = "paraphrase"
+CAPTION_FILES = (
+    "captions.txt", "captions.csv", "captions.tsv", "captions.jsonl", "captions.json", "captions.parquet",
+    "metadata.csv", "metadata.jsonl", "metadata.parquet", "dataset.json", "dataset_*.json", "captions_*.json",
+    "annotations/captions_*.json",
+)  # fmt: skip
+"""Where captions are looked for in a folder: of the first pattern that matches, all matches are read."""
 PICTURE_FOLDERS = ("Images", "images", "Flicker8k_Dataset", ".")
-PICTURE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
-MAX_CAPTION_CHARACTERS = 20_000
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Sample:
     """One picture and its captions. `paraphrases[k]` reword `captions[k]`."""
 
     name: str
-    path: Path
+    """What the data set calls it. Its draws and its place in the estimators follow from it alone."""
+    picture: Location
     captions: tuple[str, ...]
     paraphrases: tuple[tuple[str, ...], ...] = ()
+    weight: float = 1.0
+    """Visits an epoch, on average."""
+
+    @property
+    def id(self) -> int:
+        """A 63-bit number that stays the same whatever other samples there are, and wherever the picture lies."""
+        return derive("sample", self.name)
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -45,30 +58,26 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Reject:
-    """A row or picture that cannot be used, and why. `line` is 0 where the reason is the picture itself."""
-
-    file: str
-    line: int
-    reason: str
-
-    def __str__(self) -> str:
-        return f"{self.file}{f':{self.line}' if self.line else ''}: {self.reason}"
-
-
-@dataclass(frozen=True)
 class Manifest:
-    """The usable samples of a data set, its rejects, and its splits by name."""
+    """The usable samples of a data set, sorted by name, its rejects, and its splits by name."""
 
     root: Path
     samples: tuple[Sample, ...]
     rejects: tuple[Reject, ...] = ()
     rows: int = 0
-    """Rows read from the captions file, usable or not."""
+    """Captions read, usable or not."""
     splits: dict[str, frozenset[str]] = field(default_factory=dict)
-    """Picture names by split, from the data set's own lists."""
+    """Picture names by split, from the data set's own lists and columns."""
     zeroshot: Path | None = None
     """A folder of pictures by class that belongs to the data set."""
+    format: str = ""
+    """What it was read as."""
+    parts: dict[str, float] = field(default_factory=dict)
+    """Of a mix: the weight of each data set, whose name and a slash precede the names of its samples."""
+    bad_pictures: int = 0
+    """How many of the rejects are pictures that cannot be decoded."""
+    paraphrases: tuple[str, ...] = ()
+    """The stores that paraphrases came from."""
 
     def split(self, name: str) -> tuple[Sample, ...]:
         """The samples of a split (`train`, `val`, `test`, or `all`), in the manifest's order."""
@@ -78,299 +87,337 @@ class Manifest:
             raise UserError(f"{self.root} has no split '{name}': choose from all, {', '.join(sorted(self.splits))}")
         return tuple(s for s in self.samples if s.name in self.splits[name])
 
-    def without(self, bad: dict[str, str]) -> Manifest:
-        """Drop the samples named in `bad` (name -> reason), and record them as rejects."""
-        rejects = tuple(Reject(str(s.path), 0, bad[s.name]) for s in self.samples if s.name in bad)
-        kept = tuple(s for s in self.samples if s.name not in bad)
-        return replace(self, samples=kept, rejects=self.rejects + rejects)
+    def without(self, bad: dict[Location, str]) -> Manifest:
+        """Drop the samples of bad pictures (place -> reason), and record them as rejects."""
+        rejects = tuple(
+            Reject(s.picture.file, 0, bad[s.picture], s.name) for s in self.samples if s.picture in bad
+        )  # fmt: skip
+        kept = tuple(s for s in self.samples if s.picture not in bad)
+        bad_pictures = self.bad_pictures + len(rejects)
+        return replace(self, samples=kept, rejects=self.rejects + rejects, bad_pictures=bad_pictures)
 
     def enforce_limit(self, max_bad: float) -> None:
-        """Raise UserError if more than a share of `max_bad` of the rows and pictures was rejected."""
-        total = max(self.rows, len(self.samples) + len(self.rejects))
+        """Raise UserError if more than a share of `max_bad` of the rows, or of the pictures, was rejected."""
         if not self.samples:
             raise UserError(f"{self.root} has no usable sample; {self._summary()}")
-        if len(self.rejects) > max_bad * total:
-            raise UserError(
-                f"{len(self.rejects)} of {total} rows cannot be used, over the limit of {max_bad:.1%}; "
-                f"{self._summary()}. Mend them, or raise --source.max_bad"
-            )
+        rows = len(self.rejects) - self.bad_pictures
+        for bad, total, what in (
+            (rows, max(self.rows, rows), "rows"),
+            (self.bad_pictures, len(self.samples) + self.bad_pictures, "pictures"),
+        ):
+            if bad > max_bad * total:
+                raise UserError(
+                    f"{bad} of {total} {what} cannot be used, over the limit of {max_bad:.1%}; "
+                    f"{self._summary()}. Mend them, or raise --source.max_bad"
+                )
 
     def _summary(self) -> str:
         if not self.rejects:
             return "no row was read"
         reasons = Counter(r.reason.split(":")[0] for r in self.rejects)
-        commonest = ", ".join(f"{n} x {reason}" for reason, n in reasons.most_common(3))
+        commonest = ", ".join(f"{n} x {printable(reason)}" for reason, n in reasons.most_common(3))
         return f"{commonest}; the first: {self.rejects[0]}"
 
 
+# -- finding out what there is --------------------------------------------------------------------
+
+Reader = Callable[[Reading], Iterator[Row]]
+
+
+@dataclass(frozen=True)
+class Format:
+    """A format of files: what messages call it, the names that its files end with, and its reader."""
+
+    name: str
+    suffixes: tuple[str, ...]
+    read: Reader
+
+
+FORMATS = (
+    Format("CSV", (".csv", ".tsv", ".txt"), tables.read_tables),
+    Format("JSON lines", (".jsonl", ".ndjson"), tables.read_json_lines),
+    Format("JSON", (".json",), tables.read_json_files),
+    Format("Parquet", (".parquet",), columns.read_parquet),
+    Format("WebDataset tars", (".tar",), tars.read_tars),
+)
+"""What a file can be. Add a format here."""
+SAVED = Format("saved Hugging Face dataset", (), columns.read_saved_dataset)
+CLASSES = Format("pictures by class", (), tables.read_class_folders)
+
+
 def load(config: Config, cache: Path, progress: bool = True) -> Manifest:
-    """Read the data set that `config.data` names: `scenes`, or a folder with a captions file."""
-    return _with_paraphrases(_load(config, cache, progress), config.source)
+    """Read the data set that `config.data` names (see its help), without looking into its pictures.
 
-
-def _load(config: Config, cache: Path, progress: bool) -> Manifest:
-    if config.data == "scenes":
+    Raises UserError where there is none, or nothing in it that can be read.
+    """
+    data = config.data
+    if data == "scenes":
         where = cache / f"scenes-{derive(scenes.FORMAT, repr(config.scenes)):016x}"
         scenes.write_scenes(where, config.scenes, progress=progress)
-        return replace(read_folder(where, config.source), zeroshot=where / "zeroshot")
-    root = Path(config.data).expanduser()
-    if not root.exists():
-        raise UserError(f"no data set at '{root}': give a folder with pictures and a captions file, or --data scenes")
-    if not root.is_dir():
-        raise UserError(f"'{root}' is a file: give the folder that holds the pictures and the captions file")
-    manifest = read_folder(root, config.source)
-    if "val" not in manifest.splits:
-        manifest = replace(manifest, splits=_hold_out(manifest.samples, config.source.val_fraction))
-    elif "train" not in manifest.splits:
-        others = frozenset().union(*manifest.splits.values())
-        rest = frozenset(s.name for s in manifest.samples) - others
-        manifest = replace(manifest, splits={**manifest.splits, "train": rest})
-    return manifest
+        found = replace(_read(where, config, cache, progress), zeroshot=where / "zeroshot", format="scenes")
+        return _with_paraphrases(found, config.source.paraphrases)
+    if data.startswith("pipe:"):
+        raise UserError(f"'{printable(data)}' would run a command: save what it prints as a file and give that")
+    if data.startswith("hf:"):
+        name = data.removeprefix("hf:")
+        reading = Reading(Path(name), [], config.source, cache, progress)
+        found = _collect(reading, columns.read_hub_dataset(reading, name), "Hugging Face dataset")
+    elif "://" in data:
+        found = _read(remote.fetch(data, cache, progress), config, cache, progress)
+    elif data.endswith((".yaml", ".yml")):
+        return _mix(Path(data).expanduser(), config, cache, progress)
+    else:
+        found = _read(Path(data).expanduser(), config, cache, progress)
+    found = _with_paraphrases(found, config.source.paraphrases)
+    return _with_splits(found, config.source.val_fraction)
 
 
-def _with_paraphrases(manifest: Manifest, source: SourceConfig) -> Manifest:
-    """The manifest with the paraphrases that the settings name; rows of them that cannot be used are rejects too."""
-    store = find_store(manifest.root, source.paraphrases)
+def _with_paraphrases(manifest: Manifest, setting: str) -> Manifest:
+    """The manifest with the paraphrases that `setting` names; rows of theirs that cannot be used are rejects too."""
+    store = find_store(manifest.root, setting)
     if store is None:
         return manifest
-    faults = tuple(Reject(store.path.name, line, reason) for line, reason in store.faults)
     return replace(
         manifest,
         samples=attach(manifest.samples, store),
-        rejects=manifest.rejects + faults,
+        rejects=manifest.rejects + store.rejects,
         rows=manifest.rows + (0 if store.version else store.rows),
+        paraphrases=(str(store.path),),
     )
 
 
-def cache_folder(config: Config) -> Path:
-    """Where generated data and cached features are kept."""
-    return Path(config.cache or os.environ.get("AMCLR_CACHE") or "~/.cache/amclr").expanduser()
+def label(data: str) -> str:
+    """A short name for a data set, good for a folder or a title."""
+    stem = re.split(r"[/:]", data.rstrip("/"))[-1]
+    if "://" not in data and not data.startswith("hf:") and data != "scenes":
+        stem = Path(data).expanduser().resolve().name
+    for suffix in (".yaml", ".yml", *(s for f in FORMATS for s in f.suffixes)):
+        stem = stem.removesuffix(suffix)
+    return re.sub(r"[^\w.-]+", "-", stem).strip("-.") or "data"
 
 
-def prepare(config: Config, cache: Path, progress: bool = True) -> Manifest:
-    """Load the data set, decode every picture once, and leave out what cannot be used, up to the limit."""
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
+def _read(path: Path, config: Config, cache: Path, progress: bool) -> Manifest:
+    root, files, kind = _find(path, config.source)
+    reading = Reading(root, files, config.source, cache, progress)
+    return _collect(reading, kind.read(reading), kind.name)
+
+
+def _find(path: Path, source: SourceConfig) -> tuple[Path, list[Path], Format]:
+    """The folder of a data set, the files to read in it, and what they are."""
+    if path.is_dir():
+        return path, *_look_into(path, source)
+    if path.is_file():
+        if source.captions_file:
+            raise UserError(f"'{path}' is a file: leave out --source.captions_file, or give the folder")
+        return path.parent, [path], _format_of(path)
+    files = sorted({Path(f) for pattern in _braces(str(path)) for f in glob.glob(pattern)})
+    if not files:
         raise UserError(
-            f"cannot make the cache folder '{cache}' ({error.strerror}): give another --cache, or set AMCLR_CACHE"
-        ) from None
-    manifest = load(config, cache, progress)
-    manifest.enforce_limit(config.source.max_bad)
-    verdicts = cache / f"scan-{derive(str(manifest.root.resolve())):016x}.json"
-    bad = scan([s.path for s in manifest.samples], config.model.image_size, verdicts, progress)
-    manifest = manifest.without({s.name: bad[s.path] for s in manifest.samples if s.path in bad})
-    manifest.enforce_limit(config.source.max_bad)
-    return manifest
+            f"no data set at '{path}': give a folder with pictures and a captions file, a captions file, tars, "
+            "Parquet files, hf:NAME, or --data scenes"
+        )
+    kinds = {_format_of(f) for f in files}
+    if len(kinds) > 1:
+        raise UserError(f"'{path}' matches files of several kinds: {', '.join(sorted(k.name for k in kinds))}")
+    return Path(os.path.commonpath([f.parent for f in files])), files, kinds.pop()
 
 
-def read_folder(root: Path, source: SourceConfig) -> Manifest:
-    """A folder of pictures with a captions file: a row per caption, columns image and caption (Kaggle's Flickr8k).
-
-    An optional column `paraphrase` holds a rewording of the caption. Optional lists train.txt,
-    val.txt and test.txt name the pictures of each split, one a line.
-    """
-    file = _captions_file(root, source)
-    folder = next((root / f for f in PICTURE_FOLDERS if (root / f).is_dir()), root)
-    captions: dict[str, list[str]] = {}
-    paraphrases: dict[str, list[list[str]]] = {}
-    rejects: list[Reject] = []
-    bad_paths: dict[str, str] = {}
-    rows = 0
-    for line, row in _rows(file, source, rejects):
-        rows += 1
-        name, caption, paraphrase = row
-        reason = _caption_fault(caption)
-        if name not in captions and name not in bad_paths and (fault := _path_fault(folder, name)):
-            bad_paths[name] = fault
-        reason = bad_paths.get(name) or reason
-        if reason:
-            rejects.append(Reject(file.name, line, reason))
-            continue
-        texts = captions.setdefault(name, [])
-        rewordings = paraphrases.setdefault(name, [])
-        if caption not in texts:
-            texts.append(caption)
-            rewordings.append([])
-        if paraphrase:
-            rewordings[texts.index(caption)].append(paraphrase)
-    rows += sum(1 for r in rejects if r.reason.startswith("row "))
-    samples = tuple(
-        Sample(name, folder / name, tuple(texts), tuple(map(tuple, paraphrases[name])))
-        for name, texts in sorted(captions.items())
-    )
-    splits = {
-        p.stem: frozenset(read_lines(p)) for p in (root / f"{s}.txt" for s in ("train", "val", "test")) if p.is_file()
-    }
-    for name in ("train", "val"):
-        listed = splits.get(name)
-        if captions and listed and listed.isdisjoint(captions):
-            raise UserError(
-                f"none of the {len(listed)} names in '{root / name}.txt' has a usable caption, such as "
-                f"'{min(listed)}': it must list the pictures as '{file.name}' names them"
-            )
-    return Manifest(root, samples, tuple(rejects), rows, splits)
-
-
-def class_folders(root: Path, classnames: Path | None = None) -> tuple[list[Path], list[int], list[str]]:
-    """A folder of pictures by class, for zero-shot classification: picture paths, labels, class names.
-
-    Class names come from `classnames` (folder name, tab, name; further names after a comma are
-    left out), or from classnames.txt in the folder or beside it, else from the folders' names.
-    Raises UserError where there is no such folder or no picture in it.
-    """
-    if not root.is_dir():
-        raise UserError(f"no folder '{root}': zero-shot classification needs a folder with one folder per class")
-    folders = sorted(p for p in root.iterdir() if p.is_dir())
-    named: dict[str, str] = {}
-    for file in (classnames,) if classnames else (root / "classnames.txt", root.parent / "classnames.txt"):
-        if file.is_file():
-            for text in read_lines(file):
-                key, _, name = text.partition("\t")
-                named[key] = name.split(",")[0].strip()
-            break
-        if classnames:
-            raise UserError(f"no class names file '{classnames}'")
-    paths: list[Path] = []
-    labels: list[int] = []
-    names: list[str] = []
-    for folder in folders:
-        pictures = sorted(p for p in folder.rglob("*") if p.suffix.lower() in PICTURE_SUFFIXES)
-        if not pictures:
-            continue
-        labels += [len(names)] * len(pictures)
-        paths += pictures
-        names.append(named.get(folder.name) or folder.name.replace("_", " "))
-    if not names:
-        raise UserError(f"'{root}' holds no folder with pictures: expected {root}/CLASS/PICTURE.jpg")
-    return paths, labels, names
-
-
-def write_rejects(rejects: Iterable[Reject], file: Path) -> None:
-    """Write rejects as JSON lines: file, line, reason."""
-    file.write_text("".join(json.dumps(vars(r), ensure_ascii=False) + "\n" for r in rejects), encoding="utf-8")
-
-
-def _captions_file(root: Path, source: SourceConfig) -> Path:
+def _look_into(root: Path, source: SourceConfig) -> tuple[list[Path], Format]:
     if source.captions_file:
         file = root / source.captions_file
         if not file.is_file():
             raise UserError(f"no captions file '{file}'")
-        return file
-    for name in CAPTION_FILES:
-        if (root / name).is_file():
-            return root / name
+        return [file], _format_of(file)
+    if (root / "dataset_dict.json").is_file() or (root / "state.json").is_file():
+        return [], SAVED
+    for pattern in CAPTION_FILES:
+        if files := sorted(f for f in root.glob(pattern) if f.is_file()):
+            return files, _format_of(files[0])
+    for suffix in (".parquet", ".tar"):
+        if files := sorted(f for p in (f"*{suffix}", f"*/*{suffix}") for f in root.glob(p) if f.is_file()):
+            return files, _format_of(files[0])
+    if any(root.glob("*.tar.*")) or any(root.glob("*.tgz")):
+        raise UserError(f"the tars in '{root}' are compressed, so that pictures cannot be read at their places: "
+                        "unpack them to plain .tar files")  # fmt: skip
+    if loose := sorted(f for f in root.iterdir() if f.suffix in (".csv", ".tsv", ".jsonl", ".json") and f.is_file()):
+        names = ", ".join(f.name for f in loose[:5])
+        raise UserError(f"'{root}' has no captions file of a known name, but {names}: name one of them with "
+                        "--source.captions_file")  # fmt: skip
+    if any(f.suffix.lower() in PICTURE_SUFFIXES for d in root.iterdir() if d.is_dir() for f in d.iterdir()):
+        if any((root / f).is_dir() for f in PICTURE_FOLDERS[:-1]):
+            raise UserError(f"'{root}' has pictures but no captions file: expected {', '.join(CAPTION_FILES[:4])} ..., "
+                            "or name one with --source.captions_file")  # fmt: skip
+        return [], CLASSES
     raise UserError(
-        f"'{root}' has no captions file: expected {', '.join(CAPTION_FILES)} with the columns image,caption, "
-        "or name one with --source.captions_file"
+        f"'{root}' has no captions file: expected {', '.join(CAPTION_FILES[:4])} ... with image and caption, tars, "
+        "Parquet files, or a folder of pictures per class; or name one with --source.captions_file"
     )
 
 
-def _rows(file: Path, source: SourceConfig, rejects: list[Reject]) -> Iterator[tuple[int, tuple[str, str, str]]]:
-    """Yield (line, (image, caption, paraphrase)); rows that are not such rows go to `rejects`."""
-    encoding = _encoding(file, source.encoding)
-    delimiter = "\t" if file.suffix == ".tsv" else ","
-    csv.field_size_limit(1 << 24)
-    with file.open(encoding=encoding, errors="surrogateescape", newline="") as handle:
-        reader = csv.reader(_decoded(file, handle, encoding), delimiter=delimiter)
-        header = next(reader, None)
-        if header is None:
-            raise UserError(f"'{file}' is empty: expected a header line image,caption and a row per caption")
-        image = _column(file, header, source.image_column, IMAGE_COLUMNS, "image")
-        caption = _column(file, header, source.caption_column, CAPTION_COLUMNS, "caption")
-        lowered = [h.strip().lower() for h in header]
-        paraphrase = lowered.index(PARAPHRASE_COLUMN) if PARAPHRASE_COLUMN in lowered else None
-        line = reader.line_num
-        while True:
-            line += 1
-            try:
-                row = next(reader)
-            except StopIteration:
-                return
-            except csv.Error as error:
-                rejects.append(Reject(file.name, line, f"row is not CSV: {error}"))
-                line = reader.line_num
+def _format_of(file: Path) -> Format:
+    for kind in FORMATS:
+        if file.suffix.lower() in kind.suffixes:
+            return kind
+    known = ", ".join(s for kind in FORMATS for s in kind.suffixes)
+    raise UserError(f"'{file}' is of no known format: its name must end with {known}")
+
+
+def _braces(text: str) -> list[str]:
+    """The patterns that `{000..012}` and `{a,b}` in a text stand for."""
+    found = re.search(r"\{([^{}]*)\}", text)
+    if not found:
+        return [text]
+    if limits := re.fullmatch(r"(\d+)\.\.(\d+)", found[1]):
+        low, high = int(limits[1]), int(limits[2])
+        if high - low > 1_000_000:
+            raise UserError(f"'{printable(text)}' stands for {high - low:,} files")
+        parts = [f"{k:0{len(limits[1])}d}" for k in range(low, high + 1)]
+    else:
+        parts = found[1].split(",")
+    return [p for part in parts for p in _braces(text[: found.start()] + part + text[found.end() :])]
+
+
+# -- from rows to samples -------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class _Entry:
+    """A sample in the making: its captions, each with its paraphrases."""
+
+    picture: Location
+    file: str
+    captions: dict[str, dict[str, None]] = field(default_factory=dict)
+
+
+def _collect(reading: Reading, rows: Iterable[Row], called: str) -> Manifest:
+    """Group rows by picture; reject what cannot be used."""
+    pictures = _Pictures(reading.root, reading.source.images)
+    entries: dict[str, _Entry] = {}
+    splits: dict[str, set[str]] = {}
+    for row in rows:
+        reading.rows += max(1, len(row.captions))
+
+        def reject(reason: str, row: Row = row) -> None:
+            key = row.name or (row.picture if isinstance(row.picture, str) else "")
+            reading.note(Reject(row.file, row.line, reason, key[:500]))
+
+        name, place = row.name, row.picture
+        if isinstance(place, str):
+            name, place, fault = pictures.find(place)
+            if fault:
+                reject(fault)
                 continue
-            first, line = line, reader.line_num
-            if not row:
-                continue
-            if len(row) != len(header):
-                rejects.append(Reject(file.name, first, f"row has {len(row)} columns: expected {len(header)}"))
-            elif any("\udc80" <= c <= "\udcff" for text in row for c in text):
-                hint = ": try --source.encoding latin-1 or cp1252" if source.encoding == "utf-8" else ""
-                rejects.append(Reject(file.name, first, f"row is not valid {source.encoding}{hint}"))
+        assert isinstance(place, Location)
+        entry = entries.get(name)
+        if entry and entry.picture != place:
+            reject(f"duplicate key: {name} is in {entry.file} already")
+            continue
+        texts = []
+        for raw in row.captions:
+            caption = clean(raw)
+            fault = caption_fault(raw, caption)
+            if fault:
+                reject(fault)
             else:
-                extra = row[paraphrase].strip() if paraphrase is not None else ""
-                yield first, (row[image].strip(), " ".join(row[caption].split()), extra)
-
-
-def _decoded(file: Path, handle: Iterable[str], encoding: str) -> Iterator[str]:
-    """The lines of a captions file. CSV readers refuse NUL, so it becomes the mark of an unreadable character."""
-    try:
-        for line in handle:
-            yield line.replace("\0", "\ufffd")
-    except UnicodeError as error:  # bytes that the encoding cannot even mark as wrong, such as half of a UTF-16 unit
-        what = getattr(error, "reason", error)
-        raise UserError(f"'{file}' is not {encoding} text ({what}): give the right --source.encoding") from None
-
-
-def _encoding(file: Path, encoding: str) -> str:
-    try:
-        "".encode(encoding)
-        b"".decode(encoding, "surrogateescape")
-    except (LookupError, UnicodeError):
-        raise UserError(f"unknown encoding '{encoding}': try utf-8, latin-1, cp1252 or utf-16") from None
-    with file.open("rb") as handle:
-        mark = handle.read(3)
-    if mark[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        return "utf-16"
-    return "utf-8-sig" if encoding == "utf-8" else encoding
-
-
-def _column(file: Path, header: Sequence[str], wanted: str, known: Sequence[str], option: str) -> int:
-    lowered = [h.strip().lower() for h in header]
-    for name in (wanted.lower(),) if wanted else known:
-        if name in lowered:
-            return lowered.index(name)
-    if any("\ufffd" in h for h in header):
-        raise UserError(f"'{file}' is not text in the given encoding: try --source.encoding utf-16-le")
-    raise UserError(
-        f"'{file}' has no column '{wanted or option}': it has {', '.join(map(repr, header[:8]))}. "
-        f"Name the right one with --source.{option}_column"
+                texts.append(caption)
+        if not texts:
+            if not row.captions:
+                reject("no caption")
+            continue
+        if entry is None:
+            entry = entries[name] = _Entry(place, row.file)
+        for caption in texts:
+            entry.captions.setdefault(caption, {})
+        for raw, again in zip(row.captions, row.paraphrases, strict=False):
+            if (caption := clean(raw)) not in entry.captions:
+                continue
+            for text in again:
+                if (fault := caption_fault(text, clean(text))) and fault != "empty caption":
+                    reject(f"paraphrase: {fault}")
+                elif not fault:
+                    entry.captions[caption].setdefault(clean(text))
+        if row.split:
+            split = row.split.strip().lower()
+            splits.setdefault(SPLIT_NAMES.get(split, split), set()).add(name)
+    samples = tuple(
+        Sample(name, e.picture, tuple(e.captions), tuple(map(tuple, e.captions.values())))
+        for name, e in sorted(entries.items())
     )
+    listed = tables.read_split_lists([reading.root])
+    for split in ("train", "val"):
+        names = listed.get(split)
+        if entries and names and names.isdisjoint(entries):
+            raise UserError(
+                f"none of the {len(names)} names in '{reading.root / split}.txt' has a usable caption, such as "
+                f"'{min(names)}': it must list the pictures as '{samples[0].name}' is named"
+            )
+    named = {**{split: frozenset(names) for split, names in splits.items()}, **listed}
+    return Manifest(reading.root, samples, tuple(reading.rejects), reading.rows, named, format=called)
 
 
-def _caption_fault(caption: str) -> str | None:
-    if not caption:
-        return "empty caption"
-    if len(caption) > MAX_CAPTION_CHARACTERS:
-        return f"caption of {len(caption)} characters: over the limit of {MAX_CAPTION_CHARACTERS}"
-    return None
+class _Pictures:
+    """The folder that pictures of a table lie in. Nothing outside it is ever opened."""
+
+    def __init__(self, root: Path, images: str) -> None:
+        if images:
+            self.folder = (root / Path(images).expanduser()).resolve()
+            if not self.folder.is_dir():
+                raise UserError(f"no folder '{images}' for --source.images")
+        else:
+            self.folder = next((root / f for f in PICTURE_FOLDERS if (root / f).is_dir()), root).resolve()
+        self.root = root.resolve()
+        self.inside = lru_cache(4096)(self._inside)
+        self.find = lru_cache(4096)(self._find)
+
+    def _inside(self, folder: str) -> bool:
+        return Path(folder).resolve().is_relative_to(self.folder)
+
+    def _find(self, text: str) -> tuple[str, Location | str, str | None]:
+        """(name, place, None) of a picture, or why it cannot be used: no such file, or one outside the folder.
+
+        The name is its path from the folder on, however the table writes it.
+        """
+        if not text:
+            return text, "", "empty picture name"
+        if "://" in text or text.startswith("pipe:"):
+            return text, "", f"picture is a URL: {printable(text[:200])}; fetch it first"
+        path = PurePosixPath(text)
+        outside = f"picture path leaves the folder: {text[:200]}"
+        if path.is_absolute():
+            if not path.is_relative_to(self.folder):
+                return text, "", outside
+            path = path.relative_to(self.folder)
+        if PureWindowsPath(text).drive or ".." in path.parts:
+            return text, "", outside
+        try:
+            for base in dict.fromkeys((self.folder, self.root)):
+                file = str(base / path)
+                if os.path.isfile(file):
+                    break
+            else:
+                return text, "", f"no such picture: {text[:200]}"
+            if not self.inside(os.path.dirname(file)):
+                return text, "", outside
+            if os.path.islink(file) and not Path(file).resolve().is_relative_to(self.folder):
+                return text, "", f"{outside} is a link out of it"
+        except (OSError, ValueError) as error:  # names that are too long, or hold NUL
+            what = getattr(error, "strerror", None) or error
+            return text, "", f"picture cannot be reached: {text[:80]} ({what})"
+        return os.path.relpath(file, self.folder).replace(os.sep, "/"), Location(file), None
 
 
-def _path_fault(folder: Path, name: str) -> str | None:
-    if not name:
-        return "empty picture name"
-    if PurePosixPath(name).is_absolute() or PureWindowsPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-        return f"picture path leaves the folder: {name}"
-    path = folder / name
-    try:
-        if not path.is_file():
-            return f"no such picture: {name}"
-        if not path.resolve().is_relative_to(folder.resolve()):
-            return f"picture path leaves the folder: {name} is a link out of it"
-    except OSError as error:
-        return f"picture cannot be reached: {name[:80]} ({error.strerror})"
-    return None
-
-
-def read_lines(file: Path) -> list[str]:
-    """The lines of a list that are not blank, without the space around them. Raises UserError if it is not UTF-8."""
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"'{file}' is not UTF-8 text ({error.reason}): save it as UTF-8") from None
-    return [line.strip() for line in text.splitlines() if line.strip()]
+def _with_splits(manifest: Manifest, val_fraction: float) -> Manifest:
+    """The manifest with a train and a val split, held out where it brings none of its own."""
+    if "val" not in manifest.splits:
+        others = frozenset().union(*(n for split, n in manifest.splits.items() if split != "train"))
+        rest = manifest.splits.get("train", frozenset(s.name for s in manifest.samples) - others)
+        held = _hold_out([s for s in manifest.samples if s.name in rest], val_fraction)
+        return replace(manifest, splits={**manifest.splits, **held})
+    if "train" not in manifest.splits:
+        others = frozenset().union(*manifest.splits.values())
+        rest = frozenset(s.name for s in manifest.samples) - others
+        return replace(manifest, splits={**manifest.splits, "train": rest})
+    return manifest
 
 
 def _hold_out(samples: Sequence[Sample], fraction: float) -> dict[str, frozenset[str]]:
@@ -379,3 +426,95 @@ def _hold_out(samples: Sequence[Sample], fraction: float) -> dict[str, frozenset
     if not held and len(samples) > 1:
         held = frozenset([min(samples, key=lambda s: derive("val", s.name)).name])
     return {"train": frozenset(s.name for s in samples) - held, "val": held}
+
+
+# -- several data sets as one ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class MixEntry:
+    """A data set of a mix, as its YAML file lists it."""
+
+    data: str
+    """As --data; relative to the file's folder."""
+    name: str = ""
+    """What its samples are called by: NAME/PICTURE. Empty is taken from `data`."""
+    weight: float = 1.0
+    """Visits of each sample an epoch, on average: 2 shows it twice, 0.5 every other epoch."""
+    source: dict[str, Any] = field(default_factory=dict)
+    """Settings of `source` that differ from the run's."""
+
+
+def _mix(file: Path, config: Config, cache: Path, progress: bool) -> Manifest:
+    """Data sets that a YAML file lists, each with a weight, as one."""
+    try:
+        listed = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"no mix of data sets at '{file}' ({error.strerror})") from None
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"cannot read '{file}': {printable(str(error))}") from None
+    if not isinstance(listed, list) or not listed:
+        raise UserError(f"'{file}' must be a list of data sets: '- data: FOLDER', and maybe name, weight, source")
+    settings = {f.name: getattr(config.source, f.name) for f in fields(SourceConfig)}
+    samples: list[Sample] = []
+    rejects: list[Reject] = []
+    splits: dict[str, frozenset[str]] = {}
+    parts: dict[str, float] = {}
+    rows, zeroshot = 0, None
+    stores: tuple[str, ...] = ()
+    for entry in listed:
+        try:
+            wanted = from_dict({"data": None, **entry} if isinstance(entry, dict) else entry, MixEntry)
+            source = from_dict({**settings, **wanted.source}, SourceConfig)
+        except ValueError as error:
+            raise UserError(f"'{file}': {error}") from None
+        if not 0 < wanted.weight <= 1000:
+            raise UserError(f"'{file}': weight must lie between 0 and 1000, got {wanted.weight:g}")
+        if wanted.data.endswith((".yaml", ".yml")):
+            raise UserError(f"'{file}': a mix cannot hold another mix, '{wanted.data}'")
+        name = wanted.name or label(wanted.data)
+        if name in parts:
+            raise UserError(f"'{file}' has two data sets called '{name}': give one another name")
+        local = wanted.data == "scenes" or wanted.data.startswith(("hf:", "pipe:")) or "://" in wanted.data
+        data = wanted.data if local else str(file.parent / Path(wanted.data).expanduser())
+        part = load(replace(config, data=data, source=source), cache, progress)
+        parts[name] = float(wanted.weight)
+        rows += part.rows
+        rejects += [replace(r, file=f"{name}/{r.file}") for r in part.rejects]
+        samples += [replace(s, name=f"{name}/{s.name}", weight=parts[name]) for s in part.samples]
+        for split, names in part.splits.items():
+            splits[split] = splits.get(split, frozenset()) | {f"{name}/{n}" for n in names}
+        zeroshot = zeroshot or part.zeroshot
+        stores += part.paraphrases
+    samples.sort(key=lambda s: s.name)
+    return Manifest(file, tuple(samples), tuple(rejects), rows, splits, zeroshot, "mix", parts, paraphrases=stores)
+
+
+# -- ready to train on ----------------------------------------------------------------------------
+
+
+def cache_folder(config: Config) -> Path:
+    """Where generated data, copies, verdicts and cached features are kept."""
+    return Path(config.cache or os.environ.get("AMCLR_CACHE") or "~/.cache/amclr").expanduser()
+
+
+def prepare(config: Config, cache: Path, progress: bool = True, scan_all: bool = False) -> Manifest:
+    """Load the data set, decode every picture once, and leave out what cannot be used, up to the limit.
+
+    The pictures of a set beyond `source.scan_up_to` are decoded only with `scan_all`; what an
+    earlier scan found is left out all the same, and training passes over the rest.
+    """
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"cannot make the cache folder '{cache}' ({error.strerror}): give another --cache, or set AMCLR_CACHE"
+        ) from None
+    manifest = load(config, cache, progress)
+    manifest.enforce_limit(config.source.max_bad)
+    verdicts = cache / f"scan-{derive(str(manifest.root.resolve())):016x}.jsonl"
+    look = scan_all or len(manifest.samples) <= config.source.scan_up_to
+    bad = scan([s.picture for s in manifest.samples], config.model.image_size, verdicts, progress, look)
+    manifest = manifest.without(bad)
+    manifest.enforce_limit(config.source.max_bad)
+    return manifest

@@ -26,6 +26,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+from amclr.data.rows import Reject, caption_fault, clean, read_json
 from amclr.data.wording import changed, words
 from amclr.errors import UserError
 
@@ -96,7 +97,7 @@ def choose(
     for candidate in candidates:
         if len(kept) == k:
             break
-        text = _key(candidate or "")
+        text = " ".join((candidate or "").split())
         reason = "unfinished" if candidate is None else filters.fault(caption, text)
         if reason is None and tuple(words(text)) in seen:
             reason = "same"
@@ -120,14 +121,14 @@ class Store:
     path: Path
     texts: Mapping[str, tuple[str, ...]]
     rows: int
-    faults: tuple[tuple[int, str], ...] = ()
-    """Rows of a file that cannot be used: line and reason."""
+    rejects: tuple[Reject, ...] = ()
+    """Rows of a file that cannot be used."""
     version: str = ""
     """Name of the version; empty for a file that people wrote."""
 
     def of(self, caption: str) -> tuple[str, ...]:
         """The paraphrases of a caption."""
-        return self.texts.get(_key(caption), ())
+        return self.texts.get(clean(caption), ())
 
 
 class Captioned(Protocol):
@@ -180,7 +181,7 @@ def find_store(root: Path, setting: str) -> Store | None:
 def read_store(path: Path) -> Store:
     """Read a store: a file that people wrote, a version's folder, or a folder of versions with its latest one.
 
-    Rows of a file that cannot be used are listed in `faults`. Raises UserError where there is nothing to
+    Rows of a file that cannot be used are listed in `rejects`. Raises UserError where there is nothing to
     read, where columns are missing, and for a version that is not complete.
     """
     if path.is_file():
@@ -198,15 +199,14 @@ def read_store(path: Path) -> Store:
         )
     latest = path / LATEST
     name = latest.read_text(encoding="utf-8").strip() if latest.is_file() else ""
-    if name not in complete:
-        if len(complete) > 1:
-            raise UserError(f"'{path}' does not say which version is the latest: name one of {', '.join(complete)}")
-        name = complete[0]
-    return _read_version(path / name)
-
-
-def _key(text: str) -> str:
-    return " ".join(text.split())
+    if name in names:
+        return _read_version(path / name)
+    if len(complete) > 1 or name:
+        raise UserError(
+            f"'{path}' does not say which version is the latest: name one of {', '.join(complete)} with "
+            "--source.paraphrases"
+        )
+    return _read_version(path / complete[0])
 
 
 def _versions(folder: Path) -> list[str]:
@@ -225,9 +225,9 @@ def _read_version(folder: Path) -> Store:
         )
     found = _read_table(file)
     # An update may have been stopped between its rows and this number; it never leaves fewer rows.
-    if found.rows < about["captions"] or found.faults:
-        what = f"line {found.faults[0][0]}: {found.faults[0][1]}" if found.faults else f"{found.rows} rows are left"
-        raise UserError(f"'{file}' is damaged ({what}, of {about['captions']}): remove it and paraphrase again")
+    if found.rows < about["captions"] or found.rejects:
+        what = str(found.rejects[0]) if found.rejects else f"{found.rows} rows are left of {about['captions']}"
+        raise UserError(f"'{file}' is damaged ({what}): remove '{folder}' and paraphrase again")
     return replace(found, path=folder, version=folder.name)
 
 
@@ -244,28 +244,23 @@ def _read_table(file: Path) -> Store:
         raise UserError(f"'{file}' is no table of paraphrases: expected a .csv, .tsv or .jsonl file")
     rows = _json_rows if file.suffix.lower() in (".jsonl", ".ndjson") else _csv_rows
     texts: dict[str, dict[str, None]] = {}
-    faults: list[tuple[int, str]] = []
+    rejects: list[Reject] = []
     total = 0
     for line, caption, found in rows(file):
         total += 1
-        reason = found if isinstance(found, str) else _row_fault(caption, found)
+        cleaned = [] if isinstance(found, str) else [clean(p) for p in found]
+        reason = found if isinstance(found, str) else _row_fault(clean(caption), cleaned)
         if reason:
-            faults.append((line, reason))
-            continue
-        # Text stays plain text whatever it says; NUL and its like would only trouble those who print it.
-        kept = (re.sub(r"[\x00-\x08\x0b-\x1f\x7f]", "\ufffd", p) for p in found)
-        texts.setdefault(_key(caption), {}).update(dict.fromkeys(_key(p) for p in kept))
-    return Store(file, {c: tuple(p) for c, p in texts.items()}, total, tuple(faults))
+            rejects.append(Reject(file.name, line, reason))
+        else:
+            texts.setdefault(clean(caption), {}).update(dict.fromkeys(cleaned))
+    return Store(file, {c: tuple(p) for c, p in texts.items()}, total, tuple(rejects))
 
 
 def _row_fault(caption: str, paraphrases: Sequence[str]) -> str | None:
     for what, text in (("caption", caption), *(("paraphrase", p) for p in paraphrases)):
-        if not text.strip():
-            return f"empty {what}"
-        if len(text) > MAX_CHARACTERS:
-            return f"{what} of {len(text)} characters: over the limit of {MAX_CHARACTERS}"
-        if any("\ud800" <= c <= "\udfff" for c in text):
-            return f"{what} is not valid text: save the file as UTF-8"
+        if fault := caption_fault(text, text):
+            return fault.replace("caption", what)
     return None
 
 
@@ -288,10 +283,10 @@ def _json_rows(file: Path) -> Iterator[Row]:
         if not begins or not text.strip():  # the rest of a row that was too long, or a blank line
             continue
         try:
-            row = json.loads(text)
-        except (ValueError, RecursionError):
+            row = read_json(text)
+        except ValueError as error:
             cut = len(text) == MAX_LINE
-            yield number, "", f"row of more than {MAX_LINE} characters" if cut else "row is not JSON"
+            yield number, "", f"row of more than {MAX_LINE} characters" if cut else f"row is {error}"
             continue
         found = row.get("paraphrases", row.get("paraphrase")) if isinstance(row, dict) else None
         found = [found] if isinstance(found, str) else found
@@ -385,7 +380,7 @@ class Version:
 
         A function of the captions alone until the version is complete: what parts hold is not looked at.
         """
-        distinct = {key for c in captions if (key := _key(c)) not in self._base}
+        distinct = {key for c in captions if (key := clean(c)) not in self._base}
         return sorted(distinct, key=lambda c: (-len(c), c))
 
     def done(self) -> dict[str, Entry]:

@@ -5,10 +5,14 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 import torch
@@ -21,7 +25,44 @@ from amclr.errors import UserError
 MAX_PIXELS = 64_000_000
 """Larger pictures are refused before decoding (decompression bombs)."""
 
-Picture = str | Path | bytes | Image.Image
+MAX_BYTES = 512 * 2**20
+"""Larger files are refused before they are read."""
+
+
+@dataclass(frozen=True, slots=True)
+class Location:
+    """Where a picture's bytes are: a whole file, or `size` bytes of it from `offset` on."""
+
+    file: str
+    offset: int = 0
+    size: int = -1
+
+    def read(self) -> bytes:
+        """The picture's bytes. Raises OSError where they cannot be read, BadPicture where there are too many."""
+        with open(self.file, "rb", buffering=0) as handle:
+            size = os.fstat(handle.fileno()).st_size if self.size < 0 else self.size
+            if size > MAX_BYTES:
+                raise BadPicture(f"picture too large: {size} bytes, over the limit of {MAX_BYTES // 2**20} MB")
+            content = os.pread(handle.fileno(), size, self.offset)
+        if len(content) < size:
+            raise BadPicture(f"picture is cut off: {len(content)} of {size} bytes")
+        return content
+
+    @property
+    def stamp(self) -> str:
+        """What changes with the picture: its place in the file, its length, the file's time of change."""
+        try:
+            stat = os.stat(self.file)
+        except OSError:
+            return "absent"
+        part = f"{self.offset}+{self.size}" if self.size >= 0 else str(stat.st_size)
+        return f"{part}|{stat.st_mtime_ns}"
+
+    def __str__(self) -> str:
+        return self.file if self.size < 0 else f"{self.file} at byte {self.offset}"
+
+
+Picture = str | Path | bytes | Location | Image.Image
 
 
 class BadPicture(UserError):
@@ -53,11 +94,9 @@ def read_picture(source: Picture, size: int) -> Tensor:
     except Image.DecompressionBombError as error:
         raise BadPicture(f"picture too large: {error}") from None
     except Exception as error:  # PIL raises many kinds: OSError, SyntaxError, struct.error, ValueError ...
-        if isinstance(source, (str, Path)) and os.path.exists(source) and os.path.getsize(source) == 0:
-            raise BadPicture("picture is empty (0 bytes)") from None
         if isinstance(error, FileNotFoundError):
             raise BadPicture("no such picture") from None
-        message = str(error).replace(str(source), "the file") if isinstance(source, (str, Path)) else str(error)
+        message = re.sub(r"<_io\.BytesIO object at \w+>", "the file", str(error))
         raise BadPicture(f"picture cannot be decoded: {message or type(error).__name__}") from None
     shorter = min(rgb.size)
     if shorter > target:
@@ -69,7 +108,12 @@ def read_picture(source: Picture, size: int) -> Tensor:
 def _open(source: Picture) -> Image.Image:
     if isinstance(source, Image.Image):
         return source.copy()
-    return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+    if isinstance(source, (str, Path)):
+        source = Location(str(source))
+    content = source.read() if isinstance(source, Location) else source
+    if not content:
+        raise BadPicture("picture is empty (0 bytes)")
+    return Image.open(io.BytesIO(content))
 
 
 def _to_rgb(picture: Image.Image) -> Image.Image:
@@ -85,46 +129,63 @@ def _to_rgb(picture: Image.Image) -> Image.Image:
     return picture.convert("RGB")
 
 
-def scan(paths: Sequence[Path], size: int, cache: Path | None = None, progress: bool = True) -> dict[Path, str]:
+def scan(
+    places: Sequence[Location], size: int, cache: Path | None = None, progress: bool = True, look: bool = True
+) -> dict[Location, str]:
     """Decode every picture once; return the reason for each that cannot be decoded.
 
-    Verdicts are remembered in `cache` by path, length and time of change, so that a later scan of
-    the same pictures takes a moment.
+    Verdicts are appended to `cache` (JSON lines: place and stamp, reason) as they come, so that a
+    scan that was stopped goes on where it was, and a later one of the same pictures takes a moment.
+    look: false decodes nothing and returns what is known.
     """
-    known: dict[str, str] = {}
-    if cache and cache.is_file():
-        try:
-            known = json.loads(cache.read_text())
-        except ValueError:
-            known = {}
-    keys = {path: _stamp(path) for path in paths}
-    todo = [path for path in paths if keys[path] not in known]
+    known = _verdicts(cache) if cache else {}
+    keys = {place: f"{place.file}|{place.stamp}" for place in places}
+    todo = [place for place in keys if keys[place] not in known] if look else []
 
-    def verdict(path: Path) -> str:
+    def verdict(place: Location) -> str:
         try:
-            read_picture(path, size)
+            read_picture(place, size)
         except BadPicture as error:
             return str(error)
         return ""
 
     if todo:
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            found = tqdm(pool.map(verdict, todo), "Checking pictures", len(todo), disable=not progress, leave=False)
-            known.update(zip((keys[p] for p in todo), found, strict=True))
-        if cache:
-            cache.parent.mkdir(parents=True, exist_ok=True)
-            part = cache.with_suffix(f".{os.getpid()}.part")
-            part.write_text(json.dumps(known))
-            os.replace(part, cache)
-    return {path: known[keys[path]] for path in paths if known[keys[path]]}
+        workers = min(32, os.cpu_count() or 1)
+        bar = tqdm(total=len(todo), desc="Checking pictures", unit="picture", disable=not progress, leave=False)
+        with bar, ThreadPoolExecutor(workers) as pool, _appending(cache) as handle:
+            for some in (todo[k : k + 256] for k in range(0, len(todo), 256)):
+                found = {keys[p]: reason for p, reason in zip(some, pool.map(verdict, some), strict=True)}
+                handle.write("".join(json.dumps(row) + "\n" for row in found.items()))
+                handle.flush()
+                known.update(found)
+                bar.update(len(some))
+    return {place: known[keys[place]] for place in places if known.get(keys[place])}
 
 
-def _stamp(path: Path) -> str:
-    try:
-        stat = path.stat()
-    except OSError:
-        return f"{path}|absent"
-    return f"{path}|{stat.st_size}|{stat.st_mtime_ns}"
+def _verdicts(file: Path) -> dict[str, str]:
+    """Verdicts of earlier scans. A line cut off by a kill is left out."""
+    known: dict[str, str] = {}
+    if file.is_file():
+        with file.open(encoding="utf-8") as handle:
+            for line in handle:
+                try:
+                    key, reason = json.loads(line)
+                except (ValueError, TypeError):
+                    continue
+                known[key] = reason
+    return known
+
+
+@contextmanager
+def _appending(file: Path | None) -> Iterator[TextIO]:
+    """A file to append lines to, each whole whatever the last one was; nowhere if None."""
+    if file is None:
+        yield io.StringIO()
+        return
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a", encoding="utf-8") as handle:
+        handle.write("\n" if handle.tell() else "")
+        yield handle
 
 
 class PictureStore:
@@ -133,29 +194,31 @@ class PictureStore:
     A picture that cannot be decoded (it passed the scan, and went bad since) raises BadPicture.
     """
 
-    def __init__(self, paths: Sequence[Path], size: int, ram_gigabytes: float = 0.0, progress: bool = True) -> None:
-        self.paths = list(paths)
+    def __init__(
+        self, places: Sequence[Location], size: int, ram_gigabytes: float = 0.0, progress: bool = True
+    ) -> None:
+        self.places = list(places)
         self.size = size
         self.held: list[Tensor] | None = None
-        if self.paths and self._estimate() <= ram_gigabytes * 1e9:
+        if self.places and self._estimate() <= ram_gigabytes * 1e9:
             with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-                decoded = tqdm(pool.map(self._decode, self.paths), "Decoding pictures", len(self.paths),
+                decoded = tqdm(pool.map(self._decode, self.places), "Decoding pictures", len(self.places),
                                disable=not progress, leave=False)  # fmt: skip
                 self.held = list(decoded)
 
     def _estimate(self) -> float:
-        some = self.paths[:: max(1, len(self.paths) // 32)]
-        return float(np.mean([self._decode(p).numel() for p in some]) * len(self.paths))
+        some = self.places[:: max(1, len(self.places) // 32)]
+        return float(np.mean([self._decode(p).numel() for p in some]) * len(self.places))
 
-    def _decode(self, path: Path) -> Tensor:
+    def _decode(self, place: Location) -> Tensor:
         try:
-            return read_picture(path, self.size)
+            return read_picture(place, self.size)
         except BadPicture as error:
-            raise BadPicture(f"{path}: {error}") from None
+            raise BadPicture(f"{place}: {error}") from None
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.places)
 
     def __getitem__(self, index: int) -> Tensor:
         """Picture `index` as uint8 (3, H, W)."""
-        return self.held[index] if self.held is not None else self._decode(self.paths[index])
+        return self.held[index] if self.held is not None else self._decode(self.places[index])

@@ -653,6 +653,20 @@ class Objective(nn.Module):
         for name, table in self._tables():
             table.load(Path(folder), name)
 
+    def load_rows(self, state: Mapping[str, Tensor], rows: Tensor) -> None:
+        """Take up the state dict of the same objective over other samples, such as after some were added or removed.
+
+        rows: (num_samples,) int64: sample i takes row `rows[i]` of the state's tables; of -1 it starts afresh.
+        """
+        known = rows >= 0
+        own = dict(state)
+        for name, table in self._tables():
+            key = f"{name}.values"
+            values = table.values.detach().cpu().clone()
+            values[known] = state[key].cpu()[rows[known]]
+            own[key] = values
+        self.load_state_dict(own)
+
     def _tables(self) -> list[tuple[str, Table]]:
         return [(name, module) for name, module in self.named_children() if isinstance(module, Table)]
 

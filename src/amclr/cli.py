@@ -144,9 +144,11 @@ def _paraphrase(arguments: list[str]) -> int:
     from amclr import paraphrase
 
     try:
-        print(paraphrase.paraphrase(from_dict(values, ParaphraseConfig), data, from_dict(source, SourceConfig)))
+        told = paraphrase.paraphrase(from_dict(values, ParaphraseConfig), data, from_dict(source, SourceConfig))
     except KeyboardInterrupt:
         return _fail("stopped, with every batch kept that was done; the same command goes on", 130)
+    if told:  # of several processes the first alone has something to tell
+        print(told)
     return 0
 
 

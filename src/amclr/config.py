@@ -237,7 +237,8 @@ class ParaphraseConfig:
     k: int = 3
     """Paraphrases kept per caption, at most."""
     candidates: int = 0
-    """Candidates made per caption, of which the first k that pass the filters are kept; 0 is k + 2."""
+    """Candidates made per caption, of which the first k that pass the filters are kept; 0 is k + 2, and
+    k for rules."""
     out: str = ""
     """Folder of the store; empty is DATA/paraphrases."""
     seed: int = 0

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -37,7 +37,8 @@ CHAT_PROMPT = "Say in other words what this caption of a picture says. Answer wi
 SIMILARITY = 0.5
 """Least cosine for models. On Flickr8k with minilm, 0.7 % of the pairs of captions of different pictures reach it,
 75 % of the pairs of different captions of one picture, and all that the rules make."""
-MAX_PROMPT = 256
+LONGEST = 500
+"""Characters of a caption that a model is given; what is beyond them costs time and is no caption any more."""
 
 
 class Paraphraser(Protocol):
@@ -99,8 +100,7 @@ class ModelParaphraser:
     def __call__(self, captions: list[str], count: int) -> list[list[str | None]]:
         """`count` candidates per caption, drawn with a seed that follows from the captions."""
         tokens = self.tokenizer(
-            [self._prompted(c) for c in captions], padding=True, truncation=True, max_length=MAX_PROMPT,
-            add_special_tokens=not self.chat, return_tensors="pt",
+            [self._prompted(c) for c in captions], padding=True, add_special_tokens=not self.chat, return_tensors="pt",
         ).to(self.device)  # fmt: skip
         inputs = {k: tokens[k] for k in ("input_ids", "attention_mask")}
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
@@ -120,7 +120,7 @@ class ModelParaphraser:
         return [texts[i : i + count] for i in range(0, len(texts), count)]
 
     def _prompted(self, caption: str) -> str:
-        text = self.prompt.replace("{}", caption)
+        text = self.prompt.replace("{}", caption[:LONGEST])
         if not self.chat:
             return text
         messages = [{"role": "user", "content": text}]
@@ -150,7 +150,8 @@ class Encoder:
     @torch.inference_mode()
     def __call__(self, ones: Sequence[str], others: Sequence[str]) -> list[float]:
         """The cosine of each pair."""
-        texts = [*ones, *others]
+        texts = list(dict.fromkeys([*ones, *others]))
+        place = {text: i for i, text in enumerate(texts)}
         order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
         rows = torch.empty(len(texts), self.tower.width)
         for start in range(0, len(texts), 64):
@@ -160,7 +161,7 @@ class Encoder:
             ).to(self.device)
             features = self.tower(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"])
             rows[part] = F.normalize(features.float(), dim=-1).cpu()
-        a, b = rows.split([len(ones), len(others)])
+        a, b = (rows[[place[t] for t in side]] for side in (ones, others))
         cosines: list[float] = (a * b).sum(-1).tolist()
         return cosines
 
@@ -210,7 +211,7 @@ def paraphrase(config: ParaphraseConfig, data: str, source: SourceConfig | None 
     least = config.similarity if config.similarity is not None else 0.0 if rules else SIMILARITY
     encoder = Encoder(config.encoder, device) if least > 0 else None
     filters = Filters(config.shortest, config.longest, config.keep_facts)
-    candidates = config.candidates or config.k + 2
+    candidates = config.candidates or (config.k if rules else config.k + 2)
     settings = paraphraser.settings | vars(filters) | {
         "k": config.k, "candidates": candidates, "seed": config.seed, "similarity": least,
         "encoder": f"{config.encoder} {_fingerprint(encoder.tower)}" if encoder else None,
@@ -219,28 +220,32 @@ def paraphrase(config: ParaphraseConfig, data: str, source: SourceConfig | None 
 
     def entries(batch: list[str]) -> list[Entry]:
         made = paraphraser(batch, candidates)
-        similar = _similar(encoder, least, filters, batch, made)
+        similar = _similar(encoder, least, filters, batch, made) if encoder else None
         return [
             Entry(c, tuple(kept), rejected)
             for c, texts in zip(batch, made, strict=True)
-            for kept, rejected in [choose(c, texts, config.k, filters, lambda c, t: (c, t) in similar)]
+            for kept, rejected in [
+                choose(c, texts, config.k, filters, lambda c, t: similar is None or (c, t) in similar)
+            ]
         ]
 
     with _alone(version.folder) if processes.rank == 0 else nullcontext():
-        before = len(version.done())
+        done = version.done()
+        processes.wait()  # what others add from now on was not there before
         todo = version.todo(captions)
         size = config.batch_size
         batches = [todo[i : i + size] for i in range(0, len(todo), size)]
-        _work(version, batches[processes.rank :: processes.count], entries, config.progress and processes.rank == 0)
+        mine = batches[processes.rank :: processes.count]
+        _work(version, mine, done, entries, config.progress and processes.rank == 0)
         processes.wait()
         report = version.finish() if processes.rank == 0 else {}
-    return _report(report, version, len(captions), len(todo), before) if report else ""
+    return _report(report, version, len(captions), len(todo), len(done)) if report else ""
 
 
 def _work(
-    version: Version, batches: Sequence[list[str]], entries: Callable[[list[str]], list[Entry]], progress: bool
-) -> None:
-    done = version.done()
+    version: Version, batches: Sequence[list[str]], done: Mapping[str, Entry],
+    entries: Callable[[list[str]], list[Entry]], progress: bool,
+) -> None:  # fmt: skip
     captions = sum(map(len, batches))
     had = sum(c in done for batch in batches for c in batch)
     with tqdm(total=captions, initial=had, desc="Paraphrases", unit="caption", disable=not progress) as bar:
@@ -252,7 +257,7 @@ def _work(
 
 
 def _similar(
-    encoder: Encoder | None, least: float, filters: Filters, batch: list[str], made: list[list[str | None]]
+    encoder: Encoder, least: float, filters: Filters, batch: list[str], made: list[list[str | None]]
 ) -> set[tuple[str, str]]:
     """The pairs of caption and candidate that are near enough, among those that the other filters let pass."""
     pairs = [
@@ -261,8 +266,6 @@ def _similar(
         for text in dict.fromkeys(" ".join(t.split()) for t in texts if t is not None)
         if filters.fault(c, text) is None
     ]
-    if encoder is None or not pairs:
-        return set(pairs)
     cosines = encoder([c for c, _ in pairs], [t for _, t in pairs])
     return {pair for pair, cosine in zip(pairs, cosines, strict=True) if cosine >= least}
 

@@ -433,10 +433,10 @@ def _fronted(text: str, draw: Draw) -> str | None:
 
 _STRUCTURE: tuple[Rule, ...] = (_tense, _relative, _sentence, _existential, _titled, _swapped, _fronted)
 _WORDING: tuple[tuple[Rule, float], ...] = (
-    (_garment, 0.4), (_other_article, 0.25), (_digits, 0.25), (_by_lexicon, 0.9),
+    (_garment, 0.4), (_other_article, 0.35), (_digits, 0.25), (_by_lexicon, 0.9),
 )  # fmt: skip
 LONGEST = 1000
-PATIENCE = 10
+PATIENCE = 16
 
 
 def reword(caption: str, count: int, *key: Key) -> list[str]:

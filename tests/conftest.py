@@ -78,14 +78,19 @@ Command = Callable[..., subprocess.CompletedProcess[str]]
 def amclr(tmp_path: Path) -> Command:
     """Run the command line as a user would: in a process of its own, in an empty folder."""
 
-    def run(*arguments: object, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    def run(*arguments: object, timeout: float = 300, **environment: object) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [sys.executable, "-m", "amclr", *map(str, arguments)],
             cwd=tmp_path,
             capture_output=True,
             text=True,
             timeout=timeout,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+            env={
+                **os.environ,
+                "OMP_NUM_THREADS": "1",
+                "HF_HUB_OFFLINE": "1",
+                **{k: str(v) for k, v in environment.items()},
+            },
         )
 
     return run

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ from PIL import Image
 import amclr as package
 from amclr import cli
 from tests.conftest import COLOURS, REAL, SMALL, Command, needs_real_data, paint
+from tests.data.formats import items_of, write_parquet, write_tars
 from tests.data.test_manifest import bomb
 
 
@@ -283,3 +285,35 @@ def test_flickr8k_end_to_end(amclr: Command, tmp_path: Path) -> None:
     ]
     chance = 100 * (1 + 5 + 10) / 3 / 96
     assert evals[-1]["r_mean"] > max(2.5 * chance, evals[0]["r_mean"])
+
+
+def test_inspect_lists_a_mix_sample_by_sample(folder: Path, tmp_path: Path, amclr: Command) -> None:
+    items = items_of(folder)
+    write_tars(tmp_path / "web", items[:20])
+    (folder / "captions.txt").write_text("image,caption\n001.png,costs $5 or $6_{\n002.png,\n013.png,a \x1b[2J patch\n")
+    (tmp_path / "mix.yaml").write_text("- {data: patches, weight: 3}\n- {data: web, weight: 0.5}\n")
+    done = amclr("inspect", "--data", "mix.yaml", "--scan", "--list", "all.jsonl", "--views.image", "none")
+    assert done.returncode == 0, done.stderr
+    assert "  patches    2, each visited 3 times an epoch" in done.stdout
+    assert "  web        20, each visited 0.5 times an epoch" in done.stdout
+    assert (
+        "left out     1 of 43 rows" in done.stdout and "patches/captions.txt:3 [002.png]: empty caption" in done.stdout
+    )
+    assert "\x1b" not in done.stdout
+    rows = [json.loads(line) for line in (tmp_path / "all.jsonl").read_text().splitlines()]
+    assert [r["name"] for r in rows] == sorted(r["name"] for r in rows) and len({r["id"] for r in rows}) == 22
+    for row in rows:
+        with open(row["file"], "rb") as handle:
+            handle.seek(row["offset"])
+            assert Image.open(io.BytesIO(handle.read(row["size"]))).size == (40, 40)
+    assert (tmp_path / "contact-sheet.png").is_file() and (tmp_path / "contact-sheet-captions.png").is_file()
+
+
+def test_datasets_of_the_hub_by_name(folder: Path, tmp_path: Path, amclr: Command) -> None:
+    write_parquet(tmp_path / "set", items_of(folder))
+    done = amclr("inspect", "--data", f"hf:{tmp_path / 'set'}", HF_HOME=tmp_path / "hub")
+    assert done.returncode == 0, done.stderr
+    assert "(Hugging Face dataset)" in done.stdout and "pictures     40, train 32, val 8" in done.stdout
+    done = amclr("inspect", "--data", "hf:nobody/such-a-set", HF_HOME=tmp_path / "hub")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "cannot load the dataset 'nobody/such-a-set'" in done.stderr and "save_to_disk(FOLDER)" in done.stderr

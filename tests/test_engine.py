@@ -318,8 +318,17 @@ def test_pictures_that_go_bad_while_training_are_listed_up_to_the_limit(
     rows = [json.loads(line) for line in (run.folder / "rejects.jsonl").read_text().splitlines()]
     assert sorted(r["key"] for r in rows) == ["012.png", "025.png", "031.png"]
     assert all("while training: " in r["reason"] and "0 bytes" in r["reason"] for r in rows)
-    for file, content in zip(bad, whole, strict=True):
-        file.write_bytes(content)
+
+    def mend() -> None:
+        for file, content in zip(bad, whole, strict=True):
+            file.write_bytes(content)
+
+    mend()
+    train(Config(), resume=run.folder, progress=False)
+    mend()
+    assert [json.loads(line)["key"] for line in (run.folder / "rejects.jsonl").read_text().splitlines()] == [
+        r["key"] for r in rows
+    ]
     with pytest.raises(UserError, match=r"2 of 32 training pictures can no longer be read, over the limit of 4.0%"):
         train(replace(config, out=f"{config.out}-2", source=SourceConfig(max_bad=0.04)), progress=False)
 

@@ -154,10 +154,12 @@ def _paraphrase(arguments: list[str]) -> int:
 
 def _inspect(arguments: list[str]) -> int:
     out, arguments = _take(arguments, "--sheet")
-    config = _configure("inspect", arguments)
+    listing, arguments = _take(arguments, "--list")
+    scan_all = "--scan" in arguments
+    config = _configure("inspect", [a for a in arguments if a != "--scan"])
     from amclr import measure
 
-    print(measure.inspect(config, Path(out or "contact-sheet.png")))
+    print(measure.inspect(config, Path(out or "contact-sheet.png"), scan_all, Path(listing) if listing else None))
     return 0
 
 
@@ -223,7 +225,11 @@ def _parser(command: str) -> ArgumentParser:
                 "or removed since.\n"
             )
         else:
-            epilog += "\n--sheet FILE names the contact sheet (contact-sheet.png).\n"
+            epilog += (
+                "\n--sheet FILE names the contact sheet (contact-sheet.png).\n"
+                "--list FILE.jsonl writes every sample: its id, where its picture lies, captions, paraphrases.\n"
+                "--scan decodes every picture, however many there are; stopped, it goes on where it was.\n"
+            )
     import argparse
 
     class Formatter(jsonargparse.DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):

@@ -114,6 +114,9 @@ class Training:
                 self.step = round(self.step / state["steps_per_epoch"] * self.plan.steps_per_epoch)
                 self.objective.load_rows(state["objective"], rows_among(before, self.plan.samples))
         self.run.forget_metrics_after(self.step)
+        for row in self.run.metrics():
+            if row["kind"] == "replaced":
+                self.lose(row["sample"], row["reason"])
 
 
 def rows_among(before: np.ndarray, now: np.ndarray) -> Tensor:

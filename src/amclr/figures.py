@@ -14,6 +14,8 @@ from torch import Tensor
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+plt.rcParams["text.parse_math"] = False  # captions are text, dollar signs included
+
 # Okabe and Ito's palette: told apart with any colour vision.
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"
 STYLE: Any = {
@@ -118,5 +120,35 @@ def contact_sheet(cards: Sequence[tuple[Sequence[tuple[str, Tensor]], str, str]]
             cell.text(0, 0.95, "\n".join(lines[0]), va="top", fontsize=8)
             cell.text(0, 0.42, "\n".join(lines[1]), va="top", fontsize=8, color=BLUE, style="italic")
         figure.suptitle(title, x=0.01, ha="left", fontsize=10, y=0.997, va="top")
+        figure.savefig(file, dpi=110)
+        plt.close(figure)
+
+
+def caption_statistics(
+    words: np.ndarray, tokens: np.ndarray | None, cut: int, counts: np.ndarray, file: Path, title: str
+) -> None:
+    """Draw how long the captions are, and how often each word occurs.
+
+    words: per caption (T,); tokens: per caption, or None; cut: the most tokens that the text tower
+    sees. counts: occurrences of each word, most first.
+    """
+    with plt.rc_context(STYLE):
+        figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.4), layout="constrained")
+        top = int(max(np.quantile(words, 0.999), np.quantile(tokens, 0.999) if tokens is not None else 0, 2))
+        edges = np.arange(0.5, top + 1.5, max(1, top // 60))
+        left.hist(words, edges, weights=np.full(len(words), 100 / len(words)), color=BLUE, alpha=0.75, label="words")
+        if tokens is not None:
+            left.hist(tokens, edges, weights=np.full(len(tokens), 100 / len(tokens)), color=ORANGE, histtype="step",
+                      linewidth=1.8, label="tokens")  # fmt: skip
+            if cut <= top:
+                left.axvline(cut, color="0.3", linestyle="--", linewidth=1, label=f"cut at {cut} tokens")
+        left.set(xlabel="length of a caption", ylabel="captions (%)", title="Lengths")
+        left.set_ylim(0, 1.2 * left.get_ylim()[1])
+        left.legend(frameon=False, ncols=3, loc="upper center", columnspacing=1.2, handlelength=1.4)
+        right.loglog(np.arange(1, len(counts) + 1), np.maximum(counts, 1), color=GREEN, linewidth=2)
+        right.set(xlabel="word, commonest first", ylabel="occurrences", title="Words: the long tail")
+        for axis in (right.xaxis, right.yaxis):
+            axis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+        figure.suptitle(title)
         figure.savefig(file, dpi=110)
         plt.close(figure)

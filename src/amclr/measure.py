@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from amclr import evaluate, figures
-from amclr.config import Config
+from amclr.config import Config, SourceConfig
 from amclr.data import manifest as manifests
 from amclr.data import tables
 from amclr.data.manifest import Manifest, Sample
@@ -25,7 +26,7 @@ from amclr.data.texts import TextPolicy
 from amclr.data.views import image_view, policy
 from amclr.errors import UserError
 from amclr.features import caption_features, image_features
-from amclr.model import DualEncoder
+from amclr.model import DualEncoder, build_tokenizer
 from amclr.run import Run, write_atomically
 
 GALLERY_QUERIES, GALLERY_PLACES = 6, 6
@@ -120,8 +121,12 @@ def evaluate_run(
         raise UserError("--classnames and --templates belong to --zeroshot FOLDER: give it too")
     run = Run.open(folder)
     model = run.load_model().to("cuda" if torch.cuda.is_available() else "cpu")
-    config = replace(run.config, data=data) if data else run.config
-    config = replace(config, source=replace(config.source, paraphrases="none"))  # they are for training alone
+    config = run.config
+    if data:  # columns and folders of the run's own data mean nothing in another set
+        kept = {k: getattr(config.source, k) for k in ("captions", "val_fraction", "max_bad", "scan_up_to")}
+        config = replace(config, data=data, source=SourceConfig(**kept))
+    # Paraphrases are for training alone.
+    config = replace(config, source=replace(config.source, paraphrases="none"))
     results: dict[str, Any] = {"run": str(folder), "objective": config.objective}
     out = folder / "evaluations"
     out.mkdir(exist_ok=True)
@@ -210,26 +215,39 @@ def _chances(pictures: int) -> list[float]:
     return [100 * min(1.0, k / max(1, pictures)) for k in evaluate.RECALLS]
 
 
-def inspect(config: Config, sheet: Path, progress: bool = True) -> str:
-    """Describe a data set in a few lines, and draw a contact sheet of samples with both views.
+def inspect(
+    config: Config, sheet: Path, scan_all: bool = False, listing: Path | None = None, progress: bool = True
+) -> str:
+    """Describe a data set in a few lines; draw a contact sheet of samples with both views, and lengths of captions.
 
-    Bad rows and pictures are listed beside the sheet; no limit on them applies here.
+    Bad rows and pictures are listed beside the sheet; no limit on them applies here. scan_all: decode
+    every picture, however many there are. listing: also write every sample, as JSON lines.
     """
     if sheet.suffix.lower() not in (".png", ".jpg", ".jpeg", ".pdf", ".svg"):
         raise UserError(f"cannot draw a contact sheet as '{sheet}': name a .png, .jpg, .pdf or .svg file")
     lenient = replace(config, source=replace(config.source, max_bad=1.0))
-    manifest = manifests.prepare(lenient, manifests.cache_folder(config), progress)
+    manifest = manifests.prepare(lenient, manifests.cache_folder(config), progress, scan_all)
     samples = manifest.samples
-    lengths = np.array([len(c.split()) for s in samples for c in s.captions])
+    captions = [c for s in samples for c in s.captions]
+    lengths = np.array([len(c.split()) for c in captions])
     per_picture = Counter(len(s.captions) for s in samples)
-    repeated = sum(n - 1 for n in Counter(c for s in samples for c in s.captions).values())
-    words = len({w for s in samples for c in s.captions for w in c.lower().split()})
+    repeated = sum(n - 1 for n in Counter(captions).values())
+    words = Counter(w for c in captions for w in re.findall(r"\w+", c.lower()))
+    counts = np.array(sorted(words.values(), reverse=True) or [0])
+    commonest = int(np.searchsorted(np.cumsum(counts), counts.sum() / 2)) + 1
+    tokens = _token_lengths(config, captions)
     lines = [
-        f"{manifest.root}",
+        f"{manifest.root}" + (f" ({manifest.format})" if manifest.format else ""),
         f"pictures     {len(samples)}" + "".join(f", {n} {len(manifest.split(n))}" for n in manifest.splits),
+        *(
+            f"  {name:10} {sum(s.name.startswith(f'{name}/') for s in samples)}, each visited {weight:g} times an epoch"
+            for name, weight in manifest.parts.items()
+        ),
         f"captions     {len(lengths)}: "
         + ", ".join(f"{n} pictures with {k}" for k, n in sorted(per_picture.items(), key=lambda x: -x[1])[:3]),
-        f"words        {words}; {lengths.min()} to {lengths.max()} per caption, median {np.median(lengths):.0f}",
+        f"words        {len(words)}; {lengths.min()} to {lengths.max()} per caption, median {np.median(lengths):.0f}; "
+        f"{np.mean(counts == 1):.0%} of them occur once, the {commonest} commonest are half of all",
+        *([_token_line(config, tokens)] if tokens is not None else []),
         f"repeated     {repeated} captions say what another says already",
         f"left out     {len(manifest.rejects)} of {manifest.rows} rows",
     ]
@@ -246,7 +264,32 @@ def inspect(config: Config, sheet: Path, progress: bool = True) -> str:
         write_rejects(manifest.rejects, listed)
         lines.append(f"  {'... ' if len(manifest.rejects) > 10 else ''}all of them listed in {listed}")
     _draw_sheet(samples, config, sheet, manifest)
-    return "\n".join([*lines, f"contact sheet: {sheet}"])
+    plot = sheet.with_name(f"{sheet.stem}-captions{sheet.suffix}")
+    figures.caption_statistics(lengths, tokens, config.model.max_tokens, counts, plot, manifests.label(config.data))
+    lines += [f"contact sheet: {sheet}", f"caption lengths and words: {plot}"]
+    if listing:
+        manifest.write(listing)
+        lines.append(f"every sample: {listing}")
+    return "\n".join(lines)
+
+
+def _token_lengths(config: Config, captions: Sequence[str], most: int = 100_000) -> np.ndarray | None:
+    """Tokens of each caption (of `most` of them, evenly chosen) before any are cut; None without the text tower."""
+    some = captions[:: -(-len(captions) // most) or 1]
+    try:
+        tokenizer = build_tokenizer(config.model, some)
+    except UserError:
+        return None
+    return np.array([len(row) for row in tokenizer(list(some), verbose=False)["input_ids"]])
+
+
+def _token_line(config: Config, tokens: np.ndarray) -> str:
+    most, cut = config.model.max_tokens, np.mean(tokens > config.model.max_tokens)
+    share = f"{cut:.1%} are cut at --model.max_tokens {most}" if cut else f"none is cut at --model.max_tokens {most}"
+    return (
+        f"tokens       {tokens.min()} to {tokens.max()} per caption, median {np.median(tokens):.0f}, "
+        f"for the text tower '{config.model.text_tower}'; {share}"
+    )
 
 
 def _draw_sheet(samples: Sequence[Sample], config: Config, file: Path, manifest: Manifest) -> None:
@@ -264,5 +307,5 @@ def _draw_sheet(samples: Sequence[Sample], config: Config, file: Path, manifest:
         cards.append((pictures, text, second))
     file.parent.mkdir(parents=True, exist_ok=True)
     figures.contact_sheet(
-        cards, file, f"{manifest.root.name}: {len(samples)} pictures; text in black, text_aug in blue"
+        cards, file, f"{manifests.label(config.data)}: {len(samples)} pictures; text in black, text_aug in blue"
     )

@@ -147,6 +147,21 @@ def write_parquet_paths(root: Path, items: Sequence[Item]) -> Path:
     return root
 
 
+def write_parquet_numbered(root: Path, items: Sequence[Item]) -> Path:
+    """A column per caption, as some sets of the Hub have it."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    root.mkdir(parents=True)
+    rows = [
+        {"image": {"bytes": i.content, "path": i.name}, "split": i.split, "id": n, "caption_9": "",
+         **{f"caption_{k}": c for k, c in enumerate(i.captions)}}
+        for n, i in enumerate(items)
+    ]  # fmt: skip
+    pq.write_table(pa.Table.from_pylist(rows), root / "all.parquet")
+    return root
+
+
 def tar_of(file: Path, members: Sequence[tuple[str, bytes]]) -> Path:
     with tarfile.open(file, "w") as tar:
         for name, content in members:
@@ -203,7 +218,7 @@ WRITERS: dict[str, Callable[[Path, Sequence[Item]], Path]] = {
     f.__name__.removeprefix("write_"): f
     for f in (
         write_csv, write_tsv, write_jsonl, write_json, write_coco, write_karpathy, write_parquet, write_parquet_rows,
-        write_parquet_paths, write_tars, write_tars_by_split, write_saved_dataset,
+        write_parquet_paths, write_parquet_numbered, write_tars, write_tars_by_split, write_saved_dataset,
     )
 }  # fmt: skip
 

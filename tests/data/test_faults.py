@@ -23,7 +23,7 @@ from amclr.data.manifest import Manifest
 from amclr.data.tars import Damage, Member, members
 from amclr.errors import UserError
 from tests.conftest import COLOURS, Command, paint
-from tests.data.formats import tar_of
+from tests.data.formats import Item, tar_of, write_parquet
 from tests.data.test_manifest import bomb, encoded
 
 
@@ -207,7 +207,7 @@ def test_rejects_beyond_the_limit_stop_the_run_before_it_starts(tmp_path: Path, 
     done = amclr("train", "--recipe", "scratch", "--data", data, "--out", tmp_path / "run", "--accelerator", "cpu")
     assert done.returncode == 1 and not (tmp_path / "run").exists()
     assert re.search(r"cannot be used, over the limit of 2.0%; .*the first: .*raise --source.max_bad", done.stderr)
-    assert done.stderr.splitlines()[-1].startswith("amclr: ") and "Traceback" not in done.stderr
+    assert "amclr: " in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
     kinds = amclr("inspect", "--data", data)
     assert kinds.returncode == 0 and f"left out     {len(expected)} " in kinds.stdout
 
@@ -379,3 +379,29 @@ def test_a_tar_cut_anywhere_gives_what_is_whole_before_the_cut(cut: int, tmp_pat
     assert [m.name for m in found if isinstance(m, Member)] == [name for name, _ in content[:whole]]
     if cut > 512 and whole < 6 and cut not in (ends[whole - 1] if whole else 0,):
         assert isinstance(found[-1], Damage) or cut - ends[whole - 1] < 512
+
+
+def test_a_damaged_table_is_named(tmp_path: Path, own_cache: Path) -> None:
+    items = [Item(f"{k}.jpg", encoded(picture(k)), (caption(k),), "train") for k in range(30)]
+    file = write_parquet(tmp_path / "set", items) / "train-00000-of-00001.parquet"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 3 : len(content) // 3 + 4000] = bytes(4000)
+    file.write_bytes(content)
+    with pytest.raises(UserError, match="'train-00000-of-00001.parquet' is damaged: .*mend it"):
+        read(tmp_path / "set", own_cache)
+    file.write_bytes(content[: len(content) // 2])
+    with pytest.raises(UserError, match="cannot read '.*train-00000-of-00001.parquet' as Parquet"):
+        read(tmp_path / "set", own_cache)
+
+
+def test_pictures_beside_the_usual_folder_and_behind_a_link_to_it(tmp_path: Path, own_cache: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    picture(1).save(tmp_path / "disk" / "a.png")
+    root = tmp_path / "set"
+    (root / "val2014").mkdir(parents=True)
+    picture(2).save(root / "val2014" / "b.png")
+    os.symlink(tmp_path / "disk", root / "images")  # the folder itself may lie elsewhere
+    (root / "captions.csv").write_text("image,caption\na.png,one\nimages/a.png,two\nval2014/b.png,three\n")
+    found = read(root, own_cache)
+    assert {s.name: s.captions for s in found.samples} == {"a.png": ("one", "two"), "val2014/b.png": ("three",)}
+    assert not found.rejects

@@ -5,6 +5,9 @@ from __future__ import annotations
 import io
 import os
 import struct
+import subprocess
+import sys
+import time
 import zlib
 from dataclasses import replace
 from pathlib import Path
@@ -163,6 +166,33 @@ def test_pictures_are_turned_upright_and_made_smaller() -> None:
 
 def test_transparent_is_white_not_black() -> None:
     assert int(read_picture(Image.new("RGBA", (8, 8), (0, 0, 0, 0)), 8).min()) == 255
+
+
+def test_a_scan_that_was_killed_goes_on_where_it_was(tmp_path: Path) -> None:
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for k in range(900):
+        content = b"" if k % 100 == 7 else encoded(Image.new("RGB", (300, 200), (k % 256, 0, 0)))
+        (pictures / f"{k:03d}.jpg").write_bytes(content)
+    code = (
+        "import sys; from pathlib import Path; from amclr.data.pictures import Location, scan\n"
+        "places = [Location(str(f)) for f in sorted(Path(sys.argv[1]).iterdir())]\n"
+        "print(*(Path(p.file).name for p in scan(places, 32, Path(sys.argv[2]), progress=False)))\n"
+    )
+    verdicts = tmp_path / "verdicts.jsonl"
+    command = [sys.executable, "-c", code, str(pictures), str(verdicts)]
+    scanning = subprocess.Popen(command)
+    while not (verdicts.is_file() and verdicts.stat().st_size):
+        time.sleep(0.002)
+    scanning.kill()
+    scanning.wait()
+    with verdicts.open("ab") as handle:
+        handle.write(b'["half of a li')
+    done = verdicts.read_text().count("\n")
+    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    assert out == [f"{k:03d}.jpg" for k in range(7, 900, 100)]
+    rows = [line for line in verdicts.read_text().splitlines() if line.endswith("]")]
+    assert 256 <= done <= 900 and len(rows) == 900, "every picture was decoded once"
 
 
 def test_scan_takes_its_verdicts_from_the_cache(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

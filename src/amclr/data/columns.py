@@ -18,10 +18,8 @@ from typing import Any
 from filelock import FileLock
 from tqdm import tqdm
 
-from amclr.config import SourceConfig
 from amclr.data.pictures import MAX_BYTES, Location
 from amclr.data.rows import (
-    CAPTION_COLUMNS,
     IMAGE_COLUMNS,
     PARAPHRASE_COLUMNS,
     SPLIT_COLUMNS,
@@ -29,6 +27,7 @@ from amclr.data.rows import (
     Reading,
     Row,
     find_column,
+    need_captions,
     need_column,
     printable,
     row_of,
@@ -42,6 +41,7 @@ ROWS_AT_ONCE = 256
 """Rows read together: pictures of some MB each must fit the memory."""
 FILE_COLUMNS = ("file_name", "filename", "image_name", "key", "__key__", "name")
 """Columns that name a picture whose bytes are in the table, before the name that goes with the bytes."""
+USED = {*PARAPHRASE_COLUMNS, *SPLIT_COLUMNS}
 ID_COLUMNS = ("image_id", "img_id", "imgid", "id")
 """Columns that number it, after that name."""
 
@@ -136,15 +136,15 @@ def _dataset_rows(reading: Reading, found: Any) -> Iterator[Row]:
 def _rows(reading: Reading, table: Table) -> Iterator[Row]:
     source, columns = reading.source, table.columns
     image = need_column(table.called, columns, source.image_column, IMAGE_COLUMNS, "image")
-    need_column(table.called, columns, source.caption_column, CAPTION_COLUMNS, "caption")
+    texts = need_captions(table.called, columns, source.caption_column)
     others = [c for c in columns if c != image]
     file_column, id_column = find_column(others, "", FILE_COLUMNS), find_column(others, "", ID_COLUMNS)
-    wanted = [c for c in others if c in (file_column, id_column) or c.strip().lower() in _used(source)]
-    first = next(table.read([image]), [])
+    wanted = [c for c in others if c in (file_column, id_column) or c in texts or c.strip().lower() in USED]
+    first = next(_read(table, [image]), [])
     held = any(isinstance(row[image], (bytes, Mapping)) for row in first)
     places = iter(_copied(reading, table, image)) if held else None
     number = 0
-    for rows in table.read(wanted if held else [*wanted, image]):
+    for rows in _read(table, wanted if held else [*wanted, image]):
         for row in rows:
             number += 1
             place, called, fault = next(places) if places else (row[image], "", "")
@@ -161,8 +161,13 @@ def _rows(reading: Reading, table: Table) -> Iterator[Row]:
             yield made
 
 
-def _used(source: SourceConfig) -> set[str]:
-    return {*CAPTION_COLUMNS, *PARAPHRASE_COLUMNS, *SPLIT_COLUMNS, source.caption_column.lower()}
+def _read(table: Table, columns: Sequence[str]) -> Iterator[list[dict[str, Any]]]:
+    try:
+        yield from table.read(columns)
+    except (OSError, ValueError) as error:  # pyarrow's own errors are kinds of these
+        raise UserError(
+            f"'{table.called}' is damaged: {printable(str(error))}; mend it, or take it out of the folder"
+        ) from None
 
 
 def _copied(reading: Reading, table: Table, image: str) -> Iterator[tuple[Location | str | None, str, str]]:
@@ -171,7 +176,7 @@ def _copied(reading: Reading, table: Table, image: str) -> Iterator[tuple[Locati
     The copy and its index are made under other names, so that a kill leaves none or a whole one.
     """
     stem = reading.cache / "pictures" / f"{derive(FORMAT, table.stamp, image):016x}"
-    index, content = stem.with_suffix(".json.gz"), stem.with_suffix(".bin")
+    index, content = stem.with_suffix(".json.gz"), stem.with_suffix(".bin").absolute()
     if not (index.is_file() and content.is_file()):
         stem.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(stem.with_suffix(".lock")):
@@ -190,7 +195,7 @@ def _copy(reading: Reading, table: Table, image: str, index: Path, content: Path
     bar = tqdm(total=table.rows, desc="Copying pictures into the cache", unit="row", leave=False,
                disable=not reading.progress)  # fmt: skip
     with bar, part.open("wb") as handle:
-        for rows in table.read([image]):
+        for rows in _read(table, [image]):
             for row in rows:
                 cell = row[image]
                 raw, name = (cell.get("bytes"), cell.get("path")) if isinstance(cell, Mapping) else (cell, "")

@@ -5,17 +5,21 @@ A new source format is a reader (a function that yields rows) and its line in `F
 
 from __future__ import annotations
 
+import gc
 import glob
+import json
 import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import yaml
+from tqdm import tqdm
 
 from amclr.config import Config, SourceConfig, from_dict
 from amclr.data import columns, remote, scenes, tables, tars
@@ -95,6 +99,19 @@ class Manifest:
         kept = tuple(s for s in self.samples if s.picture not in bad)
         bad_pictures = self.bad_pictures + len(rejects)
         return replace(self, samples=kept, rejects=self.rejects + rejects, bad_pictures=bad_pictures)
+
+    def write(self, file: Path) -> None:
+        """Write the samples as JSON lines: id, name, splits, file, offset, size, captions, paraphrases, weight."""
+        with file.open("w", encoding="utf-8", errors="backslashreplace") as handle:
+            for s in self.samples:
+                place = s.picture
+                size = place.size if place.size >= 0 else os.path.getsize(place.file)
+                row = {
+                    "id": s.id, "name": s.name, "splits": [n for n, names in self.splits.items() if s.name in names],
+                    "file": place.file, "offset": place.offset, "size": size, "captions": s.captions,
+                    "paraphrases": s.paraphrases, "weight": s.weight,
+                }  # fmt: skip
+                handle.write(json.dumps(row, ensure_ascii=False) + "\n")
 
     def enforce_limit(self, max_bad: float) -> None:
         """Raise UserError if more than a share of `max_bad` of the rows, or of the pictures, was rejected."""
@@ -199,7 +216,20 @@ def label(data: str) -> str:
 def _read(path: Path, config: Config, cache: Path, progress: bool) -> Manifest:
     root, files, kind = _find(path, config.source)
     reading = Reading(root, files, config.source, cache, progress)
-    return _collect(reading, kind.read(reading), kind.name)
+    with _no_garbage():
+        return _collect(reading, kind.read(reading), kind.name)
+
+
+@contextmanager
+def _no_garbage() -> Iterator[None]:
+    """Millions of rows are no garbage: looking for some among them takes longer than reading them."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
 
 
 def _find(path: Path, source: SourceConfig) -> tuple[Path, list[Path], Format]:
@@ -282,11 +312,15 @@ def _braces(text: str) -> list[str]:
 
 @dataclass(slots=True)
 class _Entry:
-    """A sample in the making: its captions, each with its paraphrases."""
+    """A sample in the making: its captions, each with its paraphrases, or None without any."""
 
     picture: Location
     file: str
-    captions: dict[str, dict[str, None]] = field(default_factory=dict)
+    captions: dict[str, dict[str, None] | None] = field(default_factory=dict)
+
+    def sample(self, name: str) -> Sample:
+        again = tuple(tuple(p or ()) for p in self.captions.values()) if any(self.captions.values()) else ()
+        return Sample(name, self.picture, tuple(self.captions), again)
 
 
 def _collect(reading: Reading, rows: Iterable[Row], called: str) -> Manifest:
@@ -294,7 +328,7 @@ def _collect(reading: Reading, rows: Iterable[Row], called: str) -> Manifest:
     pictures = _Pictures(reading.root, reading.source.images)
     entries: dict[str, _Entry] = {}
     splits: dict[str, set[str]] = {}
-    for row in rows:
+    for row in tqdm(rows, "Reading captions", unit="row", delay=2, leave=False, disable=not reading.progress):
         reading.rows += max(1, len(row.captions))
 
         def reject(reason: str, row: Row = row) -> None:
@@ -327,7 +361,7 @@ def _collect(reading: Reading, rows: Iterable[Row], called: str) -> Manifest:
         if entry is None:
             entry = entries[name] = _Entry(place, row.file)
         for caption in texts:
-            entry.captions.setdefault(caption, {})
+            entry.captions.setdefault(caption)
         for raw, again in zip(row.captions, row.paraphrases, strict=False):
             if (caption := clean(raw)) not in entry.captions:
                 continue
@@ -335,18 +369,15 @@ def _collect(reading: Reading, rows: Iterable[Row], called: str) -> Manifest:
                 if (fault := caption_fault(text, clean(text))) and fault != "empty caption":
                     reject(f"paraphrase: {fault}")
                 elif not fault:
-                    entry.captions[caption].setdefault(clean(text))
+                    entry.captions[caption] = {**(entry.captions[caption] or {}), clean(text): None}
         if row.split:
             split = row.split.strip().lower()
             splits.setdefault(SPLIT_NAMES.get(split, split), set()).add(name)
-    samples = tuple(
-        Sample(name, e.picture, tuple(e.captions), tuple(map(tuple, e.captions.values())))
-        for name, e in sorted(entries.items())
-    )
+    samples = tuple(entries.pop(name).sample(name) for name in sorted(entries))
     listed = tables.read_split_lists([reading.root])
     for split in ("train", "val"):
         names = listed.get(split)
-        if entries and names and names.isdisjoint(entries):
+        if samples and names and names.isdisjoint(s.name for s in samples):
             raise UserError(
                 f"none of the {len(names)} names in '{reading.root / split}.txt' has a usable caption, such as "
                 f"'{min(names)}': it must list the pictures as '{samples[0].name}' is named"
@@ -356,7 +387,7 @@ def _collect(reading: Reading, rows: Iterable[Row], called: str) -> Manifest:
 
 
 class _Pictures:
-    """The folder that pictures of a table lie in. Nothing outside it is ever opened."""
+    """The folder that pictures of a table lie in. Nothing outside it, or the data set's own, is ever opened."""
 
     def __init__(self, root: Path, images: str) -> None:
         if images:
@@ -365,12 +396,12 @@ class _Pictures:
                 raise UserError(f"no folder '{images}' for --source.images")
         else:
             self.folder = next((root / f for f in PICTURE_FOLDERS if (root / f).is_dir()), root).resolve()
-        self.root = root.resolve()
-        self.inside = lru_cache(4096)(self._inside)
+        self.bases = (self.folder,) if images else tuple(dict.fromkeys((self.folder, root.resolve())))
+        self.real = lru_cache(4096)(os.path.realpath)
         self.find = lru_cache(4096)(self._find)
 
-    def _inside(self, folder: str) -> bool:
-        return Path(folder).resolve().is_relative_to(self.folder)
+    def _base(self, path: str) -> Path | None:
+        return next((base for base in self.bases if Path(path).is_relative_to(base)), None)
 
     def _find(self, text: str) -> tuple[str, Location | str, str | None]:
         """(name, place, None) of a picture, or why it cannot be used: no such file, or one outside the folder.
@@ -384,26 +415,29 @@ class _Pictures:
         path = PurePosixPath(text)
         outside = f"picture path leaves the folder: {text[:200]}"
         if path.is_absolute():
-            if not path.is_relative_to(self.folder):
+            base = self._base(str(path))
+            if base is None:
                 return text, "", outside
-            path = path.relative_to(self.folder)
+            path = path.relative_to(base)
         if PureWindowsPath(text).drive or ".." in path.parts:
             return text, "", outside
         try:
-            for base in dict.fromkeys((self.folder, self.root)):
+            for base in self.bases:
                 file = str(base / path)
                 if os.path.isfile(file):
                     break
             else:
                 return text, "", f"no such picture: {text[:200]}"
-            if not self.inside(os.path.dirname(file)):
+            file = os.path.join(self.real(os.path.dirname(file)), os.path.basename(file))
+            inside = self._base(file)
+            if inside is None:
                 return text, "", outside
-            if os.path.islink(file) and not Path(file).resolve().is_relative_to(self.folder):
+            if os.path.islink(file) and self._base(os.path.realpath(file)) is None:
                 return text, "", f"{outside} is a link out of it"
         except (OSError, ValueError) as error:  # names that are too long, or hold NUL
             what = getattr(error, "strerror", None) or error
             return text, "", f"picture cannot be reached: {text[:80]} ({what})"
-        return os.path.relpath(file, self.folder).replace(os.sep, "/"), Location(file), None
+        return os.path.relpath(file, inside).replace(os.sep, "/"), Location(file), None
 
 
 def _with_splits(manifest: Manifest, val_fraction: float) -> Manifest:

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
 from tqdm import tqdm
 
 from amclr.data.rows import printable
@@ -21,12 +22,17 @@ def fetch(url: str, cache: Path, progress: bool = True) -> Path:
     """
     import fsspec
 
-    scheme = url.partition("://")[0].split("::")[-1]
     try:
         system, path = fsspec.core.url_to_fs(url)
     except (ValueError, ImportError) as error:
         raise UserError(f"cannot read '{printable(url)}': {printable(str(error))}") from None
     target = cache / "remote" / f"{derive(url):016x}"
+    target.mkdir(parents=True, exist_ok=True)
+    with FileLock(target.with_suffix(".lock")):
+        return _fetch(url, system, path, target, progress)
+
+
+def _fetch(url: str, system: Any, path: str, target: Path, progress: bool) -> Path:
     try:
         if system.isfile(path):
             found = {path: Path(path).name}
@@ -36,8 +42,8 @@ def fetch(url: str, cache: Path, progress: bool = True) -> Path:
             raise UserError(f"there is nothing at '{url}'")
         stamps = {f: _stamp(system.info(f)) for f in found}
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot list '{url}' ({scheme}): {printable(str(error))}") from None
-    record = target / "fetched.json"
+        raise UserError(f"cannot list '{url}': {printable(str(error))}") from None
+    record = target.with_suffix(".json")
     try:
         known: dict[str, str] = json.loads(record.read_text())
     except (OSError, ValueError):
@@ -47,7 +53,6 @@ def fetch(url: str, cache: Path, progress: bool = True) -> Path:
             raise UserError(f"'{url}' lists a name that leaves its folder: '{printable(name)}'")
     todo = [f for f, name in found.items() if known.get(name) != stamps[f] or not (target / name).is_file()]
     bar = tqdm(todo, f"Fetching {printable(url)}", unit="file", leave=False, disable=not progress)
-    target.mkdir(parents=True, exist_ok=True)
     for done, f in enumerate(bar, 1):
         file = target / found[f]
         file.parent.mkdir(parents=True, exist_ok=True)

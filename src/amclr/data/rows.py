@@ -126,6 +126,19 @@ def need_column(file: Path | str, names: Sequence[str], wanted: str, known: Sequ
     return found
 
 
+def caption_columns(names: Sequence[str], wanted: str) -> list[str]:
+    """The column with the caption or captions, or the columns caption_0, caption_1 ...; empty without either."""
+    found = find_column(names, wanted, CAPTION_COLUMNS)
+    if found or wanted:
+        return [found] if found else []
+    return [n for n in names if re.fullmatch(r"(caption|comment|text)[ _-]?\d+", n.strip().lower())]
+
+
+def need_captions(file: Path | str, names: Sequence[str], wanted: str) -> list[str]:
+    """As `caption_columns`. Raises UserError, naming the columns that there are, if there is none."""
+    return caption_columns(names, wanted) or [need_column(file, names, wanted, CAPTION_COLUMNS, "caption")]
+
+
 def as_captions(value: object) -> list[object]:
     """The captions in a cell: a text, a list of texts, or a list of mappings that hold them (Karpathy's)."""
     if isinstance(value, Mapping):
@@ -150,8 +163,10 @@ def as_paraphrases(value: object, captions: int) -> list[list[object]]:
 def row_of(entry: Mapping[str, Any], source: SourceConfig, picture: str | Location) -> Row:
     """A row from a mapping that holds captions and, maybe, paraphrases and a split."""
     names = [str(k) for k in entry]
-    caption = find_column(names, source.caption_column, CAPTION_COLUMNS)
-    captions = as_captions(entry[caption]) if caption else [None]
+    found = caption_columns(names, source.caption_column)
+    captions = [c for name in found for c in as_captions(entry[name])] or [None]
+    if len(found) > 1:  # some rows have fewer
+        captions = [c for c in captions if c] or [None]
     again = find_column(names, "", PARAPHRASE_COLUMNS)
     split = find_column(names, "", SPLIT_COLUMNS)
     return Row(

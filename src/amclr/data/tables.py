@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from amclr.data.rows import (
-    CAPTION_COLUMNS,
     IMAGE_COLUMNS,
     PARAPHRASE_COLUMNS,
     PICTURE_SUFFIXES,
@@ -17,6 +16,7 @@ from amclr.data.rows import (
     Row,
     as_captions,
     find_column,
+    need_captions,
     need_column,
     read_json,
     row_of,
@@ -47,7 +47,8 @@ def _read_table(reading: Reading, file: Path) -> Iterator[Row]:
         if any("\ufffd" in h for h in header):
             raise UserError(f"'{file}' is not text in the given encoding: try --source.encoding utf-16-le")
         image = header.index(need_column(file, header, source.image_column, IMAGE_COLUMNS, "image"))
-        caption = header.index(need_column(file, header, source.caption_column, CAPTION_COLUMNS, "caption"))
+        named = need_captions(file, header, source.caption_column)
+        captions = [header.index(name) for name in named]
         again, split = (
             header.index(found) if (found := find_column(header, "", known)) else None
             for known in (PARAPHRASE_COLUMNS, SPLIT_COLUMNS)
@@ -73,8 +74,9 @@ def _read_table(reading: Reading, file: Path) -> Iterator[Row]:
                 reading.reject(file, f"row is not valid {source.encoding}{hint}", first)
             else:
                 rewording = [[row[again]]] if again is not None and row[again].strip() else ()
-                named = row[split] if split is not None else of_file
-                yield Row(row[image].strip(), [row[caption]], rewording, "", named, reading.name(file), first)
+                own = row[split] if split is not None else of_file
+                texts = [row[k] for k in captions if len(captions) == 1 or row[k].strip()]
+                yield Row(row[image].strip(), texts, rewording, "", own, reading.name(file), first)
 
 
 def _decoded(file: Path, handle: Iterable[str], encoding: str) -> Iterator[str]:

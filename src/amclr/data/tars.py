@@ -145,11 +145,11 @@ def read_tars(reading: Reading) -> Iterator[Row]:
 
 def _rows(reading: Reading, indices: Iterable[_Index]) -> Iterator[Row]:
     for file, index in zip(reading.files, indices, strict=True):
-        of_file, called = reading.split_of(file), reading.name(file)
+        of_file, called, path = reading.split_of(file), reading.name(file), str(file.absolute())
         for key, reason in index.rejects:
             reading.reject(file, reason, key=key)
         for name, offset, size, captions, paraphrases, split in index.rows:
-            place = Location(str(file), offset, size)
+            place = Location(path, offset, size)
             yield Row(place, captions, paraphrases, name=name, split=split or of_file, file=called)
 
 

@@ -300,7 +300,9 @@ def test_a_cut_at_any_write_leaves_no_trace(
     assert n > (1 if operation == "unlink" else 4) and calls < n
 
 
-def test_a_line_cut_anywhere_is_done_again(seq2seq: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("process", [0, 7])
+def test_a_line_cut_anywhere_is_done_again(process: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the part of this process, and in that of one which this time does not take part."""
     data = captioned(tmp_path / "data", 12)
     settings = options("rules", out=str(tmp_path / "store"))
     with monkeypatch.context() as patch:
@@ -314,7 +316,7 @@ def test_a_line_cut_anywhere_is_done_again(seq2seq: Path, tmp_path: Path, monkey
         for name in ("paraphrases.jsonl", "report.json", "sample.txt"):
             next((tmp_path / "store").glob(f"*/{name}")).unlink()
         part.parent.mkdir()
-        part.write_bytes(whole[:cut])
+        part.with_name(f"{process:05d}.jsonl").write_bytes(whole[:cut])
         paraphrase(settings, str(data))
         assert bytes_of(tmp_path / "store") == expected
 

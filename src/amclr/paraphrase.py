@@ -204,7 +204,7 @@ def paraphrase(config: ParaphraseConfig, data: str, source: SourceConfig | None 
         )
     store = _store_folder(config, data)
     processes = Processes.start()
-    captions = _captions(data, source or SourceConfig())
+    captions = _captions(data, source or SourceConfig(), config.progress and processes.rank == 0)
     device = _device(config)
     rules = config.model == "rules"
     paraphraser: Paraphraser = RuleParaphraser(config.seed) if rules else ModelParaphraser(config, device)
@@ -270,9 +270,9 @@ def _similar(
     return {pair for pair, cosine in zip(pairs, cosines, strict=True) if cosine >= least}
 
 
-def _captions(data: str, source: SourceConfig) -> list[str]:
+def _captions(data: str, source: SourceConfig, progress: bool) -> list[str]:
     config = Config(data=data, source=replace(source, paraphrases="none"))
-    manifest = manifests.load(config, manifests.cache_folder(config))
+    manifest = manifests.load(config, manifests.cache_folder(config), progress)
     manifest.enforce_limit(source.max_bad)
     return list(dict.fromkeys(c for s in manifest.samples for c in s.captions))
 

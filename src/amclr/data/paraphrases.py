@@ -193,10 +193,7 @@ def read_store(path: Path) -> Store:
         raise UserError(f"'{path}' holds no paraphrases: make some with: amclr paraphrase DATA --out {path}")
     complete = [name for name in names if (path / name / ROWS).is_file()]
     if not complete:
-        raise UserError(
-            f"the paraphrases in '{path / names[0]}' are not complete: give the same `amclr paraphrase` command again, "
-            "which goes on, or --source.paraphrases none"
-        )
+        raise _incomplete(path / names[0])
     latest = path / LATEST
     name = latest.read_text(encoding="utf-8").strip() if latest.is_file() else ""
     if name in names:
@@ -219,16 +216,20 @@ def _read_version(folder: Path) -> Store:
         raise UserError(f"'{folder}' was written by another version of amclr (format {about.get('format')})")
     file = folder / ROWS
     if not file.is_file() or about.get("captions") is None:
-        raise UserError(
-            f"the paraphrases in '{folder}' are not complete: give the same `amclr paraphrase` command again, which "
-            "goes on, or --source.paraphrases none"
-        )
+        raise _incomplete(folder)
     found = _read_table(file)
     # An update may have been stopped between its rows and this number; it never leaves fewer rows.
     if found.rows < about["captions"] or found.rejects:
         what = str(found.rejects[0]) if found.rejects else f"{found.rows} rows are left of {about['captions']}"
         raise UserError(f"'{file}' is damaged ({what}): remove '{folder}' and paraphrase again")
     return replace(found, path=folder, version=folder.name)
+
+
+def _incomplete(folder: Path) -> UserError:
+    return UserError(
+        f"the paraphrases in '{folder}' are not complete: give the same `amclr paraphrase` command again, which goes "
+        "on, or --source.paraphrases none"
+    )
 
 
 def _load_json(file: Path) -> dict[str, Any]:

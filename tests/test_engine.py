@@ -548,14 +548,15 @@ def test_feature_batches_know_every_text_that_can_be_drawn(
         tokenized.clear()
         pictures[step]
         ids = plan[step][1]
-        assert tokenized[:8] == drawn[-2]
+        said = drawn[-1]
+        assert len(said) == len(tokenized) == 16 and tokenized[:8] == said[:8]
         for row, i in enumerate(ids):
             known = {*samples[i].texts}
-            noise = tokenized[8 + row] not in known or drawn[-1][row] not in known
-            assert noise or tokenized[8 + row] == drawn[-1][row]
-        for side, said in ((first, drawn[-2]), (second, drawn[-1])):
+            noise = tokenized[8 + row] not in known or said[8 + row] not in known
+            assert noise or tokenized[8 + row] == said[8 + row]
+        for side, of_side in ((first, said[:8]), (second, said[8:])):
             with torch.inference_mode():
-                expected = model.text_tower(**model.tokenize(said))
+                expected = model.text_tower(**model.tokenize(of_side))
             torch.testing.assert_close(side, expected, atol=1e-4, rtol=0)
 
 

@@ -57,6 +57,10 @@ class SourceConfig:
     CSV, TSV or JSONL file of caption, paraphrase. Empty finds DATA/paraphrases; `none` uses none."""
     val_fraction: float = 0.05
     """Share of the pictures held out for validation where the folder has no val.txt."""
+    duplicates: Literal["positives", "captions", "negatives"] = "positives"
+    """positives: near-duplicate pictures, and captions that stand under several pictures, are positives of each
+    other rather than negatives. captions: identical captions alone, for drawings or studio pictures, which differ
+    in what is small. negatives: neither. Pictures are compared where they are decoded beforehand (scan_up_to)."""
     max_bad: float = 0.02
     """Abort if more than this share of rows or pictures cannot be used."""
     scan_up_to: int = 200_000

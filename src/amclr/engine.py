@@ -7,7 +7,7 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
@@ -25,7 +25,8 @@ from amclr import figures
 from amclr.config import Config, problems
 from amclr.data import manifest as manifests
 from amclr.data.batches import Batch, BatchPlan, PictureBatches
-from amclr.data.manifest import Manifest
+from amclr.data.duplicates import Duplicates
+from amclr.data.manifest import Manifest, Sample
 from amclr.data.pictures import PictureStore
 from amclr.data.rows import Reject, append_rejects, write_rejects
 from amclr.errors import UserError
@@ -210,10 +211,11 @@ def backward(t: Training, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
     if 0 < size < len(batch.ids):
         return backward_in_chunks(
             lambda part: embed(t.wrapped, part.to(device)), batch.chunks(size), t.objective, batch.ids.to(device),
-            model=t.model, backward=t.fabric.backward, no_sync=lambda: t.fabric.no_backward_sync(t.wrapped),
+            groups=batch.groups, model=t.model, backward=t.fabric.backward,
+            no_sync=lambda: t.fabric.no_backward_sync(t.wrapped),
         )  # fmt: skip
     batch = batch.to(device)
-    loss, metrics = t.objective(embed(t.wrapped, batch), batch.ids)
+    loss, metrics = t.objective(embed(t.wrapped, batch), batch.ids, batch.groups)
     t.fabric.backward(loss)
     return loss, metrics
 
@@ -275,12 +277,14 @@ def assemble(config: Config, folder: Path, former: Run | None, progress: bool, c
     fabric.to_device(model)
     fabric.to_device(objective)
     places, size, views = [s.picture for s in samples], config.model.image_size, objective.required_views
+    reads = model_reads_pictures(model)
+    store = PictureStore(places, size, config.ram_cache if reads else 0.0, progress)
+    same = duplicates(samples, manifest, config)
     batches: Dataset[Batch]
-    if model_reads_pictures(model):
-        store = PictureStore(places, size, config.ram_cache, progress)
-        batches = PictureBatches(samples, store, plan, views, model.tokenize, config)
+    if reads:
+        batches = PictureBatches(samples, store, plan, views, model.tokenize, config, same)
     else:
-        batches = FeatureBatches(model, samples, PictureStore(places, size), plan, views, config, cache, progress)
+        batches = FeatureBatches(model, samples, store, plan, views, config, cache, progress, same)
     evaluator = Evaluator(model, held_out, config, cache, progress)
     wrapped, optimizer = fabric.setup(model, optimizer)
     return Training(fabric, config, run, manifest, plan, model, wrapped, objective, optimizer, batches, evaluator)
@@ -291,6 +295,15 @@ def _with_store(config: Config, manifest: Manifest) -> Config:
     if config.source.paraphrases or (manifest.parts and manifest.paraphrases):
         return config
     return replace(config, source=replace(config.source, paraphrases=(*manifest.paraphrases, "none")[0]))
+
+
+def duplicates(samples: Sequence[Sample], manifest: Manifest, config: Config) -> Duplicates:
+    """What stands more than once among the training samples, as far as `source.duplicates` wants it known."""
+    what = config.source.duplicates
+    if what == "negatives":
+        return Duplicates()
+    looks = [manifest.looks.get(s.picture) for s in samples]
+    return Duplicates.find([s.texts for s in samples], looks if what == "positives" and any(looks) else None)
 
 
 def build_objective(config: Config, samples: int) -> Objective:

@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from amclr.config import Config
 from amclr.data.batches import Batch, BatchPlan, split_views
+from amclr.data.duplicates import Duplicates
 from amclr.data.manifest import Sample
 from amclr.data.pictures import PictureStore
 from amclr.data.texts import TextPolicy
@@ -165,8 +166,10 @@ class FeatureBatches(Dataset[Batch]):
         config: Config,
         cache: Path,
         progress: bool = True,
+        duplicates: Duplicates | None = None,
     ) -> None:
         self.samples, self.plan = samples, plan
+        self.duplicates = duplicates or Duplicates()
         self.image_views, self.text_views = split_views(required_views)
         self.seed, self.policy = config.seed, TextPolicy.of(config)
         self.word_policy = replace(self.policy, paraphrases=0, other_captions=0, words=0)
@@ -231,8 +234,8 @@ class FeatureBatches(Dataset[Batch]):
                 rows.append(table[ids, pick])
             images = torch.from_numpy(np.concatenate(rows))
         tokens = None
+        texts: dict[str, list[str]] = {v: [] for v in self.text_views}
         if self.text_views:
-            texts: dict[str, list[str]] = {v: [] for v in self.text_views}
             for i in ids:
                 s = self.samples[i]
                 noisy = partial(self._noisy, s, v=epoch % self.cached_views)
@@ -243,5 +246,7 @@ class FeatureBatches(Dataset[Batch]):
                     texts["text_aug"].append(second)
                 if "text" in texts:
                     texts["text"].append(text)
-            tokens = torch.from_numpy(np.concatenate([self.text_features(texts[v]) for v in self.text_views]))
-        return Batch(self.image_views, self.text_views, images, tokens, torch.from_numpy(ids.astype(np.int64)))
+            tokens = torch.from_numpy(self.text_features([t for drawn in texts.values() for t in drawn]))
+        groups = self.duplicates.groups(ids, texts)
+        places = torch.from_numpy(ids.astype(np.int64))
+        return Batch(self.image_views, self.text_views, images, tokens, places, groups=groups)

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from amclr import evaluate, figures
 from amclr.config import Config, SourceConfig
+from amclr.data import duplicates, tables
 from amclr.data import manifest as manifests
-from amclr.data import tables
 from amclr.data.manifest import Manifest, Sample
 from amclr.data.pictures import BadPicture, Location, PictureStore, scan
 from amclr.data.rows import write_rejects
@@ -165,7 +165,8 @@ def measure_classes(
     elif templates:
         raise UserError(f"no templates file '{file}': one prompt per line, with {{}} for the class name")
     places = [Location(str(p)) for p in paths]
-    bad = scan(places, model.config.image_size, progress=progress)
+    verdicts = scan(places, model.config.image_size, progress=progress)
+    bad = {place: v.reason for place, v in verdicts.items() if v.reason}
     kept = [(p, y) for p, y in zip(places, labels, strict=True) if p not in bad]
     if not kept:
         raise UserError(f"no picture under '{root}' can be decoded; the first: {next(iter(bad.items()))}")
@@ -225,13 +226,15 @@ def inspect(
     """
     if sheet.suffix.lower() not in (".png", ".jpg", ".jpeg", ".pdf", ".svg"):
         raise UserError(f"cannot draw a contact sheet as '{sheet}': name a .png, .jpg, .pdf or .svg file")
-    lenient = replace(config, source=replace(config.source, max_bad=1.0))
+    lenient = replace(config, source=replace(config.source, max_bad=1.0, duplicates="positives"))
     manifest = manifests.prepare(lenient, manifests.cache_folder(config), progress, scan_all)
     samples = manifest.samples
     captions = [c for s in samples for c in s.captions]
     lengths = np.array([len(c.split()) for c in captions])
     per_picture = Counter(len(s.captions) for s in samples)
-    repeated = sum(n - 1 for n in Counter(captions).values())
+    store = PictureStore([s.picture for s in samples], config.model.image_size)
+    looks = [manifest.looks.get(s.picture) for s in samples]
+    groups = duplicates.picture_groups(looks) if any(looks) else None
     words = Counter(w for c in captions for w in re.findall(r"\w+", c.lower()))
     counts = np.array(sorted(words.values(), reverse=True) or [0])
     commonest = int(np.searchsorted(np.cumsum(counts), counts.sum() / 2)) + 1
@@ -248,7 +251,7 @@ def inspect(
         f"words        {len(words)}; {lengths.min()} to {lengths.max()} per caption, median {np.median(lengths):.0f}; "
         f"{np.mean(counts == 1):.0%} of them occur once, the {commonest} commonest are half of all",
         *([_token_line(config, tokens)] if tokens is not None else []),
-        f"repeated     {repeated} captions say what another says already",
+        *duplicates.report(groups, [s.name for s in samples], [s.captions for s in samples], manifest.splits),
         f"left out     {len(manifest.rejects)} of {manifest.rows} rows",
     ]
     for one, other in combinations(manifest.splits, 2):
@@ -267,6 +270,10 @@ def inspect(
     plot = sheet.with_name(f"{sheet.stem}-captions{sheet.suffix}")
     figures.caption_statistics(lengths, tokens, config.model.max_tokens, counts, plot, manifests.label(config.data))
     lines += [f"contact sheet: {sheet}", f"caption lengths and words: {plot}"]
+    if groups is not None and (sets := duplicates.largest(groups)):
+        drawn = sheet.with_name(f"{sheet.stem}-duplicates{sheet.suffix}")
+        _draw_duplicates(samples, sets, store, drawn)
+        lines.append(f"pictures that look the same: {drawn}")
     if listing:
         manifest.write(listing)
         lines.append(f"every sample: {listing}")
@@ -290,6 +297,16 @@ def _token_line(config: Config, tokens: np.ndarray) -> str:
         f"tokens       {tokens.min()} to {tokens.max()} per caption, median {np.median(tokens):.0f}, "
         f"for the text tower '{config.model.text_tower}'; {share}"
     )
+
+
+def _draw_duplicates(samples: Sequence[Sample], sets: Sequence[np.ndarray], store: PictureStore, file: Path) -> None:
+    """Draw some members of the largest groups of near-duplicate pictures, with a caption of the first two."""
+    shown = policy("none", 96)
+    cards = []
+    for members in sets[:12]:
+        pictures = [(samples[i].name[-16:], image_view(shown, store[i], 0)) for i in map(int, members[:4])]
+        cards.append((pictures, samples[members[0]].captions[0], samples[members[1]].captions[0]))
+    figures.contact_sheet(cards, file, f"{sum(map(len, sets))} pictures in {len(sets)} groups look the same")
 
 
 def _draw_sheet(samples: Sequence[Sample], config: Config, file: Path, manifest: Manifest) -> None:

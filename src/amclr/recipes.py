@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from amclr.config import Config, LossConfig, ModelConfig, OptimConfig, ViewsConfig
+from amclr.config import Config, LossConfig, ModelConfig, OptimConfig, SourceConfig, ViewsConfig
 
 
 def scenes() -> Config:
@@ -17,6 +17,8 @@ def scenes() -> Config:
         data="scenes",
         epochs=16,
         batch_size=64,
+        # Scenes on one background look alike, and differ in the things that captions name.
+        source=SourceConfig(duplicates="captions"),
         # Captions say left and right, so no view may mirror a picture.
         views=ViewsConfig(image="weak", image_aug="single", flip=False),
         # The small text tower trains from scratch without collapsing at a fraction of the others' rate.
@@ -63,7 +65,9 @@ def scratch() -> Config:
     amclr train --recipe scratch --data FOLDER
     """
     base = scenes()
-    return replace(base, epochs=30, views=ViewsConfig(), model=replace(base.model, image_size=96))
+    return replace(
+        base, epochs=30, source=SourceConfig(), views=ViewsConfig(), model=replace(base.model, image_size=96)
+    )
 
 
 def paper() -> Config:

@@ -30,6 +30,20 @@ def side(view: str) -> str:
     return "image" if view.startswith("image") else "text"
 
 
+def same(image_ids: list[int], text_ids: list[int], groups: dict[str, list[int]] | None = None) -> np.ndarray:
+    """Who are positives of each other: by id, or by a group that views of one modality share."""
+    n = len(image_ids)
+    found = np.zeros((n, n), dtype=bool)
+    for i in range(n):
+        for j in range(n):
+            found[i, j] = i == j or image_ids[i] == image_ids[j] or text_ids[i] == text_ids[j]
+            for one, of_one in (groups or {}).items():
+                for other, of_other in (groups or {}).items():
+                    if side(one) == side(other) and of_one[i] >= 0 and of_one[i] == of_other[j]:
+                        found[i, j] = True
+    return found
+
+
 @dataclass
 class Global:
     """SogCLR's family: u per (term, sample), or per (modality, sample) in the reference mode."""
@@ -49,8 +63,11 @@ class Global:
     temperature: dict[tuple[object, int], float] = field(default_factory=dict)
     velocity: dict[tuple[object, int], float] = field(default_factory=dict)
 
-    def step(self, views: Views, image_ids: list[int], text_ids: list[int]) -> tuple[float, Views, float]:
+    def step(
+        self, views: Views, image_ids: list[int], text_ids: list[int], groups: dict[str, list[int]] | None = None
+    ) -> tuple[float, Views, float]:
         """The loss, its gradients, and its derivative with respect to a shared temperature; updates u."""
+        positives = same(image_ids, text_ids, groups)
         loss, slope = 0.0, 0.0
         gradient = {name: np.zeros_like(rows) for name, rows in views.items()}
         batch = len(image_ids)
@@ -62,7 +79,7 @@ class Global:
             fresh_u: dict[int, list[float]] = {}
             fresh_slope: dict[int, list[float]] = {}
             for i in range(batch):
-                others = [j for j in range(batch) if image_ids[j] != image_ids[i] and text_ids[j] != text_ids[i]]
+                others = [j for j in range(batch) if not positives[i, j]]
                 if not others:
                     continue
                 key = (table, ids[i])
@@ -130,14 +147,19 @@ def siglip(views: Views, tau: float, bias: float, same: np.ndarray) -> float:
     return total / n
 
 
-def simclr(views: Views, tau: float) -> float:
-    """NT-Xent on the 2B rows z_1 .. z_2B, as the pseudo-code of the SimCLR paper."""
+def simclr(views: Views, tau: float, same: np.ndarray | None = None) -> float:
+    """NT-Xent on the 2B rows z_1 .. z_2B, as the pseudo-code of the SimCLR paper; pairs marked `same` are no negatives."""
     z = np.concatenate([views["image"], views["image_aug"]])
     n = len(views["image"])
     total = 0.0
     for i in range(2 * n):
         partner = (i + n) % (2 * n)
-        denominator = sum(math.exp(float(z[i] @ z[k]) / tau) for k in range(2 * n) if k != i)
+        rest = [
+            k
+            for k in range(2 * n)
+            if k == partner or (k % n != i % n and not (same is not None and same[i % n, k % n]))
+        ]
+        denominator = sum(math.exp(float(z[i] @ z[k]) / tau) for k in rest)
         total -= math.log(math.exp(float(z[i] @ z[partner]) / tau) / denominator)
     return total / (2 * n)
 

@@ -18,7 +18,7 @@ from amclr.objectives import METHODS, build
 VIEWS = ("image", "image_aug", "text", "text_aug")
 BATCH, SAMPLES, STEPS = 12, 20, 3
 PARTS = {"equal": (6, 6), "unequal": (9, 3), "three": (5, 1, 6)}
-KERNELS = {name: {"name": name, "backend": "triton"} for name in ("amclr", "iamclr", "clip")}
+KERNELS = {name: {"name": name, "backend": "triton", "groups": name == "amclr"} for name in ("amclr", "iamclr", "clip")}
 """In float32, and so apart."""
 SETTINGS: dict[str, dict[str, Any]] = {
     **{name: {"name": name} for name in METHODS},
@@ -26,10 +26,15 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "learnable": {"name": "amclr", "temperature_mode": "learnable", "rho": 1.0},
     "aligned": {"name": "sogclr", "pairs": "aligned"},
     "weighted": {"name": "xamclr", "weights": {"image": 0.3, "text": 0.1}},
+    **{
+        f"{name} with groups": {"name": name, "groups": True}
+        for name in ("sogclr", "ixamclr", "clip", "siglip", "simclr")
+    },
 }
 
 
 def make(settings: dict[str, Any]) -> Any:
+    settings = {k: v for k, v in settings.items() if k != "groups"}
     made = build(num_samples={"image": SAMPLES, "text": SAMPLES}, temperature=0.1, **settings)
     return made if "backend" in settings else made.double()
 
@@ -45,6 +50,12 @@ def batch(step: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     return {v: F.normalize(x, dim=-1) for v, x in views.items()}, {"image": ids, "text": text}
 
 
+def groups(step: int) -> dict[str, Tensor]:
+    """Groups of a whole batch: of pictures, and of captions across their two views; some have none."""
+    generator = torch.Generator().manual_seed(100 + step)
+    return {v: torch.randint(-2, 16, (BATCH,), generator=generator) for v in ("image", "text", "text_aug")}
+
+
 def steps_of(settings: dict[str, Any], rows: slice) -> dict[str, Any]:
     """Losses, gradients of `rows`, and the final state, of a few steps."""
     objective = make(settings)
@@ -54,7 +65,8 @@ def steps_of(settings: dict[str, Any], rows: slice) -> dict[str, Any]:
     for step in range(STEPS):
         views, ids = batch(step)
         own = {v: x[rows].to(dtype, copy=True).requires_grad_() for v, x in views.items()}
-        loss, metrics = objective(own, {of: i[rows] for of, i in ids.items()})
+        shown = {v: g[rows] for v, g in groups(step).items()} if settings.get("groups") else None
+        loss, metrics = objective(own, {of: i[rows] for of, i in ids.items()}, shown)
         objective.zero_grad()
         loss.backward()
         losses.append({k: m.detach() for k, m in metrics.items()} | {"loss": loss.detach()})
@@ -163,6 +175,11 @@ def work_with_a_fault(rank: int, folder: str) -> None:
     except ValueError as error:
         Path(folder, f"{rank}-diagnose.txt").write_text(str(error))
     objective.diagnose = False
+    # Or passes groups, which the others would not gather.
+    try:
+        objective(views, ids, groups(0) if rank else None)
+    except ValueError as error:
+        Path(folder, f"{rank}-groups.txt").write_text(str(error))
     # No tensor at all, on one of them.
     try:
         objective({**views, "text": None} if rank else views, ids)
@@ -180,6 +197,7 @@ def test_if_one_process_refuses_its_batch_all_do(tmp_path: Path) -> None:
     assert "view 'text' has shape (3, 5)" in (tmp_path / "1.txt").read_text()
     assert "process 1 refused its part of the batch" in (tmp_path / "0.txt").read_text()
     for rank in range(2):
-        assert "processes 0 and 1 do not do the same" in (tmp_path / f"{rank}-diagnose.txt").read_text()
+        for slip in ("diagnose", "groups"):
+            assert "processes 0 and 1 do not do the same" in (tmp_path / f"{rank}-{slip}.txt").read_text()
     assert "view 'text' must be a floating-point" in (tmp_path / "1-none.txt").read_text()
     assert "process 1 refused" in (tmp_path / "0-none.txt").read_text()

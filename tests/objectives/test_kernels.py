@@ -34,13 +34,14 @@ def draw(seed: int, batch: int, dim: int, dtype: torch.dtype) -> dict[str, Tenso
 
 def run(
     backend: str, name: str, ids: Any, batch: int, dim: int, products: str, dtype: torch.dtype, diagnose: bool = False,
-    **settings: Any,
+    groups: Any = None, **settings: Any,
 ) -> Any:  # fmt: skip
     objective = build(name, 2 * batch, backend=backend, products=products, **settings).to(DEVICE)
     objective.diagnose = diagnose
     for step in range(3):
         views = draw(step, batch, dim, dtype)
-        loss, metrics = objective(views, {k: i.to(DEVICE) for k, i in ids.items()})
+        shown = groups and {v: g.to(DEVICE) for v, g in groups.items()}
+        loss, metrics = objective(views, {k: i.to(DEVICE) for k, i in ids.items()}, shown)
         loss.backward()
     return metrics, {v: x.grad for v, x in views.items() if x.grad is not None}, objective.state_dict()
 
@@ -69,6 +70,25 @@ def test_kernels_equal_the_blocks(name: str, products: str, batch: int, dim: int
     torch.testing.assert_close(given[2], exact[2], rtol=10 * tolerance, atol=10 * tolerance)
 
 
+@pytest.mark.parametrize("name", ["amclr", "ixamclr"])
+@pytest.mark.parametrize(
+    ("views", "twice"), [(("image",), False), (("text",), True), (("image", "text", "text_aug"), False)]
+)
+def test_groups_in_the_kernels(name: str, views: tuple[str, ...], twice: bool) -> None:
+    """Positives without a shared table row: loss, gradients and tables of the blocks, ids repeated or not."""
+    groups = {"image": torch.arange(70) // 3, "text": torch.arange(70) % 33 - 4, "text_aug": 40 - torch.arange(70) % 45}
+    ids = torch.arange(70) // (2 if twice else 1)
+    given, exact = (
+        run(backend, name, {"image": ids, "text": ids}, 70, 20, "auto", dtype, False,
+            {v: groups[v] for v in views}, temperature=0.1)
+        for backend, dtype in (("triton", torch.float32), ("eager", torch.float64))
+    )  # fmt: skip
+    for view, gradient in given[1].items():
+        assert float((gradient.double() - exact[1][view]).norm() / exact[1][view].norm()) < 1e-5
+    torch.testing.assert_close(given[0]["loss"].double(), exact[0]["loss"], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(given[2], exact[2], rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_views_are_taken_as_they_are(dtype: torch.dtype) -> None:
     ids = {"image": torch.arange(40), "text": torch.arange(40)}
@@ -84,7 +104,7 @@ def test_rows_of_one_process(mine: slice) -> None:
     views = [x.detach() for x in draw(0, 40, 12, torch.float32).values()]
     ids = torch.arange(40, device=DEVICE) // 2
     objective = build("xamclr", 40)
-    positives = Positives(40, (ids,))
+    positives = Positives.of((ids,), ids.device)
     results = []
     for blocks in (
         Blocks([views[VIEWS.index(v)] for v in objective._stacked], mine, objective._layouts_of[False], 0.1, positives),
@@ -199,7 +219,9 @@ def test_a_step_is_a_handful_of_launches_and_waits_for_none(
 ) -> None:
     """Forward and backward. No value is read back, so that a step can be captured in a CUDA graph."""
     if DEVICE == "cpu":  # what costs nothing on the CPU is not done on a GPU
-        monkeypatch.setattr(Positives, "of", classmethod(lambda cls, ids, device: cls(len(ids[0]), ids[:1])))
+        monkeypatch.setattr(
+            Positives, "of", classmethod(lambda cls, ids, device, groups: cls(len(ids[0]), ((ids[0], ids[0]),), False))
+        )
     objective = build(name, 40, backend="triton", validate=False).to(DEVICE)
     views, ids = draw(0, 32, 16, torch.float32), torch.arange(32, device=DEVICE)
     objective(views, ids)
@@ -248,9 +270,10 @@ from triton.compiler import ASTSource, compile
 from amclr.objectives import kernels as k
 
 floats = "z rates sums positive counts weights image_table text_table gamma_logs offsets own updated partials gradient pulls"
-types = {n: "*fp32" for n in floats.split()} | {n: "*i32" for n in ("terms", "columns", "partners")} | {"ids": "*i64"}
+types = {n: "*fp32" for n in floats.split()} | {n: "*i32" for n in ("terms", "columns", "partners")}
+types |= dict.fromkeys(("ids", "ones", "others"), "*i64")
 types |= {n: "i32" for n in ("first", "last", "n", "d", "rate_stride")} | {n: "fp32" for n in ("lift", "rho", "unscale")}
-tile = dict(IDS=2, ROWS=k.ROWS, CANDIDATES=k.CANDIDATES, DEPTH=k.DEPTH)
+tile = dict(MATCHES=2, ROWS=k.ROWS, CANDIDATES=k.CANDIDATES, DEPTH=k.DEPTH)
 block = dict(IDS=2, BLOCK=k.ROWS)
 jobs = [(k._estimate, {}, block | dict(GLOBAL=g, UNIQUE=u, CANDIDATES=k.CANDIDATES)) for g, u in ((1, 0), (1, 1), (0, 1))]
 jobs += [(k._store, {}, block)]

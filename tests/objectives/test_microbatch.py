@@ -53,13 +53,14 @@ def test_the_gradient_is_that_of_the_whole_batch(name: str, norm: bool, size: in
     model, objective, inputs, ids = make(name, norm)
     torch.manual_seed(5)
     parts = [model(chunk) for chunk in inputs.split(size)]
-    loss, _ = objective({v: torch.cat([p[v] for p in parts]) for v in VIEWS}, ids)
+    groups = {"image": torch.arange(BATCH) % 9, "text_aug": torch.arange(BATCH) % 11 - 3}
+    loss, _ = objective({v: torch.cat([p[v] for p in parts]) for v in VIEWS}, ids, groups)
     loss.backward()
     after = torch.rand(1)
 
     twin, other, _, _ = make(name, norm)
     torch.manual_seed(5)
-    found, metrics = backward_in_chunks(twin, inputs.split(size), other, ids, model=twin)
+    found, metrics = backward_in_chunks(twin, inputs.split(size), other, ids, groups=groups, model=twin)
     assert torch.equal(torch.rand(1), after), "the generator has gone on as if the batch had been embedded once"
     assert float(found) == pytest.approx(float(loss.detach()), rel=1e-12) and not found.requires_grad
     assert float(metrics["loss"]) == float(found)

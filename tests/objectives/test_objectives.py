@@ -133,6 +133,95 @@ def test_samples_that_stand_twice_are_positives_with_one_update(name: str) -> No
     check_tables(objective, sums, 1e-11)
 
 
+@st.composite
+def grouped(draw: Any) -> tuple[list[tuple[oracle.Views, list[int], list[int], dict[str, list[int]]]], float]:
+    """Three batches with ids that may repeat, and groups of some of the views; below 0 is none."""
+    batch = draw(st.integers(2, 7))
+    numbers = lambda low, high: st.lists(st.integers(low, high), min_size=batch, max_size=batch)  # noqa: E731
+    names = draw(st.lists(st.sampled_from(VIEWS), unique=True, min_size=1))
+    found = []
+    for _ in range(3):
+        images = draw(st.permutations(range(9)))[:batch] if draw(st.booleans()) else draw(numbers(0, 8))
+        texts = images if draw(st.booleans()) else draw(numbers(0, 8))
+        groups = {name: draw(numbers(-2, 5)) for name in names}
+        found.append((draw_views(draw(st.integers(0, 2**30)), batch), list(images), list(texts), groups))
+    return found, draw(st.sampled_from([0.0625, 0.25]))
+
+
+@pytest.mark.parametrize("name", GLOBAL)
+@given(grouped())
+@settings(max_examples=25, deadline=None, derandomize=True)
+def test_groups_are_positives_and_keep_their_estimates(name: str, given_steps: Any) -> None:
+    """Value, gradients and tables are those of the loops; no groups, or groups of unused views, change nothing."""
+    batches_, tau = given_steps
+    objective = build(name, 9, temperature=tau, gamma=0.6, rho=0.4, validate=False).double()
+    sums = oracle_for(name, gamma=0.6, tau=tau, rho=0.4 if METHODS[name].temperature == "individual" else 0.0)
+    for views, images, texts, groups in batches_:
+        t = tensors(views)
+        used = {v: g for v, g in groups.items() if v in objective.required_views}
+        loss, _ = objective(
+            t,
+            {"image": torch.tensor(images), "text": torch.tensor(texts)},
+            {v: torch.tensor(g) for v, g in groups.items()},
+        )
+        loss.backward()
+        expected, gradient, _ = sums.step(views, images, texts, used)
+        assert float(loss.detach()) == pytest.approx(expected, rel=1e-9, abs=1e-11)
+        check_gradients(t, gradient, 1e-9)
+    check_tables(objective, sums, 1e-9)
+
+
+MIXED = {"image": [7, 1, -1, 7, -1, 2], "text": [3, -1, 4, -1, 5, 5], "text_aug": [-1, 3, -1, 4, -1, -1]}
+"""Groups within a view, across the text views, and none."""
+
+
+@pytest.mark.parametrize(
+    ("name", "pairs", "function"),
+    [
+        ("clip", "all", lambda v, s: oracle.clip(v, 0.15, s, oracle.CROSS)),
+        ("cyclip", None, lambda v, s: oracle.cyclip(v, 0.15, s)),
+        ("siglip", None, lambda v, s: oracle.siglip(v, 0.15, -10.0, s)),
+        ("simclr", None, lambda v, s: oracle.simclr(v, 0.15, s)),
+    ],
+)
+def test_groups_in_minibatch_objectives(name: str, pairs: Any, function: Any) -> None:
+    views, ids = draw_views(4, dim=3), [0, 1, 2, 3, 4, 5]
+    objective = build(name, 6, temperature=0.15, pairs=pairs).double()
+    same = oracle.same(ids, ids, {v: g for v, g in MIXED.items() if v in objective.required_views})
+    t = tensors(views)
+    loss, _ = objective(t, torch.tensor(ids), {v: torch.tensor(g) for v, g in MIXED.items()})
+    loss.backward()
+    assert float(loss.detach()) == pytest.approx(function(views, same), rel=1e-7)
+    check_gradients(t, oracle.numeric_gradient(lambda v: function(v, same), views), 1e-6)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_batch_of_one_group_has_nothing_to_contrast(name: str) -> None:
+    """As where all rows are one sample: refused, or, unchecked, without a gradient of the contrast."""
+    views, ids = good()
+    group = {"image": torch.full((6,), 3)}
+    with pytest.raises(ValueError, match="no row of the batch has a negative: all share an id or a group"):
+        build(name, 6)(views, ids, group)
+    alike, copies = (build(name, 6, validate=False, cyclic_weight=0) for _ in range(2))
+    a, b = tensors(draw_views(0), torch.float32), tensors(draw_views(0), torch.float32)
+    losses = alike(a, ids, group)[0], copies(b, ids * 0)[0]
+    assert float(losses[0].detach()) == float(losses[1].detach())
+    for loss, t in zip(losses, (a, b), strict=True):
+        loss.backward()
+        if name != "siglip":  # whose matched pair has a loss of its own
+            assert all(v.grad is None or not v.grad.any() for v in t.values())
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_groups_without_a_match_change_no_bit(name: str) -> None:
+    views, ids = good()
+    plain, grouped_ = build(name, 6), build(name, 6)
+    nothing = {"image": torch.full((6,), -1), "text": torch.arange(6) - 2, "text_aug": torch.arange(6) + 10}
+    for _ in range(2):
+        assert float(plain(views, ids)[0].detach()) == float(grouped_(views, ids, nothing)[0].detach())
+    assert all(torch.equal(v, plain.state_dict()[k]) for k, v in grouped_.state_dict().items())
+
+
 WALKS = {
     "whole": {},
     "kept tiles": {"TILE_ROWS": 16, "TILE_COLUMNS": 7},
@@ -146,12 +235,13 @@ WALKS = {
 
 @pytest.mark.parametrize("name", [*GLOBAL, "clip"])
 @pytest.mark.parametrize("tau", [0.01, 0.25])
-@pytest.mark.parametrize("twice", [False, True])
+@pytest.mark.parametrize("matches", ["none", "ids", "groups"])
 def test_how_a_block_is_walked_changes_nothing(
-    name: str, tau: float, twice: bool, monkeypatch: pytest.MonkeyPatch
+    name: str, tau: float, matches: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Formed at once or in tiles, kept or not, with one exponential or two: the same loss, gradients and tables."""
-    ids = torch.arange(40) // (2 if twice else 1)
+    ids = torch.arange(40) // (2 if matches == "ids" else 1)
+    groups = {"image": ids // 3, "text": ids % 11 - 2, "text_aug": 17 - ids % 13} if matches == "groups" else None
     found = {}
     for walk, settings_ in WALKS.items():
         with monkeypatch.context() as patch:
@@ -162,7 +252,7 @@ def test_how_a_block_is_walked_changes_nothing(
             objective.diagnose = walk == "rows of tiles"
             for step in range(2):
                 t = tensors(draw_views(step, batch=40, dim=7))
-                loss, _ = objective(t, ids)
+                loss, _ = objective(t, ids, groups)
                 loss.backward()
             grads = {k: v.grad for k, v in t.items() if v.grad is not None}
             found[walk] = loss.detach(), grads, objective.state_dict()
@@ -400,6 +490,14 @@ def test_estimator_error_is_that_of_an_exact_pass() -> None:
     assert found["bias/image_aug->text_aug"] == pytest.approx(0.25 / 3, abs=1e-5)
     assert found["rms/image_aug->text_aug"] == pytest.approx(0.25 / 3**0.5, abs=1e-5)
     assert found["unseen/text->image_aug"] == pytest.approx(1 / 3) and found["unseen"] == pytest.approx(1 / 24)
+    fresh = build("amclr", 8, temperature=0.3, gamma=0.5)
+    groups = {"image": torch.tensor([0, -1, 0, -1, 5, 6, 7, 8]), "text": torch.tensor([-1, 3, 2, -1, -1, 3, -1, -1])}
+    fresh(views, ids, groups)
+    assert (
+        fresh.estimator_error(views, ids, ids, groups=groups)["rms"]
+        < 1e-5
+        < fresh.estimator_error(views, ids, ids)["rms"]
+    )
     individual = build("isogclr", 8, temperature=0.3, gamma=1.0, temperature_lr=0.1)
     for _ in range(4):
         individual(views, ids)
@@ -778,6 +876,21 @@ def test_bad_batches_are_named(change: Any, message: str) -> None:
     ids = change(views, ids)
     with pytest.raises(ValueError, match=message):
         build("amclr", 6)(views, ids)
+
+
+@pytest.mark.parametrize(
+    ("groups", "message"),
+    [
+        (torch.arange(6), "groups must be a dict of int64 tensors by view .* got torch.int64 of shape"),
+        ({"picture": torch.arange(6)}, r"by view \(image, image_aug, text, text_aug\), got \['picture'\]"),
+        ({"text": torch.arange(5)}, r"groups\['text'\] must be an int64 tensor of shape \(6,\), got .* \(5,\)"),
+        ({"image": torch.arange(6).float()}, r"groups\['image'\] must be an int64 tensor of shape"),
+    ],
+)
+def test_bad_groups_are_named(groups: Any, message: str) -> None:
+    views, ids = good()
+    with pytest.raises(ValueError, match=message):
+        build("clip", 6)(views, ids, groups)
 
 
 @pytest.mark.parametrize("name", METHODS)

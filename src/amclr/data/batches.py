@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from amclr.config import Config
+from amclr.data.duplicates import Duplicates
 from amclr.data.manifest import Sample
 from amclr.data.pictures import BadPicture, PictureStore
 from amclr.data.texts import TextPolicy
@@ -89,6 +90,8 @@ class Batch:
     images: uint8 (V_i * B, 3, S, S), or cached tower features (V_i * B, F), view by view.
     tokens: token tensors of V_t * B captions, or cached features (V_t * B, F), view by view.
     ids: (B,) int64, the samples. replaced: names of samples that could not be read, and why.
+    groups: view -> (B,) int64, equal where samples show the same, as an objective takes them. They stay on the
+    CPU, where a batch without a match shows at no cost.
     """
 
     image_views: tuple[str, ...]
@@ -97,6 +100,7 @@ class Batch:
     tokens: dict[str, Tensor] | Tensor | None
     ids: Tensor
     replaced: dict[str, str] = field(default_factory=dict)
+    groups: dict[str, Tensor] = field(default_factory=dict)
 
     def chunks(self, size: int) -> list[Batch]:
         """The batch in parts of at most `size` samples, each with all its views."""
@@ -115,6 +119,7 @@ class Batch:
                 tokens=part(self.tokens, len(self.text_views), start),
                 ids=self.ids[start : start + size],
                 replaced={},
+                groups={v: g[start : start + size] for v, g in self.groups.items()},
             )
             for start in range(0, len(self.ids), size)
         ]
@@ -147,8 +152,10 @@ class PictureBatches(Dataset[Batch]):
         required_views: Sequence[str],
         tokenize: Tokenize,
         config: Config,
+        duplicates: Duplicates | None = None,
     ) -> None:
         self.samples, self.store, self.plan, self.tokenize = samples, store, plan, tokenize
+        self.duplicates = duplicates or Duplicates()
         self.image_views, self.text_views = split_views(required_views)
         self.seed, self.texts = config.seed, TextPolicy.of(config)
         size, flip = config.model.image_size, config.views.flip
@@ -168,15 +175,17 @@ class PictureBatches(Dataset[Batch]):
                 for view in self.image_views
                 for i, picture in zip(ids, pictures, strict=True)
             ])  # fmt: skip
-        tokens = None
+        tokens, texts = None, {}
         if self.text_views:
             drawn = [
                 self.texts.draw(s.captions, s.paraphrases, self.seed, epoch, s.name, "text")
                 for s in (self.samples[i] for i in ids)
             ]
-            texts = {"text": [d[1] for d in drawn], "text_aug": [d[2] for d in drawn]}
-            tokens = self.tokenize([t for view in self.text_views for t in texts[view]])
-        return Batch(self.image_views, self.text_views, images, tokens, torch.tensor(ids), replaced)
+            both = {"text": [d[1] for d in drawn], "text_aug": [d[2] for d in drawn]}
+            texts = {view: both[view] for view in self.text_views}
+            tokens = self.tokenize([t for drawn_texts in texts.values() for t in drawn_texts])
+        groups = self.duplicates.groups(ids, texts)
+        return Batch(self.image_views, self.text_views, images, tokens, torch.tensor(ids), replaced, groups)
 
     def _pictures(self, ids: list[int]) -> tuple[list[Tensor], list[int], dict[str, str]]:
         if not self.image_views:

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from amclr.config import Config, SourceConfig, from_dict
 from amclr.data import columns, remote, scenes, tables, tars
 from amclr.data.paraphrases import attach, find_store
-from amclr.data.pictures import Location, scan
+from amclr.data.pictures import Location, Verdict, scan
 from amclr.data.rows import PICTURE_SUFFIXES, SPLIT_NAMES, Reading, Reject, Row, caption_fault, clean, printable
 from amclr.errors import UserError
 from amclr.randomness import derive
@@ -82,6 +82,8 @@ class Manifest:
     """How many of the rejects are pictures that cannot be decoded."""
     paraphrases: tuple[str, ...] = ()
     """The stores that paraphrases came from."""
+    looks: dict[Location, bytes] = field(default_factory=dict)
+    """Perceptual hashes of the pictures that were compared."""
 
     def split(self, name: str) -> tuple[Sample, ...]:
         """The samples of a split (`train`, `val`, `test`, or `all`), in the manifest's order."""
@@ -91,14 +93,16 @@ class Manifest:
             raise UserError(f"{self.root} has no split '{name}': choose from all, {', '.join(sorted(self.splits))}")
         return tuple(s for s in self.samples if s.name in self.splits[name])
 
-    def without(self, bad: dict[Location, str]) -> Manifest:
-        """Drop the samples of bad pictures (place -> reason), and record them as rejects."""
+    def judged(self, verdicts: dict[Location, Verdict]) -> Manifest:
+        """Drop the samples of bad pictures, record them as rejects, and keep what the others look like."""
+        bad = {place: v.reason for place, v in verdicts.items() if v.reason}
+        looks = {place: v.looks for place, v in verdicts.items() if v.looks}
         rejects = tuple(
             Reject(s.picture.file, 0, bad[s.picture], s.name) for s in self.samples if s.picture in bad
         )  # fmt: skip
         kept = tuple(s for s in self.samples if s.picture not in bad)
         bad_pictures = self.bad_pictures + len(rejects)
-        return replace(self, samples=kept, rejects=self.rejects + rejects, bad_pictures=bad_pictures)
+        return replace(self, samples=kept, rejects=self.rejects + rejects, bad_pictures=bad_pictures, looks=looks)
 
     def write(self, file: Path) -> None:
         """Write the samples as JSON lines: id, name, splits, file, offset, size, captions, paraphrases, weight."""
@@ -548,7 +552,8 @@ def prepare(config: Config, cache: Path, progress: bool = True, scan_all: bool =
     manifest.enforce_limit(config.source.max_bad)
     verdicts = cache / f"scan-{derive(str(manifest.root.resolve())):016x}.jsonl"
     look = scan_all or len(manifest.samples) <= config.source.scan_up_to
-    bad = scan([s.picture for s in manifest.samples], config.model.image_size, verdicts, progress, look)
-    manifest = manifest.without(bad)
+    compare = config.source.duplicates == "positives"
+    places = [s.picture for s in manifest.samples]
+    manifest = manifest.judged(scan(places, config.model.image_size, verdicts, progress, look, compare))
     manifest.enforce_limit(config.source.max_bad)
     return manifest

@@ -51,49 +51,74 @@ LOG2E = math.log2(math.e)
 NEG_INF = float("-inf")
 
 
+Part = slice | Tensor
+"""Some samples of a batch: a range of them, or their places."""
+
+
 @dataclass
 class Positives:
-    """Which samples of a batch are positives of each other: those with an equal image or text id.
+    """Which samples of a batch are positives of each other: those that share an id, or a group.
 
-    ids: the (N,) ids of each modality, or None where no id stands twice, so that only a sample itself
-    is its positive.
+    matches: pairs of labels (N,): i and j are positives where i's in the first equals j's in the second, for
+    any of the pairs. None where nothing matches, so that only a sample itself is its positive.
+    unique: whether it is known that no id stands twice.
     """
 
     size: int
-    ids: tuple[Tensor, ...] | None
+    matches: tuple[tuple[Tensor, Tensor], ...] | None
+    unique: bool
 
     @classmethod
-    def of(cls, ids: tuple[Tensor, ...], device: torch.device) -> Positives:
-        """From the (N,) ids of each modality, for use on a device.
+    def of(cls, ids: Sequence[Tensor], device: torch.device, groups: Sequence[Sequence[Tensor]] = ()) -> Positives:
+        """From the (N,) ids of each modality and the (N,) groups of its views, for use on a device.
 
-        Looks for duplicates only where that costs no synchronisation: where the ids are on the CPU.
+        Ids match those of the same modality; groups, where not negative, those of any view of the same
+        modality. Looks for matches only where that costs no synchronisation: in what is on the CPU.
         """
-        different = ids[:1] if all(i is ids[0] for i in ids) else ids
-        size = len(ids[0])
-        if ids[0].device.type == "cpu" and not any(_has_duplicates(i) for i in different):
-            return cls(size, None)
-        return cls(size, tuple(i.to(device, non_blocking=True) for i in different))
+        labels = [[i] for i in (ids[:1] if all(i is ids[0] for i in ids) else ids)]
+        unique = not any(_may_match(i) for [i] in labels)
+        shown = [_own_where_alone(views) for views in groups]
+        kept = ([] if unique else labels) + [views for views in shown if _may_match(torch.cat(views))]
+        there = {id(x): x.to(device, non_blocking=True) for views in kept for x in views}
+        matches = tuple((there[id(x)], there[id(y)]) for views in kept for x in views for y in views)
+        return cls(len(ids[0]), matches or None, unique)
 
-    def mask(self, i0: int, i1: int, j0: int, j1: int) -> Tensor | None:
-        """(i1 - i0, j1 - j0) bool, True at positives; None where that is the diagonal alone."""
-        if self.ids is None:
+    def mask(self, rows: Part, columns: Part) -> Tensor | None:
+        """(rows, columns) bool, True at positives; None where that is the diagonal alone."""
+        if self.matches is None:
             return None
-        found = self.ids[0][i0:i1, None] == self.ids[0][None, j0:j1]
-        for other in self.ids[1:]:
-            found |= other[i0:i1, None] == other[None, j0:j1]
+        found = None
+        for one, other in self.matches:
+            same = one[rows][:, None] == other[columns][None, :]
+            found = same if found is None else found.logical_or_(same)
         return found
 
     def negatives(self, like: Tensor) -> Tensor:
         """How many negatives each sample has, (N,) in the type and on the device of `like`."""
-        if self.ids is None:
+        if self.matches is None:
             return like.new_full((self.size,), self.size - 1)
         step = max(1, (1 << 22) // self.size)
         counts = []
         for start in range(0, self.size, step):
-            mask = self.mask(start, min(start + step, self.size), 0, self.size)
+            mask = self.mask(slice(start, start + step), slice(None))
             assert mask is not None
             counts.append(self.size - mask.sum(1))
         return torch.cat(counts).to(like)
+
+
+def _own_where_alone(views: Sequence[Tensor]) -> list[Tensor]:
+    """Groups (N,) of a modality's views, with a number of its own in place of one below 0 or that a row has already.
+
+    So that what stands twice, in whichever of the views, stands in different rows.
+    """
+    found: list[Tensor] = []
+    for groups in views:
+        alone = groups < 0
+        for earlier in found:
+            alone |= groups == earlier
+        own = -1 - torch.arange(len(groups), device=groups.device) - len(found) * len(groups)
+        found.append(torch.where(alone, own, groups))
+    return found
 
 
 class Workspace(threading.local):
@@ -122,8 +147,11 @@ class Workspace(threading.local):
         return found[:size].view(shape)
 
 
-def _has_duplicates(ids: Tensor) -> bool:
-    ordered = np.sort(ids.numpy())
+def _may_match(labels: Tensor) -> bool:
+    """Whether a label may stand twice: unless it is seen, on the CPU, that none does."""
+    if labels.device.type != "cpu":
+        return True
+    ordered = np.sort(labels.numpy())
     return bool((ordered[1:] == ordered[:-1]).any())
 
 
@@ -208,7 +236,7 @@ class Grid:
     def _put(self, values: Tensor, tile: Tile, at_positives: float) -> Tensor:
         """Overwrite a tile at its positives."""
         _, s, _, j = tile
-        mask = self.positives.mask(self.start + s.start, self.start + s.stop, j.start, j.stop)
+        mask = self.positives.mask(slice(self.start + s.start, self.start + s.stop), j)
         if mask is not None:
             return values.masked_fill_(mask[None, :, None, :], at_positives)
         own = self._own(values, tile)

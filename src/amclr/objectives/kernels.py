@@ -49,20 +49,20 @@ def _similarities(z, a, c, i, j, n, d, DEPTH: tl.constexpr, PRECISION: tl.conste
 
 
 @triton.jit
-def _positives(ids, i, j, n, IDS: tl.constexpr):
-    """Which pairs share an id of either modality; pairs beyond the batch count as positives."""
+def _positives(ones, others, i, j, n, MATCHES: tl.constexpr):
+    """Which pairs have a match, `blocks.Positives.matches`; pairs beyond the batch count as positives."""
     out = (j >= n)[None, :] | (i >= n)[:, None]
-    for m in tl.static_range(IDS):
-        own = tl.load(ids + m * n + i, mask=i < n, other=-1)
-        other = tl.load(ids + m * n + j, mask=j < n, other=-2)
+    for m in tl.static_range(MATCHES):
+        own = tl.load(ones + m * n + i, mask=i < n, other=0)
+        other = tl.load(others + m * n + j, mask=j < n, other=0)
         out = out | (own[:, None] == other[None, :])
     return out
 
 
 @triton.jit
 def _log_sums(
-    z, terms, rates, ids, sums, positive, counts, first, last, n, d, rate_stride,
-    IDS: tl.constexpr, ROWS: tl.constexpr, CANDIDATES: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
+    z, terms, rates, ones, others, sums, positive, counts, first, last, n, d, rate_stride,
+    MATCHES: tl.constexpr, ROWS: tl.constexpr, CANDIDATES: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Program (block of anchors, term): log of the sum over negatives of exp(s / tau), s_ii, how many negatives."""
     t = tl.program_id(1)
@@ -78,7 +78,7 @@ def _log_sums(
         j = start + tl.arange(0, CANDIDATES)
         s = _similarities(z, a, c, i, j, n, d, DEPTH, PRECISION)
         own += tl.sum(tl.where(i[:, None] == j[None, :], s, 0.0), 1)
-        positives = _positives(ids, i, j, n, IDS)
+        positives = _positives(ones, others, i, j, n, MATCHES)
         count += tl.sum(tl.where(positives, 0.0, 1.0), 1)
         s = tl.where(positives, float("-inf"), s * rate[:, None])
         higher = tl.maximum(top, tl.max(s, 1))
@@ -200,8 +200,8 @@ def _store(
 
 @triton.jit
 def _gradients(
-    z, partners, rates, offsets, own, ids, gradient, pulls, first, last, n, d, rate_stride, unscale,
-    PARTNERS: tl.constexpr, SLOPES: tl.constexpr, IDS: tl.constexpr, ROWS: tl.constexpr, CANDIDATES: tl.constexpr,
+    z, partners, rates, offsets, own, ones, others, gradient, pulls, first, last, n, d, rate_stride, unscale,
+    PARTNERS: tl.constexpr, SLOPES: tl.constexpr, MATCHES: tl.constexpr, ROWS: tl.constexpr, CANDIDATES: tl.constexpr,
     DEPTH: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Program (block of rows, view, block of dimensions): the view's gradient from all blocks that it is in.
@@ -229,7 +229,7 @@ def _gradients(
                 s = _similarities(z, v, p, i, j, n, d, DEPTH, PRECISION)
                 b = tl.load(offsets + back * n + j, mask=j < n, other=float("inf"))
                 rate_b = tl.load(rates + back * rate_stride * n + j * rate_stride, mask=j < n, other=0.0)
-                positives = _positives(ids, i, j, n, IDS)
+                positives = _positives(ones, others, i, j, n, MATCHES)
                 w = tl.where(positives, 0.0, tl.exp2(s * rate_a[:, None] - a[:, None]))
                 if SLOPES:
                     pull += tl.sum(w * s, 1)
@@ -273,15 +273,18 @@ class TritonBlocks:
         rates = LOG2E / taus.float() if isinstance(taus, Tensor) else _constant((LOG2E / taus,), self.z.device)[0]
         self.rate_stride = 1 if rates.dim() else 0
         self.rates = rates.contiguous()
-        if positives.ids is None:
-            self.ids = torch.arange(self.size, device=self.z.device)[None]
-        else:
-            self.ids = positives.ids[0][None] if len(positives.ids) == 1 else torch.stack(positives.ids)
+        matches = positives.matches
+        if matches is None:
+            own = torch.arange(self.size, device=self.z.device)
+            matches = ((own, own),)
+        self.ones = self.others = matches[0][0][None] if len(matches) == 1 else torch.stack([a for a, _ in matches])
+        if any(a is not b for a, b in matches):
+            self.others = torch.stack([b for _, b in matches])
         half = self.z.dtype == torch.float16
         self.lift = self.size * min(HALF_SCALE, LARGEST_HALF / largest) if half else 1.0
-        self.unique = positives.ids is None
+        self.unique = positives.unique
         self.options = {
-            "IDS": len(self.ids), "ROWS": ROWS, "CANDIDATES": CANDIDATES, "DEPTH": DEPTH,
+            "MATCHES": len(matches), "ROWS": ROWS, "CANDIDATES": CANDIDATES, "DEPTH": DEPTH,
             "PRECISION": "tf32" if products == "tf32" else "ieee",
         }  # fmt: skip
 
@@ -302,8 +305,8 @@ class TritonBlocks:
         count = len(self.terms)
         found = torch.empty(2 * count + 1, self._rows, device=self.z.device)
         _log_sums[(triton.cdiv(self._rows, ROWS), count)](
-            self.z, self.terms, self.rates, self.ids, found, found[count:], found[2 * count :], self.mine.start,
-            self.mine.stop, self.size, self.dim, self.rate_stride, **self.options,
+            self.z, self.terms, self.rates, self.ones, self.others, found, found[count:], found[2 * count :],
+            self.mine.start, self.mine.stop, self.size, self.dim, self.rate_stride, **self.options,
         )  # fmt: skip
         return found
 
@@ -350,9 +353,10 @@ class TritonBlocks:
         fresh = gradient if not written else torch.empty_like(gradient)
         width = min(WIDTH, max(16, triton.next_power_of_2(self.dim)))
         _gradients[(triton.cdiv(self._rows, ROWS), self.views, triton.cdiv(self.dim, width))](
-            self.z, self.partners, self.rates, offsets, own, self.ids, fresh, pulls if pulls is not None else fresh,
-            self.mine.start, self.mine.stop, self.size, self.dim, self.rate_stride, 1.0 / self.lift,
-            PARTNERS=self.partners.shape[1], SLOPES=slopes, WIDTH=width, **self.options,
+            self.z, self.partners, self.rates, offsets, own, self.ones, self.others, fresh,
+            pulls if pulls is not None else fresh, self.mine.start, self.mine.stop, self.size, self.dim,
+            self.rate_stride, 1.0 / self.lift, PARTNERS=self.partners.shape[1], SLOPES=slopes, WIDTH=width,
+            **self.options,
         )  # fmt: skip
         if fresh is not gradient:
             gradient += fresh

@@ -21,6 +21,7 @@ def backward_in_chunks(
     objective: Objective,
     ids: Tensor | Mapping[str, Tensor],
     *,
+    groups: Mapping[str, Tensor] | None = None,
     model: nn.Module | None = None,
     backward: Callable[[Tensor], None] = torch.Tensor.backward,
     no_sync: Callable[[], AbstractContextManager[object]] = nullcontext,
@@ -38,6 +39,7 @@ def backward_in_chunks(
         chunks: the parts of the batch, in the order of `ids`.
         objective: called once, with all embeddings.
         ids: (B,) or by modality, as the objective takes them.
+        groups: by view, as the objective takes them.
         model: its batch norms follow their running statistics in the second pass alone.
         backward: how to run backward, such as `fabric.backward` or `lambda x: scaler.scale(x).backward()`.
         no_sync: a context in which gradients are not exchanged, such as DDP's `no_sync`; entered for all
@@ -56,7 +58,7 @@ def backward_in_chunks(
     leaves = {v: _wide(torch.cat([p[v] for p in parts])).detach().requires_grad_() for v in parts[0]}
     sizes = [len(next(iter(p.values()))) for p in parts]
     del parts
-    loss, metrics = objective(leaves, ids)
+    loss, metrics = objective(leaves, ids, groups)
     learned = [p for p in objective.parameters() if p.requires_grad]
     found = torch.autograd.grad(loss, [*leaves.values(), *learned], allow_unused=True)
     gradients = {v: g for v, g in zip(leaves, found, strict=False) if g is not None}

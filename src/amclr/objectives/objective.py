@@ -27,7 +27,7 @@ SMALL = 1 << 18
 """Grids of at most this many similarities are worked on at once: there, calls cost more than arithmetic."""
 QUANTILE_SAMPLE = 1 << 20
 """torch.quantile takes at most 2^24 numbers, and an even sample of them says as much."""
-COMPARED = ("dimensions", "type", "training", "gradient", "diagnostics")
+COMPARED = ("dimensions", "type", "training", "gradient", "diagnostics", "groups")
 """What the processes compare before a step, so that none waits for a collective that another does not call."""
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 DEAD = 0.01
@@ -43,7 +43,8 @@ class Objective(nn.Module):
     autocast says. `state_dict()` carries the estimators, so it belongs in a checkpoint.
 
     Several rows with the same id are positives of each other, never negatives, and give their
-    sample one averaged update.
+    sample one averaged update. Rows of different samples that show the same (a copied picture, a caption
+    that stands under two) are made positives by `groups`: they keep their estimates to themselves.
 
     Where torch.distributed is initialised, the batch is that of all processes together: each passes
     its own rows, as many as it has, and gets the loss of the whole batch and the gradient of it with
@@ -147,12 +148,20 @@ class Objective(nn.Module):
     # -- one step ---------------------------------------------------------------------------------
 
     def forward(
-        self, views: Mapping[str, Tensor], ids: Tensor | Mapping[str, Tensor]
+        self,
+        views: Mapping[str, Tensor],
+        ids: Tensor | Mapping[str, Tensor],
+        groups: Mapping[str, Tensor] | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of a batch and its metrics.
 
         views: view name -> (B, D), unit rows. ids: (B,) int64 in [0, num_samples), or
-        {"image": ids, "text": ids} where an image has several captions.
+        {"image": ids, "text": ids} where an image has several captions. groups: view name -> (B,) int64,
+        equal where views show the same, below 0 where a view is like no other; views left out are so too.
+        Rows i and j are positives of each other, in all terms and both directions, if they share an id, or
+        if an image view of i and one of j are of a group, or a text view of i and one of j: what describes
+        the one picture describes the other (docs/method.md). Groups of views that the objective does not use
+        are not looked at.
         Raises ValueError, naming the view or argument, for missing views, unlike shapes, a batch
         of one, or ids of the wrong type; values are checked as `validate` says. Of several processes,
         all raise if one does. They must all call, in evaluation too: an objective for one process alone
@@ -161,7 +170,7 @@ class Objective(nn.Module):
         together = self.distributed and processes() > 1
         device = next((v.device for v in views.values() if isinstance(v, Tensor)), torch.device("cpu"))
         try:
-            id_of = self._check(views, ids)
+            id_of, shown = self._check(views, ids, groups)
         except Exception:
             if together:
                 _tell_the_others(device)
@@ -170,22 +179,24 @@ class Objective(nn.Module):
         source = reduce(torch.promote_types, (views[v].dtype for v in self._stacked))
         leaves = (*(views[v] for v in self._stacked), *self.parameters())
         wanted = torch.is_grad_enabled() and any(x.requires_grad for x in leaves)
-        same = (first.shape[1], DTYPES.index(source), self.training, wanted, self.diagnose)
+        grouped = sum(1 << VIEWS.index(v) for v in shown)
+        same = (first.shape[1], DTYPES.index(source), self.training, wanted, self.diagnose, grouped)
         world = World.of(len(first), device, self.distributed, dict(zip(COMPARED, same, strict=True)))
         if self.training and self.temperature_mode == "learnable":
             with torch.no_grad():
                 self.log_temperature.clamp_(math.log(self.tau_min), math.log(self.tau_max))
         if sum(world.sizes) < 2:
             raise ValueError("a batch of 1 has no negatives: pass at least 2 samples")
+        id_of, positives = _together(id_of, shown, world, device)
         with torch.autocast(device.type, enabled=False):
             dtype = torch.promote_types(torch.float32, source)
             inputs = {v: views[v].to(dtype) for v in self._stacked}
             if self.averaged and len(world.sizes) > 1:
                 inputs = {v: _Scaled.apply(x, float(len(world.sizes))) for v, x in inputs.items()}
             if self.method.contrast == "sigmoid" or any(t.also for t in self.terms):
-                total, metrics = self._autograd_loss(inputs, id_of, world)
+                total, metrics = self._autograd_loss(inputs, positives, world)
             else:
-                total, metrics = self._closed_form_loss(inputs, id_of, world, wanted, source)
+                total, metrics = self._closed_form_loss(inputs, id_of, positives, world, wanted, source)
             if self.cyclic_weight:
                 penalty = self._cyclic_penalty({v: world.gather_rows(x) for v, x in inputs.items()})
                 total, metrics["loss_cyclic"] = total + penalty, penalty.detach()
@@ -198,11 +209,12 @@ class Objective(nn.Module):
     # -- the closed form --------------------------------------------------------------------------
 
     def _closed_form_loss(
-        self, views: dict[str, Tensor], ids: dict[str, Tensor], world: World, wanted: bool, source: torch.dtype
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+        self, views: dict[str, Tensor], ids: dict[str, Tensor], positives: Positives, world: World, wanted: bool,
+        source: torch.dtype,
+    ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
         """The loss of the terms. Its gradient is computed with it, if `wanted`; backward only multiplies.
 
-        source: the type that the views came in.
+        ids, positives: of the whole batch. source: the type that the views came in.
         """
         metrics: dict[str, Tensor] = {}
         tau = self.temperature if self.temperature_mode == "learnable" else None
@@ -210,7 +222,7 @@ class Objective(nn.Module):
         def compute() -> tuple[Tensor, Tensor | None, Tensor | None]:
             own = [views[v].detach() for v in self._stacked]
             known = None if tau is None else tau.detach()
-            found = self._closed_form(own, ids, known, world, wanted, source, metrics)
+            found = self._closed_form(own, ids, positives, known, world, wanted, source, metrics)
             metrics["loss"] = found[0]
             return found
 
@@ -221,6 +233,7 @@ class Objective(nn.Module):
         self,
         views: list[Tensor],
         ids: dict[str, Tensor],
+        positives: Positives,
         learned_tau: Tensor | None,
         world: World,
         wanted: bool,
@@ -238,15 +251,13 @@ class Objective(nn.Module):
             views = [v.to(getattr(torch, products)).to(v.dtype) for v in views]
         every = views if world.alone else list(world.gather(torch.stack(views), 1))
         like, size = every[0], len(every[0])
-        if not world.alone:
-            gathered = {id(i): world.gather(i.to(like.device)) for i in ids.values()}
-            ids = {of: gathered[id(i)] for of, i in ids.items()}
-        positives = Positives.of(tuple(ids.values()), like.device)
         if self._uses_triton(like) and self._is_plain(like):
             return self._few_launches(every, ids, learned_tau, world, positives, wanted, products, metrics)
-        # Where no id stands twice, everybody has size - 1 negatives.
-        count = positives.negatives(like) if positives.ids else None
+        # Where no two rows are positives of each other, everybody has size - 1 negatives.
+        count = positives.negatives(like) if positives.matches else None
         some = None if count is None else count > 0
+        # Else the rows of a sample are averaged, without those that have no negative.
+        simple = positives.unique and some is None
         if some is not None:
             self._require_negatives(some)
         log_n: Tensor | float = math.log(size - 1) if count is None else count.clamp(min=1).log()
@@ -276,7 +287,7 @@ class Objective(nn.Module):
                 values = log_total = torch.nn.functional.softplus(log_g + log_n)
                 log_u = log_total - log_n
             else:
-                log_u = self._update_log_u(wave, log_g, ids, some, positives.ids is None)
+                log_u = self._update_log_u(wave, log_g, ids, some, simple)
                 values, log_total = taus * (log_u + self.rho if self.rho else log_u), log_u + log_n
             if some is not None:
                 values = torch.where(some, values, 0.0)
@@ -299,7 +310,7 @@ class Objective(nn.Module):
                 pulls = (pulls - own * positive) / (math.exp(log_c) if isinstance(log_c, float) else log_c.exp()) / taus
                 if isinstance(taus, Tensor) and individual and self.training:
                     slope = log_u + self.rho - pulls
-                    self._update_temperatures(wave, slope, ids, some, taus, positives.ids is None)
+                    self._update_temperatures(wave, slope, ids, some, taus, simple)
                 if self.diagnose:
                     self._diagnose(metrics, terms, log_g, share, log_n, pulls, taus, some)
 
@@ -311,7 +322,9 @@ class Objective(nn.Module):
     def _require_negatives(self, found: Tensor) -> None:
         """Raise ValueError, where values are checked, if nothing in `found` (bool) is True."""
         if self._validates(found) and not bool(found.any()):
-            raise ValueError("no row of the batch has a negative: all share an id, so there is nothing to contrast")
+            raise ValueError(
+                "no row of the batch has a negative: all share an id or a group, so there is nothing to contrast"
+            )
 
     def _is_plain(self, like: Tensor) -> bool:
         """Whether the step's numbers per anchor can stay in the Triton kernels."""
@@ -478,20 +491,20 @@ class Objective(nn.Module):
         return torch.cat([math_of.mean_by_id(ids[of], values[part], some, log) for part, of, _, _ in self._sides(wave)])
 
     def _update_log_u(
-        self, wave: list[Layout], log_g: Tensor, ids: dict[str, Tensor], some: Tensor | None, unique: bool
+        self, wave: list[Layout], log_g: Tensor, ids: dict[str, Tensor], some: Tensor | None, simple: bool
     ) -> Tensor:
         """The anchors' updated log u (T, N), 0 where there is no negative; written to the tables when training."""
         if self.estimator == "reference":
-            return self._update_reference(wave, log_g, ids, some, unique)
+            return self._update_reference(wave, log_g, ids, some, simple)
         before = self._read("log_u", wave, ids, log_g)
         after = math_of.update_log_u(before, log_g, self.gamma)
         if self.training:
-            mean = after if unique else self._mean_by_sample(wave, ids, after, some, log=True)
+            mean = after if simple else self._mean_by_sample(wave, ids, after, some, log=True)
             self._write("log_u", wave, ids, _learned(mean, before, some))
         return after if some is None else torch.where(some, after, 0.0)
 
     def _update_reference(
-        self, wave: list[Layout], log_g: Tensor, ids: dict[str, Tensor], some: Tensor | None, unique: bool
+        self, wave: list[Layout], log_g: Tensor, ids: dict[str, Tensor], some: Tensor | None, simple: bool
     ) -> Tensor:
         """As the public AmCLR code: the terms overwrite one estimate per sample in their order; u = g at first; eps."""
         found = torch.empty_like(log_g)
@@ -504,17 +517,17 @@ class Objective(nn.Module):
                 torch.full_like(before, NEG_INF) if self._first_epoch else before, g, self.gamma
             )
             if self.training:
-                mean = after if unique else math_of.mean_by_id(ids[of], after, some, log=True)
+                mean = after if simple else math_of.mean_by_id(ids[of], after, some, log=True)
                 table.write(ids[of], 0, 1, _learned(mean, before, some))
             found[k] = torch.logaddexp(after, torch.full_like(after, math.log(REFERENCE_EPS)))[0]
         return found if some is None else torch.where(some, found, 0.0)
 
     def _update_temperatures(
-        self, wave: list[Layout], slope: Tensor, ids: dict[str, Tensor], some: Tensor | None, taus: Tensor, unique: bool
+        self, wave: list[Layout], slope: Tensor, ids: dict[str, Tensor], some: Tensor | None, taus: Tensor, simple: bool
     ) -> None:
         """One step of iSogCLR's temperatures: momentum on d F_i / d tau_i, then a clamp to the range."""
         before = self._read("tau_velocity", wave, ids, taus)
-        mean = slope if unique else self._mean_by_sample(wave, ids, slope, some, log=False)
+        mean = slope if simple else self._mean_by_sample(wave, ids, slope, some, log=False)
         velocity = self.tau_momentum * before + (1 - self.tau_momentum) * mean
         moved = (taus - self.tau_lr * velocity).clamp(self.tau_min, self.tau_max)
         # NaN: of a sample without negatives, or from embeddings that are NaN.
@@ -583,13 +596,14 @@ class Objective(nn.Module):
 
     @torch.no_grad()
     def estimator_error(
-        self, views: Mapping[str, Tensor], ids: Tensor | Mapping[str, Tensor], probe: Tensor, chunk: int | None = None
-    ) -> dict[str, float]:
+        self, views: Mapping[str, Tensor], ids: Tensor | Mapping[str, Tensor], probe: Tensor, chunk: int | None = None,
+        groups: Mapping[str, Tensor] | None = None,
+    ) -> dict[str, float]:  # fmt: skip
         """How far the estimates are from the truth: an exact pass of some anchors over a whole data set.
 
-        views: view name -> (N, D), unit rows of all samples, at the present weights. ids: (N,) or by
-        modality, as in a step. probe: (P,) int64, rows of the anchors to look at. chunk: anchors at once; by
-        default as many as have 2^26 similarities.
+        views: view name -> (N, D), unit rows of all samples, at the present weights. ids, groups: (N,) or by
+        modality and by view, as in a step. probe: (P,) int64, rows of the anchors to look at. chunk: anchors at
+        once; by default as many as have 2^26 similarities.
 
         Returns, by term and as the mean over terms, `bias` (mean of log u - log of the exact inner mean)
         and `rms` of the same, over the anchors that were visited, NaN where none was; and `unseen`, the
@@ -598,14 +612,16 @@ class Objective(nn.Module):
         if self.method.contrast != "global":
             raise ValueError(f"'{self.name}' keeps no estimates")
         device = views[self._stacked[0]].device
-        id_of = {of: i.to(device) for of, i in self._check(views, ids).items()}
+        own, shown = self._check(views, ids, groups)
+        id_of, positives = _together(own, shown, World((len(next(iter(own.values()))),)), device)
+        id_of = {of: i.to(device) for of, i in id_of.items()}
         probe = probe.to(device)
         chunk = chunk or max(1, (1 << 26) // len(views[self._stacked[0]]))
         with torch.autocast(device.type, enabled=False):
-            return self._errors(views, id_of, probe, chunk)
+            return self._errors(views, id_of, positives, probe, chunk)
 
     def _errors(
-        self, views: Mapping[str, Tensor], id_of: dict[str, Tensor], probe: Tensor, chunk: int
+        self, views: Mapping[str, Tensor], id_of: dict[str, Tensor], positives: Positives, probe: Tensor, chunk: int
     ) -> dict[str, float]:
         found: dict[str, float] = {}
         totals: list[tuple[float, float, float]] = []
@@ -623,8 +639,9 @@ class Objective(nn.Module):
                     tau = self.temperature.to(anchors)
                 s = anchors[rows] @ candidates.T
                 own = (anchors[rows] * candidates[rows]).sum(1, keepdim=True)
-                same = [i[rows][:, None] == i[None, :] for i in id_of.values()]
-                positive = same[0] if len(same) == 1 else same[0] | same[1]
+                positive = positives.mask(rows, slice(None))
+                if positive is None:
+                    positive = rows[:, None] == torch.arange(positives.size, device=rows.device)
                 exact = ((s - own) / tau).masked_fill(positive, NEG_INF).logsumexp(1)
                 exact -= (~positive).sum(1).to(exact.dtype).log()
                 errors.append(self._table("log_u", of).read(id_of[of][rows], column, column + 1, exact)[0] - exact)
@@ -673,13 +690,14 @@ class Objective(nn.Module):
     # -- the other mini-batch objectives: autograd -------------------------------------------------
 
     def _autograd_loss(
-        self, views: dict[str, Tensor], ids: dict[str, Tensor], world: World
+        self, views: dict[str, Tensor], positives: Positives, world: World
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Pairwise sigmoids, and terms with pooled negatives; every process works on the whole batch."""
         views = {v: world.gather_rows(x) for v, x in views.items()}
-        every = [world.gather(i.to(views[self._stacked[0]].device)) for i in ids.values()]
-        masks = [i[:, None] != i[None, :] for i in every]
-        negatives = masks[0] if len(masks) == 1 else masks[0] & masks[1]
+        mask = positives.mask(slice(None), slice(None))
+        if mask is None:
+            mask = torch.eye(positives.size, dtype=torch.bool, device=views[self._stacked[0]].device)
+        negatives = ~mask
         self._require_negatives(negatives)
         total = zero = views[self._stacked[0]].new_zeros(())
         tau = self.temperature.to(total)
@@ -703,7 +721,10 @@ class Objective(nn.Module):
 
     # -- arguments --------------------------------------------------------------------------------
 
-    def _check(self, views: Mapping[str, Tensor], ids: Tensor | Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _check(
+        self, views: Mapping[str, Tensor], ids: Tensor | Mapping[str, Tensor], groups: Mapping[str, Tensor] | None
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Ids by modality, and the groups of the views that are used."""
         missing = [v for v in self.required_views if v not in views]
         if missing:
             raise ValueError(
@@ -723,9 +744,10 @@ class Objective(nn.Module):
         if shape[0] < 1:
             raise ValueError("the batch is empty: pass at least 2 samples")
         id_of = self._ids_by_modality(ids, shape[0])
+        shown = self._groups_of_used_views(groups, shape[0])
         if self._validates(views[self.required_views[0]]):
             self._check_values(views, id_of)
-        return id_of
+        return id_of, shown
 
     def _validates(self, like: Tensor) -> bool:
         """Whether values are checked: as asked for, else where it costs no synchronisation."""
@@ -750,6 +772,17 @@ class Objective(nn.Module):
         # One tensor stays one, so that its work is done once.
         packed = {id(i): i.contiguous() for i in found.values()}
         return {of: packed[id(i)] for of, i in found.items()}
+
+    def _groups_of_used_views(self, groups: Mapping[str, Tensor] | None, batch: int) -> dict[str, Tensor]:
+        if groups is None:
+            return {}
+        if not isinstance(groups, Mapping) or not set(groups) <= set(VIEWS):
+            got = sorted(map(str, groups)) if isinstance(groups, Mapping) else _describe(groups)
+            raise ValueError(f"groups must be a dict of int64 tensors by view ({', '.join(VIEWS)}), got {got}")
+        for name, g in groups.items():
+            if not isinstance(g, Tensor) or g.dtype != torch.int64 or tuple(g.shape) != (batch,):
+                raise ValueError(f"groups[{name!r}] must be an int64 tensor of shape ({batch},), got {_describe(g)}")
+        return {v: groups[v].contiguous() for v in self._stacked if v in groups}
 
     def _check_values(self, views: Mapping[str, Tensor], ids: Mapping[str, Tensor]) -> None:
         # One look at all views tells whether a closer one is needed: comparisons with NaN are false.
@@ -809,6 +842,18 @@ class _Scaled(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return gradient * ctx.factor, None
+
+
+def _together(
+    ids: dict[str, Tensor], groups: dict[str, Tensor], world: World, device: torch.device
+) -> tuple[dict[str, Tensor], Positives]:
+    """Ids of the whole batch by modality, and who are positives of each other in it."""
+    if not world.alone:
+        gathered = {id(i): world.gather(i.to(device)) for i in ids.values()}
+        ids = {of: gathered[id(i)] for of, i in ids.items()}
+        groups = {v: world.gather(g.to(device)) for v, g in groups.items()}
+    views = ([g for v, g in groups.items() if modality(v) == of] for of in ids)
+    return ids, Positives.of(tuple(ids.values()), device, [g for g in views if g])
 
 
 def _learned(mean: Tensor, before: Tensor, some: Tensor | None) -> Tensor:

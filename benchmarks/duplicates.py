@@ -1,0 +1,114 @@
+"""How well near-duplicate pictures are found: copies made of a data set's own pictures, false pairs, and the time.
+
+    python -m benchmarks.duplicates --data FOLDER [--every 7] [--large 1000000]
+
+Every 7th picture is changed in each of the ways below and looked for among all pictures. The pairs found among
+the pictures as they are may be true or false: look at them with `amclr inspect`. The time is that of `--large`
+hashes: those of the data set with signs changed at random, 5 % of them copies, 10 % a crowd of one picture's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import time
+import zlib
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from PIL import Image, ImageEnhance
+
+from amclr.config import Config
+from amclr.data import duplicates, manifest
+from amclr.data.duplicates import SIGNS
+from amclr.data.pictures import read_picture
+
+SIZE = 72
+
+
+def jpeg(picture: Image.Image, quality: int) -> Image.Image:
+    file = io.BytesIO()
+    picture.save(file, "JPEG", quality=quality)
+    return Image.open(io.BytesIO(file.getvalue())).convert("RGB")
+
+
+def crop(picture: Image.Image, share: float) -> Image.Image:
+    draw = np.random.default_rng(zlib.crc32(picture.tobytes()))
+    width, height = (round(side * (1 - share)) for side in picture.size)
+    x, y = (int(draw.integers(free + 1)) for free in (picture.width - width, picture.height - height))
+    return picture.crop((x, y, x + width, y + height))
+
+
+def scaled(picture: Image.Image, factor: float) -> Image.Image:
+    return picture.resize((round(picture.width * factor), round(picture.height * factor)), Image.Resampling.BICUBIC)
+
+
+CHANGES: dict[str, Callable[[Image.Image], Image.Image]] = {
+    "JPEG, quality 50": lambda p: jpeg(p, 50),
+    "JPEG, quality 20": lambda p: jpeg(p, 20),
+    "half the size": lambda p: scaled(p, 0.5),
+    "1.7 times the size": lambda p: jpeg(scaled(p, 1.7), 80),
+    "brightness 0.7": lambda p: ImageEnhance.Brightness(p).enhance(0.7),
+    "brightness 1.2": lambda p: ImageEnhance.Brightness(p).enhance(1.2),
+    "contrast 1.3": lambda p: ImageEnhance.Contrast(p).enhance(1.3),
+    "2 % cropped": lambda p: crop(p, 0.02),
+    "5 % cropped": lambda p: crop(p, 0.05),
+    "3 % cropped, brighter, smaller, JPEG 60": lambda p: jpeg(
+        scaled(crop(ImageEnhance.Brightness(p).enhance(1.1), 0.03), 0.7), 60
+    ),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default="scenes")
+    parser.add_argument("--every", type=int, default=7)
+    parser.add_argument("--large", type=int, default=1_000_000)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    config = Config(data=options.data)
+    samples = manifest.load(config, manifest.cache_folder(config)).samples
+    pictures = [read_picture(s.picture, SIZE) for s in samples]
+    start = time.perf_counter()
+    own = duplicates.as_rows(map(duplicates.picture_hash, pictures))
+    took = 1e3 * (time.perf_counter() - start) / len(own)
+    sets = duplicates.largest(duplicates.near_duplicates(own))
+    pairs, every = sum(len(s) * (len(s) - 1) // 2 for s in sets), len(own) * (len(own) - 1) / 2
+    print(f"{len(own)} pictures, {took:.2f} ms each; as they are, {sum(map(len, sets))} in {len(sets)} groups: "
+          f"{pairs} pairs, {1e6 * pairs / every:.2f} per million")  # fmt: skip
+    some = np.arange(0, len(own), options.every)
+    print("| change | found |\n|---|---|")
+    for name, change in CHANGES.items():
+        changed = (change(Image.fromarray(pictures[i].permute(1, 2, 0).numpy())) for i in some)
+        hashes = duplicates.as_rows(duplicates.picture_hash(read_picture(p, SIZE)) for p in changed)
+        groups = duplicates.near_duplicates(np.concatenate([own, hashes]))
+        found = (groups[some] == groups[len(own) :]) & (groups[some] >= 0)
+        print(f"| {name} | {100 * found.mean():.1f} % |", flush=True)
+    time_of_many(own, options.large)
+
+
+def time_of_many(own: np.ndarray, size: int) -> None:
+    draw = np.random.default_rng(0)
+
+    def change(rows: np.ndarray, chance: float) -> None:
+        for start in range(0, len(rows), 1 << 16):
+            part = rows[start : start + (1 << 16), :SIGNS]
+            part ^= np.packbits(draw.random((len(part), 8 * SIGNS), dtype=np.float32) < chance, axis=1)
+
+    many = own[draw.integers(0, len(own), size)]
+    change(many, 0.3)
+    copies, crowd = many[: size // 20], many[size // 2 : size // 2 + size // 10]
+    copies[:] = many[size // 20 : 2 * (size // 20)]
+    crowd[:] = crowd[0]
+    change(copies, 0.04)
+    change(crowd, 0.02)
+    start = time.perf_counter()
+    groups = duplicates.near_duplicates(many)
+    took = time.perf_counter() - start
+    found = (groups[: size // 20] == groups[size // 20 : 2 * (size // 20)]) & (groups[: size // 20] >= 0)
+    print(f"{size:,} hashes in {took:.1f} s on one core; of {len(copies):,} copies {100 * found.mean():.2f} % found")
+
+
+if __name__ == "__main__":
+    main()

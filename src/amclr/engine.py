@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from amclr.data import manifest as manifests
 from amclr.data.batches import Batch, BatchPlan, PictureBatches
 from amclr.data.duplicates import Duplicates
 from amclr.data.manifest import Manifest, Sample
-from amclr.data.pictures import PictureStore, hashes
+from amclr.data.pictures import PictureStore
 from amclr.data.rows import Reject, append_rejects, write_rejects
 from amclr.errors import UserError
 from amclr.features import FeatureBatches
@@ -266,7 +266,7 @@ def assemble(config: Config, folder: Path, former: Run | None, progress: bool, c
     if not held_out:
         raise UserError(f"{manifest.root} has no validation pictures: give it a val.txt or raise --source.val_fraction")
 
-    run = former or Run.create(folder, config)
+    run = former or Run.create(folder, _with_store(config, manifest))
     run.pin_samples([s.name for s in samples], changed_data)
     if config.model.text_tower == "small" and not (folder / "tokenizer").is_dir():
         tokenizer.save_pretrained(folder / "tokenizer.part")  # a kill here must leave none, or a whole one
@@ -279,7 +279,7 @@ def assemble(config: Config, folder: Path, former: Run | None, progress: bool, c
     places, size, views = [s.picture for s in samples], config.model.image_size, objective.required_views
     reads = model_reads_pictures(model)
     store = PictureStore(places, size, config.ram_cache if reads else 0.0, progress)
-    same = duplicates(samples, store, config, progress)
+    same = duplicates(samples, manifest, config)
     batches: Dataset[Batch]
     if reads:
         batches = PictureBatches(samples, store, plan, views, model.tokenize, config, same)
@@ -290,13 +290,20 @@ def assemble(config: Config, folder: Path, former: Run | None, progress: bool, c
     return Training(fabric, config, run, manifest, plan, model, wrapped, objective, optimizer, batches, evaluator)
 
 
-def duplicates(samples: Sequence[Sample], store: PictureStore, config: Config, progress: bool) -> Duplicates:
+def _with_store(config: Config, manifest: Manifest) -> Config:
+    """The settings with the paraphrases that were found, so that a run that is gone on with has no others."""
+    if config.source.paraphrases or (manifest.parts and manifest.paraphrases):
+        return config
+    return replace(config, source=replace(config.source, paraphrases=(*manifest.paraphrases, "none")[0]))
+
+
+def duplicates(samples: Sequence[Sample], manifest: Manifest, config: Config) -> Duplicates:
     """What stands more than once among the training samples, as far as `source.duplicates` wants it known."""
     what = config.source.duplicates
     if what == "negatives":
         return Duplicates()
-    looks = what == "positives" and len(samples) <= config.source.scan_up_to
-    return Duplicates.find([s.texts for s in samples], hashes(store, progress) if looks else None)
+    looks = [manifest.looks.get(s.picture) for s in samples]
+    return Duplicates.find([s.texts for s in samples], looks if what == "positives" and any(looks) else None)
 
 
 def build_objective(config: Config, samples: int) -> Objective:

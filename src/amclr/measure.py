@@ -20,9 +20,10 @@ from amclr.config import Config, SourceConfig
 from amclr.data import duplicates, tables
 from amclr.data import manifest as manifests
 from amclr.data.manifest import Manifest, Sample
-from amclr.data.pictures import BadPicture, Location, PictureStore, hashes, scan
+from amclr.data.pictures import BadPicture, Location, PictureStore, scan
 from amclr.data.rows import write_rejects
-from amclr.data.views import image_view, policy, text_views
+from amclr.data.texts import TextPolicy
+from amclr.data.views import image_view, policy
 from amclr.errors import UserError
 from amclr.features import caption_features, image_features
 from amclr.model import DualEncoder, build_tokenizer
@@ -124,6 +125,8 @@ def evaluate_run(
     if data:  # columns and folders of the run's own data mean nothing in another set
         kept = {k: getattr(config.source, k) for k in ("captions", "val_fraction", "max_bad", "scan_up_to")}
         config = replace(config, data=data, source=SourceConfig(**kept))
+    # Paraphrases are for training alone.
+    config = replace(config, source=replace(config.source, paraphrases="none"))
     results: dict[str, Any] = {"run": str(folder), "objective": config.objective}
     out = folder / "evaluations"
     out.mkdir(exist_ok=True)
@@ -162,7 +165,8 @@ def measure_classes(
     elif templates:
         raise UserError(f"no templates file '{file}': one prompt per line, with {{}} for the class name")
     places = [Location(str(p)) for p in paths]
-    bad = scan(places, model.config.image_size, progress=progress)
+    verdicts = scan(places, model.config.image_size, progress=progress)
+    bad = {place: v.reason for place, v in verdicts.items() if v.reason}
     kept = [(p, y) for p, y in zip(places, labels, strict=True) if p not in bad]
     if not kept:
         raise UserError(f"no picture under '{root}' can be decoded; the first: {next(iter(bad.items()))}")
@@ -222,15 +226,15 @@ def inspect(
     """
     if sheet.suffix.lower() not in (".png", ".jpg", ".jpeg", ".pdf", ".svg"):
         raise UserError(f"cannot draw a contact sheet as '{sheet}': name a .png, .jpg, .pdf or .svg file")
-    lenient = replace(config, source=replace(config.source, max_bad=1.0))
+    lenient = replace(config, source=replace(config.source, max_bad=1.0, duplicates="positives"))
     manifest = manifests.prepare(lenient, manifests.cache_folder(config), progress, scan_all)
     samples = manifest.samples
     captions = [c for s in samples for c in s.captions]
     lengths = np.array([len(c.split()) for c in captions])
     per_picture = Counter(len(s.captions) for s in samples)
     store = PictureStore([s.picture for s in samples], config.model.image_size)
-    looked = scan_all or len(samples) <= config.source.scan_up_to
-    groups = duplicates.picture_groups(hashes(store, progress)) if looked else None
+    looks = [manifest.looks.get(s.picture) for s in samples]
+    groups = duplicates.picture_groups(looks) if any(looks) else None
     words = Counter(w for c in captions for w in re.findall(r"\w+", c.lower()))
     counts = np.array(sorted(words.values(), reverse=True) or [0])
     commonest = int(np.searchsorted(np.cumsum(counts), counts.sum() / 2)) + 1
@@ -253,6 +257,8 @@ def inspect(
     for one, other in combinations(manifest.splits, 2):
         if shared := manifest.splits[one] & manifest.splits[other]:
             lines.append(f"overlap      {len(shared)} pictures are in both {one} and {other}, such as {min(shared)}")
+    if reworded := sum(1 for s in samples for p in s.paraphrases if p):
+        lines.append(f"paraphrases  of {reworded} captions, from {', '.join(manifest.paraphrases) or 'the data set'}")
     if manifest.zeroshot:
         lines.append(f"zero-shot    {manifest.zeroshot}")
     lines += [f"  {reject}" for reject in manifest.rejects[:10]]
@@ -314,8 +320,7 @@ def _draw_sheet(samples: Sequence[Sample], config: Config, file: Path, manifest:
         pictures = [("as evaluated", image_view(policy("none", size), store[i], *key))]
         for view, name in (("image", config.views.image), ("image_aug", config.views.image_aug)):
             pictures.append((f"{view}: {name}", image_view(policy(name, size, flip), store[i], *key, view)))
-        one, noise = config.source.captions == "one", config.views.word_noise
-        _, text, second = text_views(s.captions, s.paraphrases, one, noise, *key, "text")
+        _, text, second = TextPolicy.of(config).draw(s.captions, s.paraphrases, *key, "text")
         cards.append((pictures, text, second))
     file.parent.mkdir(parents=True, exist_ok=True)
     figures.contact_sheet(

@@ -15,7 +15,8 @@ from amclr.config import Config
 from amclr.data.duplicates import Duplicates
 from amclr.data.manifest import Sample
 from amclr.data.pictures import BadPicture, PictureStore
-from amclr.data.views import image_view, policy, text_views
+from amclr.data.texts import TextPolicy
+from amclr.data.views import image_view, policy
 from amclr.errors import UserError
 from amclr.randomness import mixed
 
@@ -156,8 +157,7 @@ class PictureBatches(Dataset[Batch]):
         self.samples, self.store, self.plan, self.tokenize = samples, store, plan, tokenize
         self.duplicates = duplicates or Duplicates()
         self.image_views, self.text_views = split_views(required_views)
-        self.seed, self.one = config.seed, config.source.captions == "one"
-        self.noise = config.views.word_noise
+        self.seed, self.texts = config.seed, TextPolicy.of(config)
         size, flip = config.model.image_size, config.views.flip
         self.policies: Mapping[str, torch.nn.Module] = {
             "image": policy(config.views.image, size, flip),
@@ -178,7 +178,7 @@ class PictureBatches(Dataset[Batch]):
         tokens, texts = None, {}
         if self.text_views:
             drawn = [
-                text_views(s.captions, s.paraphrases, self.one, self.noise, self.seed, epoch, s.name, "text")
+                self.texts.draw(s.captions, s.paraphrases, self.seed, epoch, s.name, "text")
                 for s in (self.samples[i] for i in ids)
             ]
             both = {"text": [d[1] for d in drawn], "text_aug": [d[2] for d in drawn]}

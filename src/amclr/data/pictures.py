@@ -7,6 +7,7 @@ import json
 import os
 import re
 import warnings
+from base64 import b64decode, b64encode
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -130,50 +131,64 @@ def _to_rgb(picture: Image.Image) -> Image.Image:
     return picture.convert("RGB")
 
 
-def scan(
-    places: Sequence[Location], size: int, cache: Path | None = None, progress: bool = True, look: bool = True
-) -> dict[Location, str]:
-    """Decode every picture once; return the reason for each that cannot be decoded.
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What decoding a picture told: the reason why it cannot be, or empty; and its perceptual hash, where wanted."""
 
-    Verdicts are appended to `cache` (JSON lines: place and stamp, reason) as they come, so that a
+    reason: str
+    looks: bytes | None = None
+
+
+def scan(
+    places: Sequence[Location], size: int, cache: Path | None = None, progress: bool = True, look: bool = True,
+    compare: bool = False,
+) -> dict[Location, Verdict]:  # fmt: skip
+    """Decode every picture once; return the verdict on each.
+
+    Verdicts are appended to `cache` (JSON lines: place and stamp, reason, hash) as they come, so that a
     scan that was stopped goes on where it was, and a later one of the same pictures takes a moment.
-    look: false decodes nothing and returns what is known.
+    look: false decodes nothing and returns what is known. compare: hash the pictures as well.
     """
     known = _verdicts(cache) if cache else {}
     keys = {place: f"{place.file}|{place.stamp}" for place in places}
-    todo = [place for place in keys if keys[place] not in known] if look else []
 
-    def verdict(place: Location) -> str:
+    def missing(key: str) -> bool:
+        verdict = known.get(key)
+        return verdict is None or (compare and not verdict.reason and verdict.looks is None)
+
+    def verdict(place: Location) -> Verdict:
         try:
-            read_picture(place, size)
+            picture = read_picture(place, size)
         except BadPicture as error:
-            return str(error)
-        return ""
+            return Verdict(str(error))
+        return Verdict("", picture_hash(picture) if compare else None)
 
+    todo = [place for place in keys if missing(keys[place])] if look else []
     if todo:
         workers = min(32, os.cpu_count() or 1)
         bar = tqdm(total=len(todo), desc="Checking pictures", unit="picture", disable=not progress, leave=False)
         with bar, ThreadPoolExecutor(workers) as pool, _appending(cache) as handle:
             for some in (todo[k : k + 256] for k in range(0, len(todo), 256)):
-                found = {keys[p]: reason for p, reason in zip(some, pool.map(verdict, some), strict=True)}
-                handle.write("".join(json.dumps(row) + "\n" for row in found.items()))
+                found = {keys[p]: v for p, v in zip(some, pool.map(verdict, some), strict=True)}
+                rows = ([key, v.reason, b64encode(v.looks or b"").decode()] for key, v in found.items())
+                handle.write("".join(json.dumps(row) + "\n" for row in rows))
                 handle.flush()
                 known.update(found)
                 bar.update(len(some))
-    return {place: known[keys[place]] for place in places if known.get(keys[place])}
+    return {place: known[keys[place]] for place in places if keys[place] in known}
 
 
-def _verdicts(file: Path) -> dict[str, str]:
+def _verdicts(file: Path) -> dict[str, Verdict]:
     """Verdicts of earlier scans. A line cut off by a kill is left out."""
-    known: dict[str, str] = {}
+    known: dict[str, Verdict] = {}
     if file.is_file():
         with file.open(encoding="utf-8") as handle:
             for line in handle:
                 try:
-                    key, reason = json.loads(line)
+                    key, reason, looks = json.loads(line)
+                    known[key] = Verdict(reason, b64decode(looks) or None)
                 except (ValueError, TypeError):
                     continue
-                known[key] = reason
     return known
 
 
@@ -187,20 +202,6 @@ def _appending(file: Path | None) -> Iterator[TextIO]:
     with file.open("a", encoding="utf-8") as handle:
         handle.write("\n" if handle.tell() else "")
         yield handle
-
-
-def hashes(store: PictureStore, progress: bool = True) -> list[bytes | None]:
-    """Perceptual hashes of all pictures of a store, None where one cannot be decoded."""
-
-    def of(index: int) -> bytes | None:
-        try:
-            return picture_hash(store[index])
-        except BadPicture:
-            return None
-
-    with ThreadPoolExecutor(min(32, os.cpu_count() or 1)) as pool:
-        found = pool.map(of, range(len(store)))
-        return list(tqdm(found, "Comparing pictures", len(store), disable=not progress, leave=False))
 
 
 class PictureStore:

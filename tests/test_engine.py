@@ -333,6 +333,15 @@ def test_pictures_that_go_bad_while_training_are_listed_up_to_the_limit(
         train(replace(config, out=f"{config.out}-2", source=SourceConfig(max_bad=0.04)), progress=False)
 
 
+def test_captions_that_all_say_the_same_are_refused(folder: Path) -> None:
+    listed = folder / "captions.txt"
+    names = sorted({row.split(",")[0] for row in listed.read_text().splitlines()[1:]})
+    listed.write_text("image,caption\n" + "".join(f"{n},a patch\n" for n in names))
+    with pytest.raises(UserError, match="every training caption of .* is 'a patch': nothing tells pictures apart"):
+        train(config_for(folder), progress=False)
+    assert not (folder.parent / "run").exists()
+
+
 def test_resuming_a_finished_run_changes_nothing(folder: Path) -> None:
     run = train(frozen(folder), progress=False)
     before, rows = weights(run), run.metrics()

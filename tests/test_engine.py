@@ -337,7 +337,7 @@ def test_captions_that_all_say_the_same_are_refused(folder: Path) -> None:
     listed = folder / "captions.txt"
     names = sorted({row.split(",")[0] for row in listed.read_text().splitlines()[1:]})
     listed.write_text("image,caption\n" + "".join(f"{n},a patch\n" for n in names))
-    with pytest.raises(UserError, match="every training caption of .* is 'a patch': nothing tells pictures apart"):
+    with pytest.raises(UserError, match="every training caption of .* is 'a patch': none tells pictures apart"):
         train(config_for(folder), progress=False)
     assert not (folder.parent / "run").exists()
 

@@ -260,7 +260,7 @@ def assemble(config: Config, folder: Path, former: Run | None, progress: bool, c
     )  # fmt: skip
     if len({t for s in samples for t in s.captions}) == 1:
         raise UserError(
-            f"every training caption of '{config.data}' is '{samples[0].captions[0][:60]}': nothing tells pictures apart"
+            f"every training caption of '{config.data}' is '{samples[0].captions[0][:60]}': none tells pictures apart"
         )
     objective = build_objective(config, len(samples))
     tokenizer = build_tokenizer(config.model, [t for s in samples for t in s.texts], folder / "tokenizer")

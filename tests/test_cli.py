@@ -18,9 +18,11 @@ from PIL import Image
 
 import amclr as package
 from amclr import cli
+from amclr.run import Run
 from tests.conftest import COLOURS, REAL, SMALL, Command, needs_real_data, paint
 from tests.data.formats import items_of, write_parquet, write_tars
 from tests.data.test_manifest import bomb
+from tests.test_engine import assert_same_run
 
 
 def one_line(result: subprocess.CompletedProcess[str], code: int = 1) -> str:
@@ -188,7 +190,7 @@ def test_killed_and_resumed(amclr: Command, folder: Path, tmp_path: Path) -> Non
     assert resumed.returncode == 0, resumed.stderr[-2000:]
     whole = amclr("train", "--data", folder, *SMALL, "--epochs", "12", "--out", "whole")
     assert whole.returncode == 0, whole.stderr[-2000:]
-    assert (tmp_path / "run" / "metrics.jsonl").read_text() == (tmp_path / "whole" / "metrics.jsonl").read_text()
+    assert_same_run(Run.open(tmp_path / "run"), Run.open(tmp_path / "whole"))
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -317,3 +319,13 @@ def test_datasets_of_the_hub_by_name(folder: Path, tmp_path: Path, amclr: Comman
     done = amclr("inspect", "--data", "hf:nobody/such-a-set", HF_HOME=tmp_path / "hub")
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "cannot load the dataset 'nobody/such-a-set'" in done.stderr and "save_to_disk(FOLDER)" in done.stderr
+
+
+def test_views_may_be_a_list_of_transforms(amclr: Command, folder: Path, tmp_path: Path) -> None:
+    crop = "{RandomResizedCrop: {size: 32, scale: [0.5, 1]}}"
+    done = amclr("inspect", "--data", folder, "--model.image_size", 32, "--views.image", f"[{crop}, RandomInvert]")
+    assert done.returncode == 0 and (tmp_path / "contact-sheet.png").is_file(), done.stderr
+    (tmp_path / "views.yaml").write_text(f"views:\n  image:\n  - {crop}\n  - ColorJiter: {{brightness: 0.4}}\n")
+    done = amclr("train", "--data", folder, "--recipe", "scratch", "--config", "views.yaml")
+    assert done.returncode == 1
+    assert done.stderr == "amclr: image views: unknown transform 'ColorJiter': did you mean ColorJitter?\n"

@@ -5,9 +5,11 @@ from __future__ import annotations
 import csv
 import errno
 import json
+import re
 import shutil
 import signal
 import sys
+import time
 import types
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +28,7 @@ from amclr.data import manifest as manifests
 from amclr.data.batches import BatchPlan, PictureBatches
 from amclr.data.paraphrases import Entry, Version
 from amclr.data.pictures import PictureStore
-from amclr.data.views import image_view, policy
+from amclr.data.views import policy
 from amclr.engine import Stopped, train
 from amclr.errors import UserError
 from amclr.features import FeatureBatches
@@ -64,7 +66,11 @@ def assert_same_run(a: Run, b: Run) -> None:
         assert first[part].keys() == second[part].keys()
         for name, tensor in first[part].items():
             assert torch.equal(tensor, second[part][name]), f"{part} {name}"
-    assert a.metrics() == b.metrics()
+    assert untimed(a) == untimed(b)
+
+
+def untimed(run: Run) -> list[dict[str, Any]]:
+    return [{k: v for k, v in row.items() if k not in engine.TIMES} for row in run.metrics()]
 
 
 @pytest.mark.parametrize("objective", METHODS)
@@ -303,7 +309,7 @@ def test_with_other_pictures_the_samples_that_stay_keep_their_estimates(folder: 
 def test_pictures_that_go_bad_while_training_are_listed_up_to_the_limit(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = config_for(folder, ram_cache=0.0, source=SourceConfig(max_bad=0.1))
+    config = config_for(folder, decoded="none", source=SourceConfig(max_bad=0.1))
     bad = [folder / "Images" / f"{k:03d}.png" for k in (12, 25, 31)]
     whole = [file.read_bytes() for file in bad]
     fit = engine.fit
@@ -427,6 +433,22 @@ def test_mixed_precision(precision: Any, folder: Path) -> None:
     assert first == pytest.approx(second, rel=0.05) and first != second
 
 
+def test_a_run_says_what_its_steps_waited_for(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "WAITED_LONG", 0.2)
+    real = PictureBatches.__getitem__
+    monkeypatch.setattr(PictureBatches, "__getitem__", lambda self, step: time.sleep(0.2) or real(self, step))
+    run = train(config_for(folder, epochs=1, decoded="none"), progress=True)
+    said = capsys.readouterr().err
+    assert re.search(r"[\d.]+ s a step: .*loader \d+%", said)
+    assert re.search(
+        r"\d+% of the time went into waiting for batches: try .*--decoded auto with a larger --ram_cache", said
+    )
+    rows = [r for r in run.metrics() if r["kind"] == "train"]
+    assert all(r["seconds_per_step"] > 0.2 and 0.15 < r["wait_share"] < 1 for r in rows)
+
+
 # -- frozen towers --------------------------------------------------------------------------------
 
 
@@ -443,9 +465,9 @@ def test_cached_features_are_the_towers_own(towers: Any, own_cache: Path) -> Non
     config, model, samples, store = towers
     found = features.image_features(model, samples, "weak", 3, config, own_cache, store, progress=False)
     assert found.shape == (32, 3, 256)
-    transform = policy("weak", 32)
+    drawn = policy("weak", 32)
     for i, v in ((0, 0), (17, 2), (31, 1)):
-        view = image_view(transform, store[i], 0, "cached", v, samples[i].name, "weak")
+        (view,) = drawn([store[i]], np.array([samples[i].id]), 0, "cached", v, "weak")
         with torch.inference_mode():
             expected = model.image_tower(view[None])[0]
         np.testing.assert_allclose(found[i, v], expected, atol=1e-4)

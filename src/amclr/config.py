@@ -72,12 +72,16 @@ class SourceConfig:
 class ViewsConfig:
     """How a picture and its caption are rendered at each visit."""
 
-    image: Literal["paper", "strong", "weak", "none"] = "paper"
+    image: Literal["paper", "strong", "weak", "none"] | list[Any] = "paper"
     """First image view. paper: crop, flip, RandAugment. strong: SimCLR's crop, flip, colour, grey, blur.
-    weak: mild crop, flip. none: as in evaluation."""
-    image_aug: Literal["single", "paper", "strong", "weak", "none"] = "single"
+    weak: mild crop, flip. none: as in evaluation. Or a list of torchvision's v2 transforms, such as
+    '[{RandomResizedCrop: {size: 64, scale: [0.5, 1]}}, {ColorJitter: {brightness: 0.4}}]'."""
+    image_aug: Literal["single", "paper", "strong", "weak", "none"] | list[Any] = "single"
     """Second image view (image_aug). single: one operation drawn per sample from blur, flip, noise,
-    brightness, contrast, sharpen and crop, as in the paper; or a policy of the first view."""
+    brightness, contrast, sharpen and crop, as in the paper; or anything that the first view can be."""
+    where: Literal["auto", "workers", "device"] = "auto"
+    """Where colours are changed, of whole batches: in the processes that prepare them, or on the device; the
+    pictures are the same. auto: on a GPU where there is one."""
     flip: bool = True
     """Let the views mirror pictures. Turn off where captions say left and right."""
     word_noise: float = 0.1
@@ -218,8 +222,13 @@ class Config:
     """Checkpoints kept besides last and best."""
     checkpoint_minutes: float = 10.0
     """Also write the last checkpoint this often."""
+    decoded: Literal["auto", "ram", "disk", "none"] = "auto"
+    """Where decoded pictures are kept: ram; disk, in a file that later runs find; none, decoded at each visit.
+    auto: the file where it is there already, else memory where they fit, else disk where they fit."""
     ram_cache: float = 4.0
-    """Hold decoded pictures in memory where they need at most this many GB."""
+    """GB of memory that decoded pictures may take."""
+    disk_cache: float = 32.0
+    """GB of disk that decoded pictures of all data sets may take, in the cache folder."""
     cache: str = ""
     """Folder of generated data and cached features; empty is $AMCLR_CACHE or ~/.cache/amclr."""
     wandb: bool = False
@@ -293,6 +302,8 @@ def problems(config: Config) -> list[str]:
         ("keep", config.keep, 1, 1e9),
         ("source.val_fraction", config.source.val_fraction, 1e-9, 0.99),
         ("source.max_bad", config.source.max_bad, 0, 1),
+        ("ram_cache", config.ram_cache, 0, 1e9),
+        ("disk_cache", config.disk_cache, 0, 1e9),
         ("views.word_noise", v.word_noise, 0, 1),
         ("views.word_synonyms", v.word_synonyms, 0, 1),
         ("views.paraphrases", v.paraphrases, 0, 1e9),
@@ -382,6 +393,10 @@ def _fits(value: Any, hint: Any) -> bool:
         return any(_fits(value, part) for part in get_args(hint))
     if hint is NoneType:
         return value is None
+    if hint is Any:
+        return True
+    if get_origin(hint) is list:
+        return isinstance(value, list) and all(_fits(v, get_args(hint)[0]) for v in value)
     if isinstance(value, bool) or hint is bool:
         return hint is bool and isinstance(value, bool)
     return isinstance(value, (int, float) if hint is float else get_origin(hint) or hint)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import signal
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -29,6 +31,7 @@ from amclr.data.duplicates import Duplicates
 from amclr.data.manifest import Manifest, Sample
 from amclr.data.pictures import PictureStore
 from amclr.data.rows import Reject, append_rejects, write_rejects
+from amclr.data.views import policies
 from amclr.errors import UserError
 from amclr.features import FeatureBatches
 from amclr.measure import Evaluator, draw_gallery, measure_classes, model_reads_pictures
@@ -40,6 +43,12 @@ from amclr.run import Loggers, Run, write_atomically
 
 LOG_EVERY = 10
 
+TIMES = ("seconds_per_step", "wait_share")
+"""What rows of training metrics say of time: all in them that differs from run to run."""
+
+WAIT_MATTERS, WAITED_LONG = 0.15, 10.0
+"""Waiting for batches is worth a word above this share of the time, and advice above so many seconds of it."""
+
 
 class Stopped(Exception):
     """A run stopped by a signal; it can go on from its folder."""
@@ -47,6 +56,38 @@ class Stopped(Exception):
     def __init__(self, signum: int, folder: Path) -> None:
         super().__init__(f"stopped; go on by: amclr train --resume {folder}")
         self.code = 128 + signum
+
+
+class Clock:
+    """What a loop spends its time on, in seconds on the host by name; nothing waits for a GPU because of it."""
+
+    def __init__(self) -> None:
+        self.spent: defaultdict[str, float] = defaultdict(float)
+        self.steps = 0
+        self._before: dict[str, float] = {}
+        self._steps_before = 0
+        self.last = time.perf_counter()
+
+    def lap(self, what: str) -> None:
+        """Book the time since the last lap under a name."""
+        now = time.perf_counter()
+        self.spent[what] += now - self.last
+        self.last = now
+
+    def since_last(self) -> dict[str, float]:
+        """Seconds a step and the share of them spent waiting for the loader, since this was last asked."""
+        recent = {what: seconds - self._before.get(what, 0.0) for what, seconds in self.spent.items()}
+        steps = self.steps - self._steps_before
+        self._before, self._steps_before = dict(self.spent), self.steps
+        whole = sum(recent.values())
+        return dict(zip(TIMES, (whole / max(1, steps), recent["loader"] / whole), strict=True))
+
+    def report(self) -> str:
+        """The whole loop in a line, largest first."""
+        whole = sum(self.spent.values())
+        ranked = sorted(self.spent.items(), key=lambda item: -item[1])
+        shares = ", ".join(f"{what} {seconds / whole:.0%}" for what, seconds in ranked)
+        return f"{whole / max(1, self.steps):.3g} s a step: {shares}"
 
 
 @dataclass
@@ -70,6 +111,8 @@ class Training:
     """Steps done."""
     best: float = -math.inf
     """Best mean recall so far."""
+    clock: Clock = field(default_factory=Clock)
+    """What this process spent its time on."""
     lost: set[str] = field(default_factory=set)
     """Samples whose pictures went bad while training."""
 
@@ -160,7 +203,9 @@ def fit(t: Training, progress: bool) -> None:
     written = time.monotonic()
     bar = tqdm(total=t.steps, initial=t.step, desc=config.objective, unit="step", disable=not progress)
     with bar, Loggers(t.run, config) as logs, stop_on_signals() as signals:
+        t.clock = Clock()
         for batch in loader:
+            t.clock.lap("loader")
             epoch = t.step // per_epoch
             t.objective.start_epoch(epoch, config.epochs)
             rate = learning_rate(config.optim, t.step, t.steps)
@@ -174,8 +219,10 @@ def fit(t: Training, progress: bool) -> None:
                 t.fabric.clip_gradients(t.wrapped, t.optimizer, max_norm=config.optim.clip)
             t.optimizer.step()
             t.optimizer.zero_grad()
+            t.clock.lap("optimiser")
 
             t.step += 1
+            t.clock.steps += 1
             bar.update()
             for name, reason in batch.replaced.items():
                 t.run.log({"kind": "replaced", "step": t.step, "sample": name, "reason": reason})
@@ -186,8 +233,13 @@ def fit(t: Training, progress: bool) -> None:
                 refuse_infinite(loss, t)
             if (t.step - 1) % LOG_EVERY == 0 or t.step == t.steps:
                 values = {k: float(v) for k, v in metrics.items()}
-                logs.write("train", t.step, t.step / per_epoch, {**values, "lr": rate, "gamma": t.objective.gamma})
-                bar.set_postfix(loss=f"{values['loss']:.3f}", refresh=False)
+                time_spent = t.clock.since_last()
+                values |= {"lr": rate, "gamma": t.objective.gamma, **time_spent}
+                logs.write("train", t.step, t.step / per_epoch, values)
+                shown = {"loss": f"{values['loss']:.3f}"}
+                if time_spent["wait_share"] > WAIT_MATTERS:
+                    shown["waits"] = f"{time_spent['wait_share']:.0%}"
+                bar.set_postfix(shown, refresh=False)
             if measures:
                 recalls = t.evaluator()
                 # Where nothing aligns pictures with captions, recall is chance: the last is as good as any.
@@ -203,20 +255,42 @@ def fit(t: Training, progress: bool) -> None:
                 written = time.monotonic()
             if signals and t.step < t.steps:
                 raise Stopped(signals[0], t.run.folder)
+            t.clock.lap("evaluation, logs and checkpoints")
+    if progress and t.clock.steps:
+        print("\n".join([t.clock.report(), *advice(t)]), file=sys.stderr)
+
+
+def advice(t: Training) -> list[str]:
+    """What would make the loop wait less for pictures, where it waited long enough to matter."""
+    waited = t.clock.spent["loader"]
+    share = waited / sum(t.clock.spent.values())
+    if share < WAIT_MATTERS or waited < WAITED_LONG:
+        return []
+    store, workers, cores = getattr(t.batches, "store", None), t.config.workers, os.cpu_count() or 1
+    options = [f"--workers {min(cores, max(2, 2 * workers))}"] if workers < cores else []
+    if store is not None and store.kept == "none":
+        options.append("--decoded auto with a larger --ram_cache or --disk_cache")
+    return [f"{share:.0%} of the time went into waiting for batches: try {' or '.join(options)}"] if options else []
 
 
 def backward(t: Training, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss, metrics and gradient of a batch, embedded at once or in parts."""
     device, size = t.fabric.device, t.config.micro_batch
     if 0 < size < len(batch.ids):
-        return backward_in_chunks(
+        made = backward_in_chunks(
             lambda part: embed(t.wrapped, part.to(device)), batch.chunks(size), t.objective, batch.ids.to(device),
             groups=batch.groups, model=t.model, backward=t.fabric.backward,
             no_sync=lambda: t.fabric.no_backward_sync(t.wrapped),
         )  # fmt: skip
+        t.clock.lap("forward and backward")
+        return made
     batch = batch.to(device)
-    loss, metrics = t.objective(embed(t.wrapped, batch), batch.ids, batch.groups)
+    views = embed(t.wrapped, batch)
+    t.clock.lap("forward")
+    loss, metrics = t.objective(views, batch.ids, batch.groups)
+    t.clock.lap("objective")
     t.fabric.backward(loss)
+    t.clock.lap("backward")
     return loss, metrics
 
 
@@ -246,6 +320,7 @@ def assemble(config: Config, folder: Path, former: Run | None, progress: bool, c
         what = f"--accelerator {config.accelerator} --precision {config.precision}"
         raise UserError(f"{what} will not do here: {' '.join(str(error).split())[:200]}") from None
     build_objective(config, 1)  # a slip in the settings should show before the data is read
+    policies(config)
     choose_optimizer(config.optim)
     if not former:
         Run.refuse_used(folder)
@@ -280,16 +355,18 @@ def assemble(config: Config, folder: Path, former: Run | None, progress: bool, c
         print(f"{len(manifest.rejects)} rows or pictures left out: {folder / 'rejects.jsonl'}", file=sys.stderr)
     fabric.to_device(model)
     fabric.to_device(objective)
-    places, size, views = [s.picture for s in samples], config.model.image_size, objective.required_views
-    reads = model_reads_pictures(model)
-    store = PictureStore(places, size, config.ram_cache if reads else 0.0, progress)
+    places, views = [s.picture for s in samples], objective.required_views
     same = duplicates(samples, manifest, config)
     batches: Dataset[Batch]
-    if reads:
-        batches = PictureBatches(samples, store, plan, views, model.tokenize, config, same)
+    if model_reads_pictures(model):
+        store = PictureStore.as_set(places, config, cache, progress)
+        on_gpu = config.views.where == "auto" and fabric.device.type == "cuda"
+        edited = not (on_gpu or config.views.where == "device")
+        batches = PictureBatches(samples, store, plan, views, model.tokenize, config, same, edited)
     else:
+        store = PictureStore(places, config.model.image_size)
         batches = FeatureBatches(model, samples, store, plan, views, config, cache, progress, same)
-    evaluator = Evaluator(model, held_out, config, cache, progress)
+    evaluator = Evaluator(model, held_out, config, cache, progress, again=True)
     wrapped, optimizer = fabric.setup(model, optimizer)
     return Training(fabric, config, run, manifest, plan, model, wrapped, objective, optimizer, batches, evaluator)
 

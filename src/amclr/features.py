@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,18 +29,18 @@ from amclr.data.duplicates import Duplicates
 from amclr.data.manifest import Sample
 from amclr.data.pictures import PictureStore
 from amclr.data.texts import TextPolicy
-from amclr.data.views import image_view, policy
+from amclr.data.views import policy, title
 from amclr.model import DualEncoder
 from amclr.randomness import Key, mixed
 
 CHUNK = 128
-FORMAT = 1
+FORMAT = 2
 
 
 def image_features(
     model: DualEncoder,
     samples: Sequence[Sample],
-    name: str,
+    name: str | list[Any],
     views: int,
     config: Config,
     cache: Path,
@@ -47,24 +48,24 @@ def image_features(
     progress: bool = True,
 ) -> np.ndarray:
     """Features of `views` draws of a policy per picture, (N, V, F) float32, memory-mapped from the cache."""
-    transform = policy(name, config.model.image_size, config.views.flip)
+    drawn = policy(name, config.model.image_size, config.views.flip)
     draws = 1 if name == "none" else views
     seed, size = config.views.cached_seed, config.model.image_size
     stamps = [_stamp(s) for s in samples]
     key = _key("images", _fingerprint(model.image_tower), name, config.views.flip, size, draws, seed, stamps)
 
     def chunk(start: int, stop: int) -> Tensor:
-        pictures = [
-            image_view(transform, store[i], seed, "cached", v, samples[i].name, name)
-            for i in range(start, stop)
-            for v in range(draws)
-        ]
-        parts = torch.stack(pictures).split(model.pictures_at_once)
-        rows = [model.image_tower(part.to(model.device)).float().cpu() for part in parts]
+        pictures, ids = [store[i] for i in range(start, stop)], np.array([s.id for s in samples[start:stop]])
+        each = []
+        for v in range(draws):
+            cut, edits = drawn.draw(pictures, ids, seed, "cached", v, title(name))
+            each.append(edits(cut.to(model.device)))
+        parts = torch.stack(each, 1).flatten(0, 1).split(model.pictures_at_once)
+        rows = [model.image_tower(part).float().cpu() for part in parts]
         return torch.cat(rows).view(stop - start, draws, -1)
 
     shape = (len(samples), draws, model.image_tower.width)
-    return _cached(cache / f"images-{key}.npy", shape, chunk, f"Features of {draws} x '{name}' views", progress)
+    return _cached(cache / f"images-{key}.npy", shape, chunk, f"Features of {draws} x '{title(name)}' views", progress)
 
 
 def caption_features(model: DualEncoder, captions: Sequence[str], cache: Path, progress: bool = True) -> np.ndarray:

@@ -20,10 +20,10 @@ from amclr.config import Config, SourceConfig
 from amclr.data import duplicates, tables
 from amclr.data import manifest as manifests
 from amclr.data.manifest import Manifest, Sample
-from amclr.data.pictures import BadPicture, Location, PictureStore, scan
+from amclr.data.pictures import BadPicture, Location, Picture, PictureStore, scan
 from amclr.data.rows import write_rejects
 from amclr.data.texts import TextPolicy
-from amclr.data.views import image_view, policy
+from amclr.data.views import policies, title, whole
 from amclr.errors import UserError
 from amclr.features import caption_features, image_features
 from amclr.model import DualEncoder, build_tokenizer
@@ -38,16 +38,31 @@ def model_reads_pictures(model: DualEncoder) -> bool:
 
 
 class Evaluator:
-    """Retrieval on a fixed set of samples. Where both towers are frozen, their features are cached."""
+    """Retrieval on a fixed set of samples. Where both towers are frozen, their features are cached.
+
+    again: it will be asked more than once, so that decoded pictures are worth keeping.
+    """
 
     def __init__(
-        self, model: DualEncoder, samples: Sequence[Sample], config: Config, cache: Path, progress: bool = False
+        self,
+        model: DualEncoder,
+        samples: Sequence[Sample],
+        config: Config,
+        cache: Path,
+        progress: bool = False,
+        again: bool = False,
     ) -> None:
         self.model, self.samples = model, samples
         self.progress = progress and len(samples) > 2000  # a bar for a moment is only unrest
         self.captions = [c for s in samples for c in s.captions]
         self.image_of_text = np.repeat(np.arange(len(samples)), [len(s.captions) for s in samples])
         self.features: tuple[Tensor, Tensor] | None = None
+        places = [s.picture for s in samples]
+        self.pictures: Sequence[Picture] = places
+        if again and model_reads_pictures(model):
+            store = PictureStore.as_set(places, config, cache, progress)
+            if store.kept != "none":
+                self.pictures = [store[i] for i in range(len(store))]
         if not model_reads_pictures(model):
             texts = caption_features(model, self.captions, cache, progress)
             self.features = _plain_features(model, samples, config, cache, progress), torch.from_numpy(texts.copy())
@@ -55,7 +70,7 @@ class Evaluator:
     def embeddings(self) -> tuple[Tensor, Tensor]:
         """Unit rows of the pictures (N, D) and of all their captions (T, D), on the CPU."""
         if self.features is None:
-            pictures = self.model.encode_image([s.picture for s in self.samples], progress=self.progress)
+            pictures = self.model.encode_image(self.pictures, progress=self.progress)
             return pictures, self.model.encode_text(self.captions, progress=self.progress)
         return self.model.project(self.features[0], None), self.model.project(None, self.features[1])
 
@@ -226,6 +241,7 @@ def inspect(
     """
     if sheet.suffix.lower() not in (".png", ".jpg", ".jpeg", ".pdf", ".svg"):
         raise UserError(f"cannot draw a contact sheet as '{sheet}': name a .png, .jpg, .pdf or .svg file")
+    policies(config)  # a slip in the settings should show before the data is read
     lenient = replace(config, source=replace(config.source, max_bad=1.0, duplicates="positives"))
     manifest = manifests.prepare(lenient, manifests.cache_folder(config), progress, scan_all)
     samples = manifest.samples
@@ -301,25 +317,25 @@ def _token_line(config: Config, tokens: np.ndarray) -> str:
 
 def _draw_duplicates(samples: Sequence[Sample], sets: Sequence[np.ndarray], store: PictureStore, file: Path) -> None:
     """Draw some members of the largest groups of near-duplicate pictures, with a caption of the first two."""
-    shown = policy("none", 96)
     cards = []
     for members in sets[:12]:
-        pictures = [(samples[i].name[-16:], image_view(shown, store[i], 0)) for i in map(int, members[:4])]
+        pictures = [(samples[i].name[-16:], whole(store[i], 96)) for i in map(int, members[:4])]
         cards.append((pictures, samples[members[0]].captions[0], samples[members[1]].captions[0]))
     figures.contact_sheet(cards, file, f"{sum(map(len, sets))} pictures in {len(sets)} groups look the same")
 
 
 def _draw_sheet(samples: Sequence[Sample], config: Config, file: Path, manifest: Manifest) -> None:
     pick = np.random.default_rng(config.seed).permutation(len(samples))[:8]
-    size, flip = config.model.image_size, config.views.flip
+    size = config.model.image_size
     store = PictureStore([s.picture for s in samples], size)
     cards = []
     for i in map(int, pick):
         s = samples[i]
         key = (config.seed, 0, s.name)
-        pictures = [("as evaluated", image_view(policy("none", size), store[i], *key))]
-        for view, name in (("image", config.views.image), ("image_aug", config.views.image_aug)):
-            pictures.append((f"{view}: {name}", image_view(policy(name, size, flip), store[i], *key, view)))
+        pictures = [("as evaluated", whole(store[i], size))]
+        for view, drawn in policies(config).items():
+            (shown,) = drawn([store[i]], np.array([s.id]), config.seed, 0, view)
+            pictures.append((f"{view}: {title(getattr(config.views, view))}", shown))
         _, text, second = TextPolicy.of(config).draw(s.captions, s.paraphrases, *key, "text")
         cards.append((pictures, text, second))
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -20,7 +20,7 @@ from transformers import logging as transformers_logging
 from amclr import pretrained
 from amclr.config import ModelConfig
 from amclr.data.pictures import Picture, read_picture
-from amclr.data.views import policy
+from amclr.data.views import whole
 from amclr.errors import UserError
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -195,10 +195,9 @@ class DualEncoder(nn.Module):
         return {"input_ids": out["input_ids"], "attention_mask": out["attention_mask"]}
 
     def prepare(self, picture: Picture) -> Tensor:
-        """A picture (path, bytes or PIL) as the tower sees it in evaluation: (3, S, S) uint8."""
+        """A picture (path, bytes, PIL or decoded) as the tower sees it in evaluation: (3, S, S) uint8."""
         size = self.config.image_size
-        out: Tensor = policy("none", size)(read_picture(picture, size))
-        return out
+        return whole(read_picture(picture, size), size)
 
     def encode_image(self, images: Iterable[Picture], batch_size: int | None = None, progress: bool = False) -> Tensor:
         """Embed pictures (PIL images, paths or encoded bytes) as unit rows (n, D), float32 on the CPU.

@@ -39,6 +39,15 @@ def mixed(ids: np.ndarray, *key: Key) -> np.ndarray:
     return z ^ (z >> np.uint64(31))
 
 
+def uniforms(ids: np.ndarray, count: int, *key: Key) -> np.ndarray:
+    """`count` uniform numbers in [0, 1) for each of many ids under a key: (B, count) float64.
+
+    What an id draws does not depend on which others are asked with it.
+    """
+    state = mixed(ids, *key)[:, None] + np.arange(count, dtype=np.uint64)
+    return (mixed(state, "uniforms") >> np.uint64(11)) * 2.0**-53
+
+
 @contextmanager
 def torch_seeded(*key: Key) -> Iterator[None]:
     """Run a block with torch's CPU generator seeded from a key, and put it back afterwards.

@@ -14,53 +14,10 @@ from amclr.config import Config, ModelConfig, SourceConfig, ViewsConfig
 from amclr.data import manifest as manifests
 from amclr.data.batches import Batch, BatchPlan, PictureBatches
 from amclr.data.pictures import PictureStore
-from amclr.data.views import image_view, policy
+from amclr.data.views import NamedPolicy, whole
 from amclr.errors import UserError
 
 VIEWS = ("image", "image_aug", "text", "text_aug")
-POLICIES = ("none", "weak", "paper", "single", "strong")
-
-
-@pytest.fixture
-def picture() -> torch.Tensor:
-    return torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, 60, 48), dtype=np.uint8))
-
-
-@pytest.mark.parametrize("name", POLICIES)
-def test_views_are_functions_of_their_key(name: str, picture: torch.Tensor) -> None:
-    transform = policy(name, 32)
-    torch.manual_seed(1)
-    before = torch.get_rng_state()
-    drawn = [image_view(transform, picture, 0, epoch, 7, "image") for epoch in range(12)]
-    assert torch.equal(before, torch.get_rng_state()), "the global generator was moved"
-    torch.manual_seed(2)
-    again = [image_view(transform, picture, 0, epoch, 7, "image") for epoch in reversed(range(12))][::-1]
-    assert all(torch.equal(a, b) for a, b in zip(drawn, again, strict=True))
-    assert all(d.shape == (3, 32, 32) and d.dtype == torch.uint8 for d in drawn)
-    different = len({d.numpy().tobytes() for d in drawn})
-    assert different == 1 if name == "none" else different > 6
-
-
-def test_single_draws_its_own_operation_per_sample(picture: torch.Tensor) -> None:
-    plain = image_view(policy("none", 32), picture, 0)
-    drawn = [image_view(policy("single", 32), picture, 0, 0, sample, "image_aug") for sample in range(60)]
-    mirrored = sum(torch.equal(d, plain.flip(-1)) for d in drawn)
-    brighter = sum(float(d.float().mean()) > float(plain.float().mean()) + 12 for d in drawn)
-    blurred = sum(
-        float(d.float().diff(dim=-1).abs().mean()) < 0.7 * float(plain.float().diff(dim=-1).abs().mean()) for d in drawn
-    )
-    assert min(mirrored, brighter, blurred) >= 2
-
-
-def test_without_flips_left_stays_left() -> None:
-    picture = torch.zeros(3, 40, 40, dtype=torch.uint8)
-    picture[:, :, :12] = 255
-    for name in POLICIES:
-        if name == "paper":  # RandAugment may rotate and shift, and never mirrors
-            continue
-        for sample in range(40):
-            view = image_view(policy(name, 32, False), picture, 0, 0, sample).float()
-            assert view[:, :, :12].mean() >= view[:, :, -12:].mean()
 
 
 def test_a_plan_visits_each_sample_once_an_epoch() -> None:
@@ -85,14 +42,17 @@ def letters(texts: list[str]) -> dict[str, torch.Tensor]:
     return {"input_ids": torch.tensor([[ord(c) for c in f"{t:60}"[:60]] for t in texts])}
 
 
-def batches(folder: Path, views: tuple[str, ...] = VIEWS, ram: float = 1.0, **views_config: object) -> PictureBatches:
+def batches(
+    folder: Path, views: tuple[str, ...] = VIEWS, ram: float = 1.0, edited: bool = True, **views_config: object
+) -> PictureBatches:
     config = Config(
         data=str(folder), batch_size=8, model=ModelConfig(image_size=24), views=replace(ViewsConfig(), **views_config),  # type: ignore[arg-type]
         source=SourceConfig(),
     )  # fmt: skip
     samples = manifests.load(config, folder.parent).split("train")
-    store = PictureStore([s.picture for s in samples], 24, ram, progress=False)
-    return PictureBatches(samples, store, BatchPlan(np.array([s.id for s in samples]), 8, 0), views, letters, config)
+    store = PictureStore([s.picture for s in samples], 24, "ram" if ram else "none", ram=ram, progress=False)
+    plan = BatchPlan(np.array([s.id for s in samples]), 8, 0)
+    return PictureBatches(samples, store, plan, views, letters, config, edited=edited)
 
 
 def same(a: Batch, b: Batch) -> bool:
@@ -124,16 +84,35 @@ def test_views_of_a_batch_stand_in_order(folder: Path) -> None:
     for row, i in enumerate(batch.ids):
         texts = {"".join(map(chr, side[row])).strip() for side in (first, second)}
         assert texts == set(data.samples[int(i)].captions)
-    assert torch.equal(batch.images[3], image_view(policy("none", 24), data.store[int(batch.ids[3])]))
+    assert torch.equal(batch.images[3], whole(data.store[int(batch.ids[3])], 24))
+
+
+def test_edits_made_on_the_device_give_the_same_pictures(folder: Path) -> None:
+    for names in ({"image": "paper", "image_aug": "single"}, {"image": "strong", "image_aug": "weak"}):
+        here, there = batches(folder, **names)[3], batches(folder, edited=False, **names)[3]
+        assert here.edits is None and there.edits is not None and here.images is not None
+        assert there.images is not None and not torch.equal(there.images, here.images)
+        cpu = torch.device("cpu")
+        for _ in range(2):  # the second pass of a batch in parts asks again
+            assert torch.equal(there.to(cpu).images, here.images) and there.to(cpu).edits is None
+        for size in (3, 8):
+            chunks = [c.to(cpu).images for c in there.chunks(size)]
+            expected = [c.images for c in here.chunks(size)]
+            assert all(torch.equal(a, b) for a, b in zip(chunks, expected, strict=True))
+        with_workers = list(
+            DataLoader(batches(folder, edited=False, **names), batch_size=None, sampler=[3], num_workers=1)
+        )
+        assert torch.equal(with_workers[0].to(cpu).images, here.images)
 
 
 def test_unused_views_are_not_made(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
+    real = NamedPolicy.draw
     monkeypatch.setattr(
-        "amclr.data.batches.image_view", lambda t, p, *key: made.append(key[-1]) or torch.zeros(3, 2, 2)
+        NamedPolicy, "draw", lambda self, p, ids, *key: made.append(key[-1]) or real(self, p, ids, *key)
     )
     batch = batches(folder, ("image", "text"))[0]
-    assert set(made) == {"image"} and len(made) == 8
+    assert made == ["image"] and batch.images is not None and len(batch.images) == 8
     assert isinstance(batch.tokens, dict) and len(batch.tokens["input_ids"]) == 8
     assert batches(folder, ("image", "image_aug"))[0].tokens is None
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,10 +13,11 @@ from torch.utils.data import Dataset
 
 from amclr.config import Config
 from amclr.data.duplicates import Duplicates
+from amclr.data.edits import Edits
 from amclr.data.manifest import Sample
 from amclr.data.pictures import BadPicture, PictureStore
 from amclr.data.texts import TextPolicy
-from amclr.data.views import image_view, policy
+from amclr.data.views import policies
 from amclr.errors import UserError
 from amclr.randomness import mixed
 
@@ -92,6 +93,7 @@ class Batch:
     ids: (B,) int64, the samples. replaced: names of samples that could not be read, and why.
     groups: view -> (B,) int64, equal where samples show the same, as an objective takes them. They stay on the
     CPU, where a batch without a match shows at no cost.
+    edits: what is still to be done to the V_i * B images, on the device that they come to.
     """
 
     image_views: tuple[str, ...]
@@ -101,6 +103,7 @@ class Batch:
     ids: Tensor
     replaced: dict[str, str] = field(default_factory=dict)
     groups: dict[str, Tensor] = field(default_factory=dict)
+    edits: Edits | None = None
 
     def chunks(self, size: int) -> list[Batch]:
         """The batch in parts of at most `size` samples, each with all its views."""
@@ -112,6 +115,7 @@ class Batch:
                 return None
             return value.unflatten(0, (views, -1))[:, start : start + size].flatten(0, 1)
 
+        rows = np.arange(len(self.image_views) * len(self.ids)).reshape(len(self.image_views), -1)
         return [
             replace(
                 self,
@@ -120,19 +124,31 @@ class Batch:
                 ids=self.ids[start : start + size],
                 replaced={},
                 groups={v: g[start : start + size] for v, g in self.groups.items()},
+                edits=self.edits[rows[:, start : start + size].ravel()] if self.edits else None,
             )
             for start in range(0, len(self.ids), size)
         ]
 
     def to(self, device: torch.device) -> Batch:
-        """The batch with its tensors on a device."""
+        """The batch with its tensors on a device, and its edits made there."""
+        moved = self._each(lambda tensor: tensor.to(device, non_blocking=True))
+        if self.edits is None or moved.images is None:
+            return moved
+        # Edits are made in place, and this batch may be asked for again.
+        images = moved.images.clone() if moved.images is self.images else moved.images
+        return replace(moved, images=self.edits(images), edits=None)
 
-        def moved(value: Any) -> Any:
+    def pin_memory(self) -> Batch:
+        """The batch in page-locked memory, from which a GPU copies by itself; the loader asks for it."""
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        def changed(value: Any) -> Any:
             if isinstance(value, dict):
-                return {k: moved(v) for k, v in value.items()}
-            return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+                return {k: changed(v) for k, v in value.items()}
+            return None if value is None else change(value)
 
-        return replace(self, images=moved(self.images), tokens=moved(self.tokens), ids=moved(self.ids))
+        return replace(self, images=changed(self.images), tokens=changed(self.tokens), ids=changed(self.ids))
 
 
 def split_views(required: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -142,7 +158,10 @@ def split_views(required: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ..
 
 
 class PictureBatches(Dataset[Batch]):
-    """Batches of pictures and captions, drawn and tokenised by step: `self[step]` is a whole batch."""
+    """Batches of pictures and captions, drawn and tokenised by step: `self[step]` is a whole batch.
+
+    edited: whether views are finished here, or have edits left for the device that they come to.
+    """
 
     def __init__(
         self,
@@ -153,28 +172,20 @@ class PictureBatches(Dataset[Batch]):
         tokenize: Tokenize,
         config: Config,
         duplicates: Duplicates | None = None,
+        edited: bool = True,
     ) -> None:
+        self.edited = edited
         self.samples, self.store, self.plan, self.tokenize = samples, store, plan, tokenize
         self.duplicates = duplicates or Duplicates()
         self.image_views, self.text_views = split_views(required_views)
         self.seed, self.texts = config.seed, TextPolicy.of(config)
-        size, flip = config.model.image_size, config.views.flip
-        self.policies: Mapping[str, torch.nn.Module] = {
-            "image": policy(config.views.image, size, flip),
-            "image_aug": policy(config.views.image_aug, size, flip),
-        }
+        self.policies = policies(config)
 
     def __getitem__(self, step: int) -> Batch:
         """The batch of a step. A picture that cannot be read is replaced by the next sample that can."""
         epoch, planned = self.plan[step]
         pictures, ids, replaced = self._pictures([int(i) for i in planned])
-        images = None
-        if self.image_views:
-            images = torch.stack([
-                image_view(self.policies[view], picture, self.seed, epoch, self.samples[i].name, view)
-                for view in self.image_views
-                for i, picture in zip(ids, pictures, strict=True)
-            ])  # fmt: skip
+        images, edits = self._images(pictures, self.plan.samples[ids], epoch) if self.image_views else (None, None)
         tokens, texts = None, {}
         if self.text_views:
             drawn = [
@@ -185,7 +196,15 @@ class PictureBatches(Dataset[Batch]):
             texts = {view: both[view] for view in self.text_views}
             tokens = self.tokenize([t for drawn_texts in texts.values() for t in drawn_texts])
         groups = self.duplicates.groups(ids, texts)
-        return Batch(self.image_views, self.text_views, images, tokens, torch.tensor(ids), replaced, groups)
+        return Batch(self.image_views, self.text_views, images, tokens, torch.tensor(ids), replaced, groups, edits)
+
+    def _images(self, pictures: list[Tensor], samples: np.ndarray, epoch: int) -> tuple[Tensor, Edits | None]:
+        """All image views (V_i * B, 3, S, S), view by view, and the edits left for the device."""
+        drawn = [self.policies[view].draw(pictures, samples, self.seed, epoch, view) for view in self.image_views]
+        if self.edited:
+            drawn = [(edits(views), edits) for views, edits in drawn]
+        images = torch.cat([views for views, _ in drawn]) if len(drawn) > 1 else drawn[0][0]
+        return images, None if self.edited else Edits.joined([edits for _, edits in drawn])
 
     def _pictures(self, ids: list[int]) -> tuple[list[Tensor], list[int], dict[str, str]]:
         if not self.image_views:

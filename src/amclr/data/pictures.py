@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import io
 import json
 import os
 import re
+import shutil
+import sys
 import warnings
 from base64 import b64decode, b64encode
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
+from typing import IO, Any, Literal, TextIO
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from filelock import FileLock, Timeout
 from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
+from amclr.config import Config
 from amclr.data.duplicates import picture_hash
 from amclr.errors import UserError
 
@@ -29,6 +36,12 @@ MAX_PIXELS = 64_000_000
 
 MAX_BYTES = 512 * 2**20
 """Larger files are refused before they are read."""
+
+CHUNK = 256
+"""Decoded pictures written to disk at a time."""
+
+FORMAT = 1
+"""Of files of decoded pictures; another one where `read_picture` gives other pixels."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +77,8 @@ class Location:
         return self.file if self.size < 0 else f"{self.file} at byte {self.offset}"
 
 
-Picture = str | Path | bytes | Location | Image.Image
+Picture = str | Path | bytes | Location | Image.Image | Tensor
+"""A picture: a path, encoded bytes, a place in a file, a PIL image, or already decoded, uint8 RGB (3, H, W)."""
 
 
 class BadPicture(UserError):
@@ -74,9 +88,13 @@ class BadPicture(UserError):
 def read_picture(source: Picture, size: int) -> Tensor:
     """Decode a picture to uint8 RGB (3, H, W), turned upright, its shorter side at most 2 * size.
 
-    Every use of a picture starts here, so training and evaluation see the same pixels. Raises
-    BadPicture with a reason for empty, truncated, oversized or unreadable files.
+    In memory a pixel's colours lie side by side, as decoders write and resampling likes them. Every
+    use of a picture starts here, so training and evaluation see the same pixels. Raises BadPicture
+    with a reason for empty, truncated, oversized or unreadable files.
     """
+    target = 2 * size
+    if isinstance(source, Tensor):
+        return _at_most(source, target)
     try:
         with warnings.catch_warnings():
             # We set our own limit on the size, below.
@@ -87,10 +105,9 @@ def read_picture(source: Picture, size: int) -> Tensor:
                 raise BadPicture(
                     f"picture too large: {width} x {height} pixels, over the limit of {MAX_PIXELS // 10**6} million"
                 )
-            target = 2 * size
             picture.draft("RGB", (target, target))
-            upright = ImageOps.exif_transpose(picture)
-            rgb = _to_rgb(upright)
+            ImageOps.exif_transpose(picture, in_place=True)
+            pixels = torch.from_numpy(np.array(_to_rgb(picture))).permute(2, 0, 1)
     except BadPicture:
         raise
     except Image.DecompressionBombError as error:
@@ -100,14 +117,28 @@ def read_picture(source: Picture, size: int) -> Tensor:
             raise BadPicture("no such picture") from None
         message = re.sub(r"<_io\.BytesIO object at \w+>", "the file", str(error))
         raise BadPicture(f"picture cannot be decoded: {message or type(error).__name__}") from None
-    shorter = min(rgb.size)
-    if shorter > target:
-        scale = target / shorter
-        rgb = rgb.resize((round(rgb.width * scale), round(rgb.height * scale)), Image.Resampling.BICUBIC)
-    return torch.from_numpy(np.array(rgb)).permute(2, 0, 1).contiguous()
+    return _at_most(pixels, target)
 
 
-def _open(source: Picture) -> Image.Image:
+def _at_most(picture: Tensor, shorter: int) -> Tensor:
+    height, width = picture.shape[1:]
+    scale = min(1.0, shorter / min(height, width))
+    return resized(picture, round(height * scale), round(width * scale))
+
+
+def resized(picture: Tensor, height: int, width: int) -> Tensor:
+    """A picture (3, H, W) uint8 at another size, bicubic and antialiased: Pillow's to within a grey level, and faster.
+
+    It is quickest where a pixel's colours lie side by side, and then they do in the result too.
+    """
+    if picture.shape[1:] == (height, width):
+        return picture
+    # The new dimension goes before the height, or torch would not see how the colours lie.
+    batch = picture.permute(1, 2, 0)[None].permute(0, 3, 1, 2)
+    return F.interpolate(batch, (height, width), mode="bicubic", antialias=True)[0]
+
+
+def _open(source: str | Path | bytes | Location | Image.Image) -> Image.Image:
     if isinstance(source, Image.Image):
         return source.copy()
     if isinstance(source, (str, Path)):
@@ -128,7 +159,7 @@ def _to_rgb(picture: Image.Image) -> Image.Image:
         picture = picture.convert("RGBA")
         paper = Image.new("RGBA", picture.size, "white")
         picture = Image.alpha_composite(paper, picture)
-    return picture.convert("RGB")
+    return picture if picture.mode == "RGB" else picture.convert("RGB")
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,26 +236,96 @@ def _appending(file: Path | None) -> Iterator[TextIO]:
 
 
 class PictureStore:
-    """Decoded pictures by index; held in memory where they fit.
+    """Decoded pictures by index, kept where they fit: in memory, or in a memory-mapped file that later runs find.
+
+    keep: `ram` or `disk`, each up to so many GB; `auto`, the first of a file that is already there,
+    memory and disk; `none` decodes at each access. Where they cannot be kept, a line on stderr says why,
+    and they are decoded at each access. The file is `folder`/KEY.pixels, with each picture's height and width
+    in KEY.sizes; KEY is a hash of the size and of the pictures' places, lengths and times of change. Both grow
+    picture by picture, so that a run which is killed loses at most the last few.
 
     A picture that cannot be decoded (it passed the scan, and went bad since) raises BadPicture.
     """
 
     def __init__(
-        self, places: Sequence[Location], size: int, ram_gigabytes: float = 0.0, progress: bool = True
+        self,
+        places: Sequence[Location],
+        size: int,
+        keep: Literal["auto", "ram", "disk", "none"] = "none",
+        *,
+        folder: Path | None = None,
+        ram: float = 4.0,
+        disk: float = 32.0,
+        progress: bool = True,
     ) -> None:
         self.places = list(places)
         self.size = size
-        self.held: list[Tensor] | None = None
-        if self.places and self._estimate() <= ram_gigabytes * 1e9:
-            with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-                decoded = tqdm(pool.map(self._decode, self.places), "Decoding pictures", len(self.places),
-                               disable=not progress, leave=False)  # fmt: skip
-                self.held = list(decoded)
+        self.progress = progress
+        self._pixels: np.ndarray | None = None
+        self._file: Path | None = None
+        self._sizes = np.empty((0, 2), dtype=np.int32)
+        self._starts = np.empty(0, dtype=np.int64)
+        if keep != "none" and self.places:
+            self._keep(keep, folder, int(ram * 1e9), int(disk * 1e9))
 
-    def _estimate(self) -> float:
-        some = self.places[:: max(1, len(self.places) // 32)]
-        return float(np.mean([self._decode(p).numel() for p in some]) * len(self.places))
+    @classmethod
+    def as_set(cls, places: Sequence[Location], config: Config, cache: Path, progress: bool = True) -> PictureStore:
+        """Pictures kept as the settings say, files in the folder of caches."""
+        return cls(
+            places, config.model.image_size, config.decoded, folder=cache / "decoded", ram=config.ram_cache,
+            disk=config.disk_cache, progress=progress,
+        )  # fmt: skip
+
+    @property
+    def kept(self) -> str:
+        """Where the decoded pictures are: ram, disk or none."""
+        return "disk" if self._file else "none" if self._pixels is None else "ram"
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, index: int) -> Tensor:
+        """Picture `index` as uint8 (3, H, W)."""
+        if self._pixels is None and self._file:  # unpickled in another process
+            self._pixels = _mapped(self._file)
+        if self._pixels is None or not self._sizes[index, 0]:
+            return self._decode(self.places[index])
+        height, width = self._sizes[index].tolist()
+        start = self._starts[index]
+        flat = self._pixels[start : start + height * width * 3]
+        return torch.from_numpy(flat).view(height, width, 3).permute(2, 0, 1)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_pixels": None if self._file else self._pixels}
+
+    def _keep(self, keep: str, folder: Path | None, ram: int, disk: int) -> None:
+        file = folder / f"{self._key()}.pixels" if folder and keep in ("auto", "disk") else None
+        if file and self._open_file(file):
+            return
+        need = self._estimate()
+        if keep in ("auto", "ram"):
+            if need <= ram and self._fill_memory(need, ram):
+                return
+            if not file:
+                self._say(f"they need {need / 1e9:.1f} GB of memory: raise --ram_cache, or give --decoded disk")
+        if file and need > disk:
+            self._say(f"they need {need / 1e9:.1f} GB of disk: raise --disk_cache")
+        elif file:
+            self._fill_file(file, need, disk)
+
+    def _say(self, reason: str) -> None:
+        print(f"decoded pictures are not kept, and decoded at each visit: {reason}", file=sys.stderr)
+
+    def _estimate(self) -> int:
+        """Bytes that the decoded pictures need, from some of them."""
+        some = [p.size for p in self._decoded(self.places[:: max(1, len(self.places) // 32)]) if p is not None]
+        return int(np.mean(some or [0]) * len(self.places))
+
+    def _key(self) -> str:
+        digest = hashlib.sha256(f"{FORMAT} {self.size}".encode())
+        for place in self.places:
+            digest.update(f"\n{place.file}|{place.stamp}".encode(errors="surrogateescape"))
+        return digest.hexdigest()[:20]
 
     def _decode(self, place: Location) -> Tensor:
         try:
@@ -232,9 +333,128 @@ class PictureStore:
         except BadPicture as error:
             raise BadPicture(f"{place}: {error}") from None
 
-    def __len__(self) -> int:
-        return len(self.places)
+    def _decoded(self, places: Sequence[Location], bar: Any = None) -> Iterator[np.ndarray | None]:
+        """Pictures (H, W, 3) in order, decoded by threads a few ahead; None for one that cannot be."""
 
-    def __getitem__(self, index: int) -> Tensor:
-        """Picture `index` as uint8 (3, H, W)."""
-        return self.held[index] if self.held is not None else self._decode(self.places[index])
+        def one(place: Location) -> np.ndarray | None:
+            try:
+                return read_picture(place, self.size).permute(1, 2, 0).contiguous().numpy()
+            except BadPicture:
+                return None
+
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            for k in range(0, len(places), CHUNK):
+                yield from pool.map(one, places[k : k + CHUNK])
+                if bar:
+                    bar.update(len(places[k : k + CHUNK]))
+
+    def _bar(self, done: int = 0) -> Any:
+        return tqdm(
+            total=len(self.places), initial=done, desc="Decoding pictures", disable=not self.progress, leave=False
+        )
+
+    def _fill_memory(self, need: int, limit: int) -> bool:
+        """Decode into memory. False, with nothing held, where more than `limit` bytes turn out to be needed."""
+        sizes = np.zeros((len(self.places), 2), dtype=np.int32)
+        used = 0
+        try:
+            pixels = np.empty(need, dtype=np.uint8)  # pages that are never written take no memory
+            with self._bar() as bar:
+                for k, picture in enumerate(self._decoded(self.places, bar)):
+                    if picture is None:
+                        continue
+                    end = used + picture.size
+                    if end > limit:
+                        return False
+                    if end > len(pixels):
+                        pixels.resize(min(limit, end * 5 // 4), refcheck=False)
+                    pixels[used:end] = picture.reshape(-1)
+                    sizes[k], used = picture.shape[:2], end
+            pixels.resize(used, refcheck=False)
+        except MemoryError:
+            return False
+        self._pixels, self._sizes, self._starts = pixels, sizes, _starts(sizes)
+        return True
+
+    def _fill_file(self, file: Path, need: int, limit: int) -> None:
+        """Decode into the file, from where an earlier run left off. Says so where it cannot."""
+        table = file.with_suffix(".sizes")
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            # Of two runs that need the same pictures at once, one decodes them and the other waits.
+            with FileLock(file.with_suffix(".lock")):
+                if self._open_file(file):
+                    return
+                self._make_room(file, limit - need)
+                with file.open("ab") as pixels, table.open("ab") as sizes:
+                    done, end = _whole_part(file, table)
+                    pixels.truncate(end)
+                    sizes.truncate(done * 8)
+                    if (free := shutil.disk_usage(file.parent).free) < need - end:
+                        raise OSError(errno.ENOSPC, f"{(need - end) / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free")
+                    with self._bar(done) as bar:
+                        self._append(pixels, sizes, done, end, limit, bar)
+                self._open_file(file)
+        except OSError as error:
+            for part in (file, table):  # a disk that is full should not stay so because of us
+                with suppress(OSError):
+                    part.unlink()
+            self._say(f"'{file.parent}': {error.strerror or error}. Give another --cache, or --decoded none")
+
+    def _append(self, pixels: IO[bytes], sizes: IO[bytes], done: int, end: int, limit: int, bar: Any) -> None:
+        for start in range(done, len(self.places), CHUNK):
+            found = list(self._decoded(self.places[start : start + CHUNK], bar))
+            end += sum(p.size for p in found if p is not None)
+            if end > limit:
+                raise OSError(errno.EFBIG, f"more than {limit / 1e9:.1f} GB needed: raise --disk_cache")
+            pixels.writelines(p.data for p in found if p is not None)
+            pixels.flush()
+            os.fsync(pixels.fileno())  # what the table speaks of must be there, even after a power cut
+            shapes = [(0, 0) if p is None else p.shape[:2] for p in found]
+            sizes.write(np.array(shapes, dtype=np.int32).tobytes())
+            sizes.flush()
+
+    def _open_file(self, file: Path) -> bool:
+        """Map a file that holds all the pictures; False where it does not."""
+        table = file.with_suffix(".sizes")
+        done, end = _whole_part(file, table)
+        if done < len(self.places) or not end:
+            return False
+        with suppress(OSError):
+            os.utime(file)  # the least recently used are the first to go
+        self._sizes = np.fromfile(table, dtype=np.int32).reshape(-1, 2)
+        self._file, self._starts = file, _starts(self._sizes)
+        self._pixels = _mapped(file)
+        return True
+
+    def _make_room(self, file: Path, limit: int) -> None:
+        """Remove what other data sets left in the folder, the least recently used first, down to `limit` bytes."""
+        others = sorted((p for p in file.parent.glob("*.pixels") if p != file), key=lambda p: p.stat().st_mtime)
+        held = sum(p.stat().st_size for p in others)
+        for other in others:
+            if held <= limit:
+                return
+            with suppress(Timeout), FileLock(other.with_suffix(".lock"), timeout=0):  # not one that is being written
+                held -= other.stat().st_size
+                other.with_suffix(".sizes").unlink(missing_ok=True)
+                other.unlink()
+
+
+def _whole_part(file: Path, table: Path) -> tuple[int, int]:
+    """How many pictures a file and its table both hold whole, and the bytes that they take."""
+    if not (file.is_file() and table.is_file()):
+        return 0, 0
+    shapes = np.frombuffer(table.read_bytes()[: table.stat().st_size // 8 * 8], dtype=np.int32).reshape(-1, 2)
+    ends = shapes.astype(np.int64).prod(axis=1).cumsum() * 3
+    done = int(np.searchsorted(ends, file.stat().st_size, side="right"))
+    return done, int(ends[done - 1]) if done else 0
+
+
+def _mapped(file: Path) -> np.ndarray:
+    # A private map, so that torch may hold it as if it could be written; slices of plain arrays are cheaper.
+    return np.memmap(file, dtype=np.uint8, mode="c").view(np.ndarray)
+
+
+def _starts(sizes: np.ndarray) -> np.ndarray:
+    ends = sizes.astype(np.int64).prod(axis=1).cumsum() * 3
+    return np.concatenate([[0], ends[:-1]])

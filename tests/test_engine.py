@@ -13,7 +13,7 @@ import time
 import types
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -26,12 +26,13 @@ from amclr import engine, features
 from amclr.config import Config, LossConfig, ModelConfig, OptimConfig, SourceConfig, ViewsConfig, from_dict, problems
 from amclr.data import manifest as manifests
 from amclr.data.batches import BatchPlan, PictureBatches
+from amclr.data.paraphrases import Entry, Version
 from amclr.data.pictures import PictureStore
 from amclr.data.views import policy
 from amclr.engine import Stopped, train
 from amclr.errors import UserError
 from amclr.features import FeatureBatches
-from amclr.measure import Evaluator
+from amclr.measure import Evaluator, evaluate_run
 from amclr.model import DualEncoder, ImageTower, build_tokenizer
 from amclr.objectives import METHODS, build
 from amclr.run import Run
@@ -105,7 +106,7 @@ def test_a_small_encoder_learns_colours(objective: str, tmp_path: Path) -> None:
 def test_run_folder(folder: Path) -> None:
     with (folder / "captions.txt").open("a") as handle:
         handle.write("001.png,\n")
-    config = config_for(folder, source=replace(Config().source, max_bad=0.1))
+    config = config_for(folder, source=replace(Config().source, max_bad=0.1, paraphrases="none"))
     run = train(config, progress=False)
     results = json.loads((run.folder / "results.json").read_text())
     assert results["split"] == "val" and results["pictures"] == 8 and 0 <= results["r_mean"] <= 100
@@ -338,6 +339,15 @@ def test_pictures_that_go_bad_while_training_are_listed_up_to_the_limit(
         train(replace(config, out=f"{config.out}-2", source=SourceConfig(max_bad=0.04)), progress=False)
 
 
+def test_captions_that_all_say_the_same_are_refused(folder: Path) -> None:
+    listed = folder / "captions.txt"
+    names = sorted({row.split(",")[0] for row in listed.read_text().splitlines()[1:]})
+    listed.write_text("image,caption\n" + "".join(f"{n},a patch\n" for n in names))
+    with pytest.raises(UserError, match="every training caption of .* is 'a patch': none tells pictures apart"):
+        train(config_for(folder), progress=False)
+    assert not (folder.parent / "run").exists()
+
+
 def test_resuming_a_finished_run_changes_nothing(folder: Path) -> None:
     run = train(frozen(folder), progress=False)
     before, rows = weights(run), run.metrics()
@@ -539,8 +549,89 @@ def test_feature_batches_hold_what_they_say(towers: Any, own_cache: Path) -> Non
         for row, i in enumerate(batch.ids):
             of = [[np.array_equal(t, side[row]) for t in table[i]] for side in (first, second)]
             assert sum(of[0]) == sum(of[1]) == 1 and of[0] != of[1], "two different views of the same picture"
-            own = data.captions[[data.rows[c] for c in samples[int(i)].captions]]
+            own = data.text_features(samples[int(i)].captions)
             assert {tuple(text[row].tolist()), tuple(other[row].tolist())} == set(map(tuple, own.tolist()))
+
+
+@pytest.mark.parametrize("weights", [(0, 0, 0), (1, 1, 1), (0, 0, 1), (0, 1, 0)])
+@pytest.mark.parametrize("captions", ["all", "one"])
+def test_feature_batches_know_every_text_that_can_be_drawn(
+    towers: Any, own_cache: Path, weights: tuple[float, float, float], captions: Literal["all", "one"]
+) -> None:
+    """Samples with all kinds of texts; the second views are those that batches of pictures tokenise."""
+    config, model, samples, store = towers
+    texts = ("a red patch on grey", "some red patch by itself", "grey and red")
+    kinds: list[tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]] = [
+        (texts[:1], ()), (texts[:2], ()), (texts[:1], (("one red patch",),)), (texts, (("red it is", "so red"), (), ("x",))),
+    ]  # fmt: skip
+    samples = [replace(s, captions=c, paraphrases=p) for s, (c, p) in zip(samples, kinds * 8, strict=True)]
+    views = replace(config.views, word_noise=0.5, paraphrases=weights[0], other_captions=weights[1], words=weights[2])
+    config = replace(config, views=views, source=SourceConfig(captions=captions))
+    required = ("image", "image_aug", "text", "text_aug")
+    plan = BatchPlan(np.array([s.id for s in samples]), 8, 0)
+    data = FeatureBatches(model, samples, store, plan, required, config, own_cache, progress=False)
+    drawn: list[list[str]] = []
+    data.text_features = lambda texts: drawn.append(list(texts)) or FeatureBatches.text_features(data, texts)  # type: ignore[method-assign, func-returns-value]
+    tokenized: list[str] = []
+    pictures = PictureBatches(samples, store, plan, required, lambda t: tokenized.extend(t) or {}, config)  # type: ignore[func-returns-value]
+    for step in range(40):
+        first, second = data[step].tokens.chunk(2)
+        tokenized.clear()
+        pictures[step]
+        ids = plan[step][1]
+        said = drawn[-1]
+        assert len(said) == len(tokenized) == 16 and tokenized[:8] == said[:8]
+        for row, i in enumerate(ids):
+            known = {*samples[i].texts}
+            noise = tokenized[8 + row] not in known or said[8 + row] not in known
+            assert noise or tokenized[8 + row] == said[8 + row]
+        for side, of_side in ((first, said[:8]), (second, said[8:])):
+            with torch.inference_mode():
+                expected = model.text_tower(**model.tokenize(of_side))
+            torch.testing.assert_close(side, expected, atol=1e-4, rtol=0)
+
+
+def test_another_store_computes_its_own_texts_alone(
+    towers: Any, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, model, samples, store = towers
+    real, asked = model.tokenize, []
+    monkeypatch.setattr(model, "tokenize", lambda t: asked.extend(t) or real(t))
+
+    def texts(paraphrases: tuple[str, ...], views: tuple[str, ...]) -> list[str]:
+        asked.clear()
+        with_them = [replace(s, paraphrases=(paraphrases,) * len(s.captions)) for s in samples]
+        FeatureBatches(model, with_them, store, plan, views, config, own_cache, progress=False)
+        return list(asked)
+
+    plan = BatchPlan(np.array([s.id for s in samples]), 8, 0)
+    both = ("text", "text_aug")
+    assert sorted(texts((), both)) == sorted({c for s in samples for c in s.captions})
+    assert sorted(texts(("so it is", "so be it"), both)) == ["so be it", "so it is"]
+    assert texts(("so it is", "so be it"), both) == [] and texts(("never seen",), ("text",)) == []
+
+
+def test_a_run_keeps_the_paraphrases_that_it_began_with(folder: Path) -> None:
+    """A store that is made, or another that becomes the latest, while a run is stopped changes nothing in it."""
+    train(frozen(folder, "without"), progress=False)
+    assert Run.open(folder.parent / "without").config.source.paraphrases == "none"
+    made = []
+    for seed in (0, 1):
+        version = Version(folder / "paraphrases", {"model": "rules", "k": 1, "seed": seed})
+        version.append([Entry("a red patch number 8", (f"patch {seed}",))])
+        version.finish()
+        made.append(version)
+        train(frozen(folder, f"with{seed}"), progress=False)
+    for seed in (0, 1):
+        run = Run.open(folder.parent / f"with{seed}")
+        found = manifests.load(run.config, folder.parent)
+        assert found.paraphrases == (str(made[seed].folder),)
+        assert [p for s in found.samples for k in s.paraphrases for p in k] == [f"patch {seed}"]
+    (made[1].folder / "paraphrases.jsonl").unlink()
+    with pytest.raises(UserError, match="are not complete"):
+        train(frozen(folder, "incomplete"), progress=False)
+    measured = evaluate_run(folder.parent / "with1", progress=False)
+    assert measured["pictures"] == 8, "evaluation needs no second views"
 
 
 def test_second_views_are_made_only_for_methods_that_use_them(folder: Path, own_cache: Path) -> None:

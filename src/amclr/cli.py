@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 COMMANDS = {
     "train": "train a dual encoder: with no arguments on generated scenes, in minutes on a laptop",
     "evaluate": "retrieval and zero-shot classification with a trained model",
+    "paraphrase": "paraphrases of a data set's captions, made once, for training's second text views",
     "inspect": "what is in a data set: counts, caption lengths, bad rows, a contact sheet with both views",
 }
 
@@ -33,6 +34,7 @@ amclr COMMAND --help shows a command's options.
 first steps:
   amclr train                                       watch one learn on generated scenes
   amclr inspect --data FOLDER                       look at your captioned pictures
+  amclr paraphrase FOLDER --model rules             reword their captions, for second text views
   amclr train --data FOLDER --objective xamclr      train on them
   amclr evaluate runs/RUN --zeroshot CLASS_FOLDERS  measure the result"""
 
@@ -59,7 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if missing:
         return _fail(f"this command needs {', '.join(missing)}: pip install 'amclr[train]'", 1)
     try:
-        return {"train": _train, "evaluate": _evaluate, "inspect": _inspect}[command](rest)
+        commands = {"train": _train, "evaluate": _evaluate, "paraphrase": _paraphrase, "inspect": _inspect}
+        return commands[command](rest)
     except UserError as error:
         return _fail(str(error), 1)
     except KeyboardInterrupt:
@@ -126,6 +129,26 @@ def _evaluate(arguments: list[str]) -> int:
         classnames=options.classnames, templates=options.templates, retrieval=options.retrieval,
     )  # fmt: skip
     print(measure.report(results))
+    return 0
+
+
+def _paraphrase(arguments: list[str]) -> int:
+    from amclr.config import ParaphraseConfig, SourceConfig, from_dict
+
+    parser = _parser("paraphrase")
+    parser.add_argument("data", type=str, help="data set: a folder of captioned pictures")
+    parser.add_class_arguments(ParaphraseConfig, as_group=False)
+    parser.add_class_arguments(SourceConfig, "source", skip={"paraphrases", "captions", "val_fraction"})
+    values = _parse(parser, arguments).as_dict()
+    data, source = values.pop("data"), values.pop("source")
+    from amclr import paraphrase
+
+    try:
+        told = paraphrase.paraphrase(from_dict(values, ParaphraseConfig), data, from_dict(source, SourceConfig))
+    except KeyboardInterrupt:
+        return _fail("stopped, with every batch kept that was done; the same command goes on", 130)
+    if told:  # of several processes the first alone has something to tell
+        print(told)
     return 0
 
 

@@ -52,6 +52,9 @@ class SourceConfig:
     captions: Literal["all", "one"] = "all"
     """all: every visit draws one of the picture's captions. one: the first is the caption, the others
     serve only as paraphrases for methods with a second text view."""
+    paraphrases: str = ""
+    """Paraphrases of the captions: a folder that `amclr paraphrase` wrote, the name of one of its versions, or a
+    CSV, TSV or JSONL file of caption, paraphrase. Empty finds DATA/paraphrases; `none` uses none."""
     val_fraction: float = 0.05
     """Share of the pictures held out for validation where the folder has no val.txt."""
     duplicates: Literal["positives", "captions", "negatives"] = "positives"
@@ -82,8 +85,17 @@ class ViewsConfig:
     flip: bool = True
     """Let the views mirror pictures. Turn off where captions say left and right."""
     word_noise: float = 0.1
-    """Chance per word of a deletion or swap in the second text view of a picture that has neither
-    another caption nor a paraphrase."""
+    """Chance per word of a deletion or swap where the second text view is the caption with word noise."""
+    word_synonyms: float = 0.0
+    """Chance per word of a synonym there, for words that the (English) lexicon has one for."""
+    paraphrases: float = 0.0
+    """Weight of a paraphrase of the caption as its second text view. Views are drawn in proportion to the weights
+    of those that there are; with all three weights 0, it is a paraphrase where there is one, else another
+    caption of the picture, else word noise."""
+    other_captions: float = 0.0
+    """Weight of another caption of the picture as second text view."""
+    words: float = 0.0
+    """Weight of the caption with word noise as second text view."""
     cached: int = 4
     """Cached views per picture and policy where both towers are frozen."""
     cached_seed: int = 0
@@ -229,6 +241,55 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
 
 
+@dataclass(frozen=True)
+class ParaphraseConfig:
+    """How paraphrases of a data set's captions are made, and which are kept."""
+
+    model: str = "humarin/chatgpt_paraphraser_on_T5_base"
+    """A seq2seq or causal transformers model, by name or folder; or `rules`, for English, which needs no model."""
+    k: int = 3
+    """Paraphrases kept per caption, at most."""
+    candidates: int = 0
+    """Candidates made per caption, of which the first k that pass the filters are kept; 0 is k + 2, and
+    k for rules."""
+    out: str = ""
+    """Folder of the store; empty is DATA/paraphrases."""
+    seed: int = 0
+    """Seed of the sampling."""
+    prompt: str = ""
+    """What the model is given, with {} for the caption; empty is `paraphrase: {}` for seq2seq models, and a request
+    in a sentence for causal ones."""
+    top_k: int = 120
+    """Sampling: only the most probable tokens, this many."""
+    top_p: float = 0.95
+    """Sampling: only the most probable tokens that make up this probability."""
+    temperature: float = 1.0
+    """Sampling: temperature."""
+    max_tokens: int = 64
+    """Tokens made at most; a candidate that does not end by then is rejected."""
+    batch_size: int = 32
+    """Captions per batch."""
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Arithmetic of the model; the two halves are for GPUs."""
+    revision: str = "main"
+    """Revision of a model from the hub."""
+    accelerator: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto, cpu or cuda."""
+    shortest: float = 0.5
+    """Filter: words of a paraphrase at least, as a share of its caption's."""
+    longest: float = 2.0
+    """Filter: words of a paraphrase at most, as a share of its caption's; four more are always allowed."""
+    keep_facts: bool = True
+    """Filter: reject what changes numbers, colours, negation, or left and right (English)."""
+    similarity: float | None = None
+    """Filter: cosine of the embeddings of caption and paraphrase at least; 0 asks no encoder. Empty is 0.5 for
+    models and 0 for rules."""
+    encoder: str = "minilm"
+    """Text encoder of that filter: `minilm` (needs amclr[pretrained]), or a transformers model by name or folder."""
+    progress: bool = True
+    """Show how far it is, with captions per second and the time left."""
+
+
 def problems(config: Config) -> list[str]:
     """What is out of range in the settings, each as a sentence that names the option."""
     o, m, v = config.optim, config.model, config.views
@@ -244,6 +305,10 @@ def problems(config: Config) -> list[str]:
         ("ram_cache", config.ram_cache, 0, 1e9),
         ("disk_cache", config.disk_cache, 0, 1e9),
         ("views.word_noise", v.word_noise, 0, 1),
+        ("views.word_synonyms", v.word_synonyms, 0, 1),
+        ("views.paraphrases", v.paraphrases, 0, 1e9),
+        ("views.other_captions", v.other_captions, 0, 1e9),
+        ("views.words", v.words, 0, 1e9),
         ("views.cached", v.cached, 1, 1024),
         ("model.image_size", m.image_size, 8, 4096),
         ("model.max_tokens", m.max_tokens, 3, 512),
@@ -263,6 +328,32 @@ def problems(config: Config) -> list[str]:
         ("scenes.size", config.scenes.size, 16, 1024),
         ("scenes.captions", config.scenes.captions, 1, 32),
     ]
+    return _outside(bounds)
+
+
+def paraphrase_problems(config: ParaphraseConfig) -> list[str]:
+    """What is out of range in the settings of `amclr paraphrase`, each as a sentence that names the option."""
+    bounds: list[tuple[str, float, float, float]] = [
+        ("k", config.k, 1, 64),
+        ("candidates", config.candidates, 0, 256),
+        ("top_k", config.top_k, 1, 1e9),
+        ("top_p", config.top_p, 1e-9, 1),
+        ("temperature", config.temperature, 1e-6, 1e3),
+        ("max_tokens", config.max_tokens, 1, 4096),
+        ("batch_size", config.batch_size, 1, 65536),
+        ("shortest", config.shortest, 0, 1),
+        ("longest", config.longest, 1, 1e3),
+        ("similarity", config.similarity or 0, 0, 1),
+    ]
+    found = _outside(bounds)
+    if 0 < config.candidates < config.k:
+        found.append(f"--candidates must be at least k, which is {config.k}, got {config.candidates}")
+    if config.prompt and "{}" not in config.prompt:
+        found.append("--prompt must hold {} where the caption goes")
+    return found
+
+
+def _outside(bounds: list[tuple[str, float, float, float]]) -> list[str]:
     return [
         f"--{name} must lie between {low:g} and {high:g}, got {value:g}"
         for name, value, low, high in bounds

@@ -11,7 +11,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -333,6 +333,10 @@ def assemble(config: Config, folder: Path, former: Run | None, progress: bool, c
         np.array([s.id for s in samples], dtype=np.int64), config.batch_size, config.seed,
         np.array([s.weight for s in samples]) if manifest.parts else None,
     )  # fmt: skip
+    if len({t for s in samples for t in s.captions}) == 1:
+        raise UserError(
+            f"every training caption of '{config.data}' is '{samples[0].captions[0][:60]}': none tells pictures apart"
+        )
     objective = build_objective(config, len(samples))
     tokenizer = build_tokenizer(config.model, [t for s in samples for t in s.texts], folder / "tokenizer")
     torch.manual_seed(derive(config.seed, "weights"))
@@ -341,7 +345,7 @@ def assemble(config: Config, folder: Path, former: Run | None, progress: bool, c
     if not held_out:
         raise UserError(f"{manifest.root} has no validation pictures: give it a val.txt or raise --source.val_fraction")
 
-    run = former or Run.create(folder, config)
+    run = former or Run.create(folder, _with_store(config, manifest))
     run.pin_samples([s.name for s in samples], changed_data)
     if config.model.text_tower == "small" and not (folder / "tokenizer").is_dir():
         tokenizer.save_pretrained(folder / "tokenizer.part")  # a kill here must leave none, or a whole one
@@ -365,6 +369,13 @@ def assemble(config: Config, folder: Path, former: Run | None, progress: bool, c
     evaluator = Evaluator(model, held_out, config, cache, progress, again=True)
     wrapped, optimizer = fabric.setup(model, optimizer)
     return Training(fabric, config, run, manifest, plan, model, wrapped, objective, optimizer, batches, evaluator)
+
+
+def _with_store(config: Config, manifest: Manifest) -> Config:
+    """The settings with the paraphrases that were found, so that a run that is gone on with has no others."""
+    if config.source.paraphrases or (manifest.parts and manifest.paraphrases):
+        return config
+    return replace(config, source=replace(config.source, paraphrases=(*manifest.paraphrases, "none")[0]))
 
 
 def duplicates(samples: Sequence[Sample], manifest: Manifest, config: Config) -> Duplicates:

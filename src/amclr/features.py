@@ -10,7 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +28,10 @@ from amclr.data.batches import Batch, BatchPlan, split_views
 from amclr.data.duplicates import Duplicates
 from amclr.data.manifest import Sample
 from amclr.data.pictures import PictureStore
-from amclr.data.views import policy, text_views, title
+from amclr.data.texts import TextPolicy
+from amclr.data.views import policy, title
 from amclr.model import DualEncoder
-from amclr.randomness import mixed
+from amclr.randomness import Key, mixed
 
 CHUNK = 128
 FORMAT = 2
@@ -147,11 +150,6 @@ def _stamp(sample: Sample) -> list[object]:
     return [sample.name, sample.picture.stamp]
 
 
-def _alone(sample: Sample) -> bool:
-    """Whether nothing but word noise can be a caption's second view."""
-    return len(sample.captions) == 1 and not any(sample.paraphrases)
-
-
 class FeatureBatches(Dataset[Batch]):
     """Batches of cached features: what `PictureBatches` gives, with the towers already behind it.
 
@@ -174,7 +172,8 @@ class FeatureBatches(Dataset[Batch]):
         self.samples, self.plan = samples, plan
         self.duplicates = duplicates or Duplicates()
         self.image_views, self.text_views = split_views(required_views)
-        self.seed, self.one, self.noise = config.seed, config.source.captions == "one", config.views.word_noise
+        self.seed, self.policy = config.seed, TextPolicy.of(config)
+        self.word_policy = replace(self.policy, paraphrases=0, other_captions=0, words=0)
         policies = {"image": config.views.image, "image_aug": config.views.image_aug}
         self.cached_views, self.cached_seed = config.views.cached, config.views.cached_seed
         self.shared = policies["image"] == policies["image_aug"]
@@ -183,17 +182,39 @@ class FeatureBatches(Dataset[Batch]):
             for view in self.image_views
         }
         self.rows: dict[str, int] = {}
-        if self.text_views:
-            self.rows = {t: row for row, t in enumerate(dict.fromkeys(t for s in samples for t in s.texts))}
-            if "text_aug" in self.text_views:
-                # Word noise is drawn once per cached view rather than at each visit.
-                noisy = (self._noisy(s, v) for s in samples if _alone(s) for v in range(self.cached_views))
-                for text in noisy:
-                    self.rows.setdefault(text, len(self.rows))
-            self.captions = caption_features(model, list(self.rows), cache, progress)
+        self.tables: list[np.ndarray] = []
+        # Captions have a file of their own: another store of paraphrases, or none, leaves it as it is.
+        for texts in (c for s in samples for c in s.captions), self._second_texts():
+            new = list(dict.fromkeys(t for t in texts if t not in self.rows))
+            if self.text_views and new:
+                self.rows |= {t: row for row, t in enumerate(new, len(self.rows))}
+                self.tables.append(caption_features(model, new, cache, progress))
 
-    def _noisy(self, sample: Sample, v: int) -> str:
-        return text_views(sample.captions, (), self.one, self.noise, self.cached_seed, "cached", v, sample.name)[2]
+    def _second_texts(self) -> Iterator[str]:
+        """What a second text view may be, besides captions."""
+        if "text_aug" not in self.text_views:
+            return
+        for s in self.samples:
+            yield from s.texts
+            for index in self.policy.noisy(s.captions, s.paraphrases):
+                yield from (self._noisy(s, index, v) for v in range(self.cached_views))
+
+    def _noisy(self, sample: Sample, index: int, v: int) -> str:
+        """Word noise is drawn once per cached view rather than at each visit."""
+        later: tuple[Key, ...] = (index,) if index else ()
+        key = (self.cached_seed, "cached", v, sample.name, *later)
+        return self.word_policy.draw(sample.captions[index : index + 1], (), *key)[2]
+
+    def text_features(self, texts: Sequence[str]) -> np.ndarray:
+        """Features (n, F) of texts that a visit can draw."""
+        wanted = np.array([self.rows[t] for t in texts])
+        out = np.empty((len(wanted), self.tables[0].shape[1]), np.float32)
+        start = 0
+        for table in self.tables:
+            here = (wanted >= start) & (wanted < start + len(table))
+            out[here] = table[wanted[here] - start]
+            start += len(table)
+        return out
 
     def __getitem__(self, step: int) -> Batch:
         """The batch of a step."""
@@ -218,16 +239,15 @@ class FeatureBatches(Dataset[Batch]):
         if self.text_views:
             for i in ids:
                 s = self.samples[i]
-                _, text, second = text_views(
-                    s.captions, s.paraphrases, self.one, self.noise, self.seed, epoch, s.name, "text"
+                noisy = partial(self._noisy, s, v=epoch % self.cached_views)
+                _, text, second = self.policy.draw(
+                    s.captions, s.paraphrases, self.seed, epoch, s.name, "text", words=noisy
                 )
                 if "text_aug" in texts:
-                    if _alone(s):
-                        second = self._noisy(s, epoch % self.cached_views)
                     texts["text_aug"].append(second)
                 if "text" in texts:
                     texts["text"].append(text)
-            tokens = torch.from_numpy(self.captions[[self.rows[t] for drawn in texts.values() for t in drawn]])
+            tokens = torch.from_numpy(self.text_features([t for drawn in texts.values() for t in drawn]))
         groups = self.duplicates.groups(ids, texts)
         places = torch.from_numpy(ids.astype(np.int64))
         return Batch(self.image_views, self.text_views, images, tokens, places, groups=groups)

@@ -22,7 +22,8 @@ from amclr.data import manifest as manifests
 from amclr.data.manifest import Manifest, Sample
 from amclr.data.pictures import BadPicture, Location, Picture, PictureStore, scan
 from amclr.data.rows import write_rejects
-from amclr.data.views import policies, text_views, title, whole
+from amclr.data.texts import TextPolicy
+from amclr.data.views import policies, title, whole
 from amclr.errors import UserError
 from amclr.features import caption_features, image_features
 from amclr.model import DualEncoder, build_tokenizer
@@ -139,6 +140,8 @@ def evaluate_run(
     if data:  # columns and folders of the run's own data mean nothing in another set
         kept = {k: getattr(config.source, k) for k in ("captions", "val_fraction", "max_bad", "scan_up_to")}
         config = replace(config, data=data, source=SourceConfig(**kept))
+    # Paraphrases are for training alone.
+    config = replace(config, source=replace(config.source, paraphrases="none"))
     results: dict[str, Any] = {"run": str(folder), "objective": config.objective}
     out = folder / "evaluations"
     out.mkdir(exist_ok=True)
@@ -270,6 +273,8 @@ def inspect(
     for one, other in combinations(manifest.splits, 2):
         if shared := manifest.splits[one] & manifest.splits[other]:
             lines.append(f"overlap      {len(shared)} pictures are in both {one} and {other}, such as {min(shared)}")
+    if reworded := sum(1 for s in samples for p in s.paraphrases if p):
+        lines.append(f"paraphrases  of {reworded} captions, from {', '.join(manifest.paraphrases) or 'the data set'}")
     if manifest.zeroshot:
         lines.append(f"zero-shot    {manifest.zeroshot}")
     lines += [f"  {reject}" for reject in manifest.rejects[:10]]
@@ -331,8 +336,7 @@ def _draw_sheet(samples: Sequence[Sample], config: Config, file: Path, manifest:
         for view, drawn in policies(config).items():
             (shown,) = drawn([store[i]], np.array([s.id]), config.seed, 0, view)
             pictures.append((f"{view}: {title(getattr(config.views, view))}", shown))
-        one, noise = config.source.captions == "one", config.views.word_noise
-        _, text, second = text_views(s.captions, s.paraphrases, one, noise, *key, "text")
+        _, text, second = TextPolicy.of(config).draw(s.captions, s.paraphrases, *key, "text")
         cards.append((pictures, text, second))
     file.parent.mkdir(parents=True, exist_ok=True)
     figures.contact_sheet(

@@ -14,31 +14,10 @@ from amclr.config import Config, ModelConfig, SourceConfig, ViewsConfig
 from amclr.data import manifest as manifests
 from amclr.data.batches import Batch, BatchPlan, PictureBatches
 from amclr.data.pictures import PictureStore
-from amclr.data.views import NamedPolicy, noisy_words, text_views, whole
+from amclr.data.views import NamedPolicy, whole
 from amclr.errors import UserError
 
 VIEWS = ("image", "image_aug", "text", "text_aug")
-
-
-def test_text_views() -> None:
-    captions = ["one", "two", "three"]
-    drawn = [text_views(captions, (), False, 0.1, 0, epoch, 3) for epoch in range(200)]
-    assert {d[1] for d in drawn} == set(captions)
-    assert all(d[1] != d[2] and captions[d[0]] == d[1] for d in drawn)
-    assert drawn == [text_views(captions, (), False, 0.1, 0, epoch, 3) for epoch in range(200)]
-    only_first = [text_views(captions, (), True, 0.1, 0, epoch, 3) for epoch in range(50)]
-    assert {d[1] for d in only_first} == {"one"} and {d[2] for d in only_first} == {"two", "three"}
-    supplied = [text_views(captions, (("uno",), (), ()), True, 0.1, 0, epoch, 3)[2] for epoch in range(20)]
-    assert set(supplied) == {"uno"}
-
-
-def test_word_noise_drops_and_swaps_words() -> None:
-    text = "a small brown dog runs over the green grass"
-    noisy = [text_views([text], (), False, 0.3, 0, epoch, 3)[2] for epoch in range(100)]
-    assert len(set(noisy)) > 50
-    assert all(set(n.split()) <= set(text.split()) and n for n in noisy)
-    assert any(len(n.split()) < 9 for n in noisy) and any(len(n.split()) == 9 and n != text for n in noisy)
-    assert noisy_words("dog", 1.0, np.random.default_rng(0)) == "dog"
 
 
 def test_a_plan_visits_each_sample_once_an_epoch() -> None:

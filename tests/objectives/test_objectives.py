@@ -315,10 +315,12 @@ def test_reference_estimator(name: str) -> None:
         for step in range(2):
             views = draw_views(10 * epoch + step)
             ids = np.random.default_rng(step).permutation(8)[:6]
+            # In the second step the first row has no negative.
+            groups = {"image": [3, 3, 3, -1, -1, -1], "text": [2, -1, -1, 2, 2, 2]} if step else {}
             t = tensors(views)
-            loss, _ = objective(t, torch.from_numpy(ids))
+            loss, _ = objective(t, torch.from_numpy(ids), {v: torch.tensor(g) for v, g in groups.items()})
             loss.backward()
-            expected, gradient, _ = sums.step(views, ids.tolist(), ids.tolist())
+            expected, gradient, _ = sums.step(views, ids.tolist(), ids.tolist(), groups)
             assert float(loss.detach()) == pytest.approx(expected, rel=1e-10)
             check_gradients(t, gradient, 1e-10)
     check_tables(objective, sums, 1e-10)

@@ -16,7 +16,8 @@ from amclr.data.duplicates import Duplicates
 from amclr.data.edits import Edits
 from amclr.data.manifest import Sample
 from amclr.data.pictures import BadPicture, PictureStore
-from amclr.data.views import policies, text_views
+from amclr.data.texts import TextPolicy
+from amclr.data.views import policies
 from amclr.errors import UserError
 from amclr.randomness import mixed
 
@@ -177,8 +178,7 @@ class PictureBatches(Dataset[Batch]):
         self.samples, self.store, self.plan, self.tokenize = samples, store, plan, tokenize
         self.duplicates = duplicates or Duplicates()
         self.image_views, self.text_views = split_views(required_views)
-        self.seed, self.one = config.seed, config.source.captions == "one"
-        self.noise = config.views.word_noise
+        self.seed, self.texts = config.seed, TextPolicy.of(config)
         self.policies = policies(config)
 
     def __getitem__(self, step: int) -> Batch:
@@ -189,7 +189,7 @@ class PictureBatches(Dataset[Batch]):
         tokens, texts = None, {}
         if self.text_views:
             drawn = [
-                text_views(s.captions, s.paraphrases, self.one, self.noise, self.seed, epoch, s.name, "text")
+                self.texts.draw(s.captions, s.paraphrases, self.seed, epoch, s.name, "text")
                 for s in (self.samples[i] for i in ids)
             ]
             both = {"text": [d[1] for d in drawn], "text_aug": [d[2] for d in drawn]}

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from amclr.config import Config, SourceConfig, from_dict
 from amclr.data import columns, remote, scenes, tables, tars
+from amclr.data.paraphrases import attach, find_store
 from amclr.data.pictures import Location, Verdict, scan
 from amclr.data.rows import PICTURE_SUFFIXES, SPLIT_NAMES, Reading, Reject, Row, caption_fault, clean, printable
 from amclr.errors import UserError
@@ -79,6 +80,8 @@ class Manifest:
     """Of a mix: the weight of each data set, whose name and a slash precede the names of its samples."""
     bad_pictures: int = 0
     """How many of the rejects are pictures that cannot be decoded."""
+    paraphrases: tuple[str, ...] = ()
+    """The stores that paraphrases came from."""
     looks: dict[Location, bytes] = field(default_factory=dict)
     """Perceptual hashes of the pictures that were compared."""
 
@@ -172,7 +175,8 @@ def load(config: Config, cache: Path, progress: bool = True) -> Manifest:
     if data == "scenes":
         where = cache / f"scenes-{derive(scenes.FORMAT, repr(config.scenes)):016x}"
         scenes.write_scenes(where, config.scenes, progress=progress)
-        return replace(_read(where, config, cache, progress), zeroshot=where / "zeroshot", format="scenes")
+        found = replace(_read(where, config, cache, progress), zeroshot=where / "zeroshot", format="scenes")
+        return _with_paraphrases(found, config.source.paraphrases)
     if data.startswith("pipe:"):
         raise UserError(f"'{printable(data)}' would run a command: save what it prints as a file and give that")
     if data.startswith("hf:"):
@@ -185,7 +189,22 @@ def load(config: Config, cache: Path, progress: bool = True) -> Manifest:
         return _mix(Path(data).expanduser(), config, cache, progress)
     else:
         found = _read(Path(data).expanduser(), config, cache, progress)
+    found = _with_paraphrases(found, config.source.paraphrases)
     return _with_splits(found, config.source.val_fraction)
+
+
+def _with_paraphrases(manifest: Manifest, setting: str) -> Manifest:
+    """The manifest with the paraphrases that `setting` names; rows of theirs that cannot be used are rejects too."""
+    store = find_store(manifest.root, setting)
+    if store is None:
+        return manifest
+    return replace(
+        manifest,
+        samples=attach(manifest.samples, store),
+        rejects=manifest.rejects + store.rejects,
+        rows=manifest.rows + (0 if store.version else store.rows),
+        paraphrases=(str(store.path),),
+    )
 
 
 def label(data: str) -> str:
@@ -480,6 +499,7 @@ def _mix(file: Path, config: Config, cache: Path, progress: bool) -> Manifest:
     splits: dict[str, frozenset[str]] = {}
     parts: dict[str, float] = {}
     rows, zeroshot = 0, None
+    stores: tuple[str, ...] = ()
     for entry in listed:
         try:
             wanted = from_dict({"data": None, **entry} if isinstance(entry, dict) else entry, MixEntry)
@@ -503,8 +523,9 @@ def _mix(file: Path, config: Config, cache: Path, progress: bool) -> Manifest:
         for split, names in part.splits.items():
             splits[split] = splits.get(split, frozenset()) | {f"{name}/{n}" for n in names}
         zeroshot = zeroshot or part.zeroshot
+        stores += part.paraphrases
     samples.sort(key=lambda s: s.name)
-    return Manifest(file, tuple(samples), tuple(rejects), rows, splits, zeroshot, "mix", parts)
+    return Manifest(file, tuple(samples), tuple(rejects), rows, splits, zeroshot, "mix", parts, paraphrases=stores)
 
 
 # -- ready to train on ----------------------------------------------------------------------------

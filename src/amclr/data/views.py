@@ -1,6 +1,6 @@
-"""Views: renderings of pictures and captions, each a pure function of (seed, epoch, sample, view).
+"""Views of pictures: renderings, each a pure function of (seed, epoch, sample, view).
 
-Image views work on uint8 pictures before normalisation, so the value range is kept whatever they do.
+They work on uint8 pictures before normalisation, so the value range is kept whatever they do.
 A policy crops, resizes and mirrors picture by picture, where they lie decoded; what is then done to
 them all, on the CPU or a GPU, are `Edits`.
 """
@@ -23,7 +23,7 @@ from amclr.config import Config
 from amclr.data.edits import KEEP, Edits
 from amclr.data.pictures import resized
 from amclr.errors import UserError
-from amclr.randomness import Key, generator, mixed, torch_seeded, uniforms
+from amclr.randomness import Key, mixed, torch_seeded, uniforms
 
 
 class Policy(Protocol):
@@ -323,40 +323,3 @@ def _near(name: str, known: Sequence[str]) -> str:
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def text_views(
-    captions: Sequence[str], paraphrases: Sequence[Sequence[str]], one: bool, noise: float, *key: Key
-) -> tuple[int, str, str]:
-    """Draw a caption and its second view; return the caption's index, its text, and the second text.
-
-    The second view is a paraphrase of the drawn caption where one was supplied, else another
-    caption of the picture, else the caption with word-level noise. one: the first caption is always
-    drawn, and the others serve only as second views.
-    """
-    draw = generator(*key)
-    index = 0 if one else int(draw.integers(len(captions)))
-    text = captions[index]
-    rewordings = list(paraphrases[index]) if index < len(paraphrases) else []
-    if not rewordings:
-        rewordings = [c for k, c in enumerate(captions) if k != index]
-    second = rewordings[int(draw.integers(len(rewordings)))] if rewordings else noisy_words(text, noise, draw)
-    return index, text, second
-
-
-def noisy_words(text: str, chance: float, draw: np.random.Generator) -> str:
-    """Word-level noise: each word is dropped, or swapped with the next, with probability `chance` in all."""
-    words = text.split()
-    out: list[str] = []
-    k = 0
-    while k < len(words):
-        u = float(draw.random())
-        if u < chance / 2 and len(words) > 2:
-            pass
-        elif u < chance and k + 1 < len(words):
-            out += [words[k + 1], words[k]]
-            k += 1
-        else:
-            out.append(words[k])
-        k += 1
-    return " ".join(out) or text

@@ -333,11 +333,11 @@ def assemble(config: Config, folder: Path, former: Run | None, progress: bool, c
         np.array([s.id for s in samples], dtype=np.int64), config.batch_size, config.seed,
         np.array([s.weight for s in samples]) if manifest.parts else None,
     )  # fmt: skip
-    if len({t for s in samples for t in s.captions}) == 1:
+    objective = build_objective(config, len(samples))
+    if objective.pairs and len({t for s in samples for t in s.captions}) == 1:
         raise UserError(
             f"every training caption of '{config.data}' is '{samples[0].captions[0][:60]}': none tells pictures apart"
         )
-    objective = build_objective(config, len(samples))
     tokenizer = build_tokenizer(config.model, [t for s in samples for t in s.texts], folder / "tokenizer")
     torch.manual_seed(derive(config.seed, "weights"))
     model = DualEncoder(config.model, tokenizer)

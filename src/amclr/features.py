@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -24,12 +25,13 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from amclr.config import Config
-from amclr.data.batches import Batch, BatchPlan, split_views
+from amclr.data.batches import Batch, BatchPlan, again, drawn_by, split_views
 from amclr.data.duplicates import Duplicates
 from amclr.data.manifest import Sample
-from amclr.data.pictures import PictureStore
+from amclr.data.pictures import BadPicture, PictureStore
 from amclr.data.texts import TextPolicy
 from amclr.data.views import policy, title
+from amclr.errors import UserError
 from amclr.model import DualEncoder
 from amclr.randomness import Key, mixed
 
@@ -47,24 +49,36 @@ def image_features(
     store: PictureStore,
     progress: bool = True,
 ) -> np.ndarray:
-    """Features of `views` draws of a policy per picture, (N, V, F) float32, memory-mapped from the cache."""
+    """Features of `views` draws of a policy per picture, (N, V, F) float32, memory-mapped from the cache.
+
+    Those of a picture that cannot be decoded are NaN.
+    """
     drawn = policy(name, config.model.image_size, config.views.flip)
     draws = 1 if name == "none" else views
     seed, size = config.views.cached_seed, config.model.image_size
     stamps = [_stamp(s) for s in samples]
+    shape = (len(samples), draws, model.image_tower.width)
     key = _key("images", _fingerprint(model.image_tower), name, config.views.flip, size, draws, seed, stamps)
 
     def chunk(start: int, stop: int) -> Tensor:
-        pictures, ids = [store[i] for i in range(start, stop)], np.array([s.id for s in samples[start:stop]])
+        out = torch.full((stop - start, *shape[1:]), torch.nan)
+        pictures, kept = [], []
+        for i in range(start, stop):
+            with suppress(BadPicture):
+                pictures.append(store[i])
+                kept.append(i)
+        if not pictures:
+            return out
+        ids = np.array([samples[i].id for i in kept])
         each = []
         for v in range(draws):
             cut, edits = drawn.draw(pictures, ids, seed, "cached", v, title(name))
             each.append(edits(cut.to(model.device)))
         parts = torch.stack(each, 1).flatten(0, 1).split(model.pictures_at_once)
         rows = [model.image_tower(part).float().cpu() for part in parts]
-        return torch.cat(rows).view(stop - start, draws, -1)
+        out[np.array(kept) - start] = torch.cat(rows).view(len(kept), draws, -1)
+        return out
 
-    shape = (len(samples), draws, model.image_tower.width)
     return _cached(cache / f"images-{key}.npy", shape, chunk, f"Features of {draws} x '{title(name)}' views", progress)
 
 
@@ -181,6 +195,12 @@ class FeatureBatches(Dataset[Batch]):
             view: image_features(model, samples, policies[view], config.views.cached, config, cache, store, progress)
             for view in self.image_views
         }
+        self.store = store
+        self.readable = np.ones(len(samples), dtype=bool)
+        for table in self.features.values():
+            self.readable &= ~np.isnan(table[:, 0, 0])
+        if not self.readable.any():
+            raise UserError(f"no training picture can be read; the first: {self._fault(0)}")
         self.rows: dict[str, int] = {}
         self.tables: list[np.ndarray] = []
         # Captions have a file of their own: another store of paraphrases, or none, leaves it as it is.
@@ -205,6 +225,22 @@ class FeatureBatches(Dataset[Batch]):
         key = (self.cached_seed, "cached", v, sample.name, *later)
         return self.word_policy.draw(sample.captions[index : index + 1], (), *key)[2]
 
+    def _fault(self, row: int) -> str:
+        """Why the picture of a sample has no features."""
+        try:
+            self.store[row]
+        except BadPicture as error:
+            return str(error)
+        return f"{self.store.places[row]}: picture could not be decoded when its features were computed"
+
+    def _replaced(self, planned: np.ndarray) -> tuple[np.ndarray, dict[str, str]]:
+        """Rows with each that has no features replaced by the next that has, and what is wrong with those."""
+        if self.readable[planned].all():
+            return planned, {}
+        good, bad = np.flatnonzero(self.readable), planned[~self.readable[planned]]
+        faults = {self.samples[i].name: self._fault(i) for i in bad.tolist()}
+        return good[np.searchsorted(good, planned) % len(good)], faults
+
     def text_features(self, texts: Sequence[str]) -> np.ndarray:
         """Features (n, F) of texts that a visit can draw."""
         wanted = np.array([self.rows[t] for t in texts])
@@ -217,11 +253,12 @@ class FeatureBatches(Dataset[Batch]):
         return out
 
     def __getitem__(self, step: int) -> Batch:
-        """The batch of a step."""
-        epoch, ids = self.plan[step]
+        """The batch of a step. A picture that could not be read is replaced by the next sample that could."""
+        epoch, planned, copies = self.plan.visits(step)
+        ids, replaced = self._replaced(planned)
         images = None
         if self.image_views:
-            keys = self.plan.samples[ids]
+            keys = drawn_by(self.plan.samples[ids], copies)
             rows, drawn = [], None
             for view in self.image_views:
                 table = self.features[view]
@@ -237,11 +274,11 @@ class FeatureBatches(Dataset[Batch]):
         tokens = None
         texts: dict[str, list[str]] = {v: [] for v in self.text_views}
         if self.text_views:
-            for i in ids:
+            for i, copy in zip(ids, copies.tolist(), strict=True):
                 s = self.samples[i]
-                noisy = partial(self._noisy, s, v=epoch % self.cached_views)
+                noisy = partial(self._noisy, s, v=(epoch + copy) % self.cached_views)
                 _, text, second = self.policy.draw(
-                    s.captions, s.paraphrases, self.seed, epoch, s.name, "text", words=noisy
+                    s.captions, s.paraphrases, self.seed, epoch, s.name, "text", *again(copy), words=noisy
                 )
                 if "text_aug" in texts:
                     texts["text_aug"].append(second)
@@ -250,4 +287,4 @@ class FeatureBatches(Dataset[Batch]):
             tokens = torch.from_numpy(self.text_features([t for drawn in texts.values() for t in drawn]))
         groups = self.duplicates.groups(ids, texts)
         places = torch.from_numpy(ids.astype(np.int64))
-        return Batch(self.image_views, self.text_views, images, tokens, places, groups=groups)
+        return Batch(self.image_views, self.text_views, images, tokens, places, replaced, groups)

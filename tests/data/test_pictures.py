@@ -9,6 +9,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,70 @@ def test_a_jpeg_that_is_cut_off_is_refused(share: float) -> None:
         content = jpeg(1, size)
         with pytest.raises(BadPicture, match="cannot be decoded"):
             read_picture(content[: int(share * len(content))], 24)
+
+
+def test_no_picture_runs_a_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow hands PostScript to `gs`, whatever the file is called."""
+    told = tmp_path / "told"
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "gs").write_text(f"#!/bin/sh\necho run >> '{told}'\n")
+    (tmp_path / "bin" / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", None)  # looked for once in a process
+    hostile = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 50 50\n%%EndComments\nshowpage\n%%EOF\n"
+    (tmp_path / "a.jpg").write_bytes(hostile)
+    with pytest.raises(OSError):
+        Image.open(tmp_path / "a.jpg").load()
+    assert told.read_text().startswith("run"), "Pillow alone does run it"
+    told.unlink()
+    for source in (hostile, tmp_path / "a.jpg"):
+        with pytest.raises(BadPicture, match="cannot be decoded: cannot identify image file"):
+            read_picture(source, 24)
+    assert not told.exists()
+
+
+@pytest.mark.parametrize("kind", pictures.KINDS)
+def test_every_kind_that_is_named_is_read(kind: str) -> None:
+    out = io.BytesIO()
+    Image.new("RGB", (30, 20), (200, 10, 10)).save(out, kind)
+    assert read_picture(out.getvalue(), 24).shape == (3, 20, 30)
+
+
+def test_what_is_no_file_is_refused_without_waiting_for_it(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "f.jpg")
+    with pytest.raises(BadPicture, match="not a regular file"):
+        read_picture(tmp_path / "f.jpg", 24)
+
+
+def test_large_pictures_are_decoded_one_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And small ones beside them, drafts of large ones included."""
+    monkeypatch.setattr(pictures, "LARGE_PIXELS", 90 * 90)
+    monkeypatch.setattr(pictures.os, "cpu_count", lambda: 8)
+    now: dict[bool, int] = {True: 0, False: 0}
+    most = dict(now)
+    lock, real = threading.Lock(), pictures._to_rgb
+
+    def watched(picture: Image.Image) -> Image.Image:
+        large = picture.size[0] * picture.size[1] > 90 * 90 or picture.info.get("progressive", 0) == 1
+        with lock:
+            now[large] += 1
+            most[large] = max(most[large], now[large])
+        time.sleep(0.02)
+        with lock:
+            now[large] -= 1
+        return real(picture)
+
+    monkeypatch.setattr(pictures, "_to_rgb", watched)
+    found = []
+    for k in range(32):
+        file = tmp_path / f"{k}.png"
+        if k % 4 == 0:
+            Image.new("RGBA", (100, 100), (k, 0, 0, 128)).save(file)
+        else:
+            file.write_bytes(jpeg(k, (400, 400) if k % 4 == 1 else (40, 40), progressive=k % 8 == 1))
+        found.append(Location(str(file)))
+    assert not any(v.reason for v in pictures.scan(found, 20, progress=False).values())
+    assert most[True] == 1 and most[False] > 1
 
 
 # -- keeping decoded pictures ---------------------------------------------------------------------

@@ -19,7 +19,7 @@ from amclr.data.pictures import BadPicture, PictureStore
 from amclr.data.texts import TextPolicy
 from amclr.data.views import policies
 from amclr.errors import UserError
-from amclr.randomness import mixed
+from amclr.randomness import Key, mixed
 
 Tokenize = Callable[[list[str]], dict[str, Tensor]]
 
@@ -39,7 +39,7 @@ class BatchPlan:
     batch_size: int
     seed: int
     weights: np.ndarray | None = None
-    _orders: dict[int, np.ndarray] = field(default_factory=dict, init=False, repr=False)
+    _orders: dict[int, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self._visits < self.batch_size:
@@ -62,16 +62,22 @@ class BatchPlan:
 
     def __getitem__(self, step: int) -> tuple[int, np.ndarray]:
         """Epoch and rows (B,) of a step's samples."""
+        return self.visits(step)[:2]
+
+    def visits(self, step: int) -> tuple[int, np.ndarray, np.ndarray]:
+        """Epoch, rows (B,) of a step's samples, and how often the epoch has visited each of them before, (B,)."""
         epoch, k = divmod(step, self.steps_per_epoch)
         if epoch not in self._orders:
             self._orders.clear()
             self._orders[epoch] = self._order(epoch)
-        return epoch, self._orders[epoch][k * self.batch_size : (k + 1) * self.batch_size]
+        rows, copies = (of[k * self.batch_size : (k + 1) * self.batch_size] for of in self._orders[epoch])
+        return epoch, rows, copies
 
-    def _order(self, epoch: int) -> np.ndarray:
-        """Rows of the samples in the order of an epoch's visits."""
+    def _order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Rows of the samples in the order of an epoch's visits, and the number of the visit for each, from 0 on."""
         if self.weights is None:
-            return np.argsort(mixed(self.samples, self.seed, "order", epoch, 0), kind="stable")
+            order = np.argsort(mixed(self.samples, self.seed, "order", epoch, 0), kind="stable")
+            return order, np.zeros_like(order)
         visits = np.empty(len(self.samples), dtype=np.int64)
         for weight in np.unique(self.weights):
             # Samples of a weight come due one after the other, evenly over the epochs.
@@ -81,7 +87,14 @@ class BatchPlan:
             visits[own] = np.floor(weight * (epoch + 1) + phase) - np.floor(weight * epoch + phase)
         rows = [np.flatnonzero(visits > copy) for copy in range(int(visits.max(initial=0)))]
         keys = [mixed(self.samples[r], self.seed, "order", epoch, copy) for copy, r in enumerate(rows)]
-        return np.concatenate(rows)[np.argsort(np.concatenate(keys), kind="stable")]
+        order = np.argsort(np.concatenate(keys), kind="stable")
+        copies = np.repeat(np.arange(len(rows)), [len(r) for r in rows])
+        return np.concatenate(rows)[order], copies[order]
+
+
+def drawn_by(samples: np.ndarray, copies: np.ndarray) -> np.ndarray:
+    """What views are drawn by, (B,) int64: the samples' ids at an epoch's first visit, others at its later ones."""
+    return np.where(copies > 0, mixed(samples, "copy").view(np.int64) + copies, samples)
 
 
 @dataclass
@@ -151,6 +164,11 @@ class Batch:
         return replace(self, images=changed(self.images), tokens=changed(self.tokens), ids=changed(self.ids))
 
 
+def again(copy: int) -> tuple[Key, ...]:
+    """What the key of a caption's draw ends with at a later visit of an epoch; nothing at the first."""
+    return (copy,) if copy else ()
+
+
 def split_views(required: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The image views and the text views among those that an objective needs, first view first."""
     of = {m: tuple(v for v in (m, f"{m}_aug") if v in required) for m in ("image", "text")}
@@ -183,14 +201,16 @@ class PictureBatches(Dataset[Batch]):
 
     def __getitem__(self, step: int) -> Batch:
         """The batch of a step. A picture that cannot be read is replaced by the next sample that can."""
-        epoch, planned = self.plan[step]
+        epoch, planned, copies = self.plan.visits(step)
         pictures, ids, replaced = self._pictures([int(i) for i in planned])
-        images, edits = self._images(pictures, self.plan.samples[ids], epoch) if self.image_views else (None, None)
+        images, edits = None, None
+        if self.image_views:
+            images, edits = self._images(pictures, drawn_by(self.plan.samples[ids], copies), epoch)
         tokens, texts = None, {}
         if self.text_views:
             drawn = [
-                self.texts.draw(s.captions, s.paraphrases, self.seed, epoch, s.name, "text")
-                for s in (self.samples[i] for i in ids)
+                self.texts.draw(s.captions, s.paraphrases, self.seed, epoch, s.name, "text", *again(copy))
+                for s, copy in zip((self.samples[i] for i in ids), copies.tolist(), strict=True)
             ]
             both = {"text": [d[1] for d in drawn], "text_aug": [d[2] for d in drawn]}
             texts = {view: both[view] for view in self.text_views}
@@ -198,9 +218,9 @@ class PictureBatches(Dataset[Batch]):
         groups = self.duplicates.groups(ids, texts)
         return Batch(self.image_views, self.text_views, images, tokens, torch.tensor(ids), replaced, groups, edits)
 
-    def _images(self, pictures: list[Tensor], samples: np.ndarray, epoch: int) -> tuple[Tensor, Edits | None]:
+    def _images(self, pictures: list[Tensor], draws: np.ndarray, epoch: int) -> tuple[Tensor, Edits | None]:
         """All image views (V_i * B, 3, S, S), view by view, and the edits left for the device."""
-        drawn = [self.policies[view].draw(pictures, samples, self.seed, epoch, view) for view in self.image_views]
+        drawn = [self.policies[view].draw(pictures, draws, self.seed, epoch, view) for view in self.image_views]
         if self.edited:
             drawn = [(edits(views), edits) for views, edits in drawn]
         images = torch.cat([views for views, _ in drawn]) if len(drawn) > 1 else drawn[0][0]

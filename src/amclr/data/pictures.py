@@ -9,12 +9,14 @@ import json
 import os
 import re
 import shutil
+import stat
 import sys
+import threading
 import warnings
 from base64 import b64decode, b64encode
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal, TextIO
@@ -37,6 +39,12 @@ MAX_PIXELS = 64_000_000
 MAX_BYTES = 512 * 2**20
 """Larger files are refused before they are read."""
 
+LARGE_PIXELS = 8_000_000
+"""Larger pictures are decoded one at a time, or all threads together would need tens of GB."""
+
+KINDS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM")
+"""Pillow's formats that are read. It hands others, such as EPS, to programs outside this process."""
+
 CHUNK = 256
 """Decoded pictures written to disk at a time."""
 
@@ -53,9 +61,12 @@ class Location:
     size: int = -1
 
     def read(self) -> bytes:
-        """The picture's bytes. Raises OSError where they cannot be read, BadPicture where there are too many."""
-        with open(self.file, "rb", buffering=0) as handle:
-            size = os.fstat(handle.fileno()).st_size if self.size < 0 else self.size
+        """The picture's bytes. Raises OSError where they cannot be read, BadPicture where they are none or too many."""
+        with open(self.file, "rb", buffering=0, opener=_without_waiting) as handle:
+            status = os.fstat(handle.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise BadPicture("not a regular file")
+            size = status.st_size if self.size < 0 else self.size
             if size > MAX_BYTES:
                 raise BadPicture(f"picture too large: {size} bytes, over the limit of {MAX_BYTES // 2**20} MB")
             content = os.pread(handle.fileno(), size, self.offset)
@@ -67,14 +78,19 @@ class Location:
     def stamp(self) -> str:
         """What changes with the picture: its place in the file, its length, the file's time of change."""
         try:
-            stat = os.stat(self.file)
+            status = os.stat(self.file)
         except OSError:
             return "absent"
-        part = f"{self.offset}+{self.size}" if self.size >= 0 else str(stat.st_size)
-        return f"{part}|{stat.st_mtime_ns}"
+        part = f"{self.offset}+{self.size}" if self.size >= 0 else str(status.st_size)
+        return f"{part}|{status.st_mtime_ns}"
 
     def __str__(self) -> str:
         return self.file if self.size < 0 else f"{self.file} at byte {self.offset}"
+
+
+def _without_waiting(file: str, flags: int) -> int:
+    # A named pipe would otherwise be waited for until something is written to it.
+    return os.open(file, flags | os.O_NONBLOCK)
 
 
 Picture = str | Path | bytes | Location | Image.Image | Tensor
@@ -106,8 +122,9 @@ def read_picture(source: Picture, size: int) -> Tensor:
                     f"picture too large: {width} x {height} pixels, over the limit of {MAX_PIXELS // 10**6} million"
                 )
             picture.draft("RGB", (target, target))
-            ImageOps.exif_transpose(picture, in_place=True)
-            pixels = torch.from_numpy(np.array(_to_rgb(picture))).permute(2, 0, 1)
+            with _one_at_a_time if _is_large(picture, width * height) else nullcontext():
+                ImageOps.exif_transpose(picture, in_place=True)
+                pixels = torch.from_numpy(np.array(_to_rgb(picture))).permute(2, 0, 1)
     except BadPicture:
         raise
     except Image.DecompressionBombError as error:
@@ -118,6 +135,15 @@ def read_picture(source: Picture, size: int) -> Tensor:
         message = re.sub(r"<_io\.BytesIO object at \w+>", "the file", str(error))
         raise BadPicture(f"picture cannot be decoded: {message or type(error).__name__}") from None
     return _at_most(pixels, target)
+
+
+_one_at_a_time = threading.Lock()
+
+
+def _is_large(picture: Image.Image, pixels: int) -> bool:
+    """Whether decoding takes much memory: a draft takes little, but of a progressive JPEG, which is held whole."""
+    width, height = picture.size
+    return (pixels if "progressive" in picture.info else width * height) > LARGE_PIXELS
 
 
 def _at_most(picture: Tensor, shorter: int) -> Tensor:
@@ -146,7 +172,7 @@ def _open(source: str | Path | bytes | Location | Image.Image) -> Image.Image:
     content = source.read() if isinstance(source, Location) else source
     if not content:
         raise BadPicture("picture is empty (0 bytes)")
-    return Image.open(io.BytesIO(content))
+    return Image.open(io.BytesIO(content), formats=KINDS)
 
 
 def _to_rgb(picture: Image.Image) -> Image.Image:

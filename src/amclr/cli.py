@@ -75,7 +75,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"amclr: {message}", file=sys.stderr)
+    # What a name of a file holds must do nothing to the terminal; `amclr.data.rows.printable` takes long to import.
+    line = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in " ".join(message.splitlines()))
+    print(f"amclr: {line}", file=sys.stderr)
     return code
 
 

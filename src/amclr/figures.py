@@ -98,7 +98,7 @@ def contact_sheet(cards: Sequence[tuple[Sequence[tuple[str, Tensor]], str, str]]
     """
     across = 2
     rows = -(-len(cards) // across)
-    views = len(cards[0][0])
+    views = max(len(pictures) for pictures, _, _ in cards)
     with plt.rc_context({"font.size": 8}):
         height = 0.45 + 2.35 * rows
         figure = plt.figure(figsize=(across * (1.55 * views + 0.3), height))

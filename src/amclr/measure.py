@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import combinations
+from itertools import combinations, islice
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,12 @@ import torch
 from torch import Tensor
 
 from amclr import evaluate, figures
-from amclr.config import Config, SourceConfig
+from amclr.config import Config, SourceConfig, problems
 from amclr.data import duplicates, tables
 from amclr.data import manifest as manifests
 from amclr.data.manifest import Manifest, Sample
 from amclr.data.pictures import BadPicture, Location, Picture, PictureStore, scan
-from amclr.data.rows import write_rejects
+from amclr.data.rows import Reject, printable, write_rejects
 from amclr.data.texts import TextPolicy
 from amclr.data.views import policies, title, whole
 from amclr.errors import UserError
@@ -40,6 +41,7 @@ def model_reads_pictures(model: DualEncoder) -> bool:
 class Evaluator:
     """Retrieval on a fixed set of samples. Where both towers are frozen, their features are cached.
 
+    Samples whose pictures cannot be decoded are left out for good, as soon as it shows, with their captions.
     again: it will be asked more than once, so that decoded pictures are worth keeping.
     """
 
@@ -52,25 +54,54 @@ class Evaluator:
         progress: bool = False,
         again: bool = False,
     ) -> None:
-        self.model, self.samples = model, samples
+        self.model = model
         self.progress = progress and len(samples) > 2000  # a bar for a moment is only unrest
-        self.captions = [c for s in samples for c in s.captions]
-        self.image_of_text = np.repeat(np.arange(len(samples)), [len(s.captions) for s in samples])
-        self.features: tuple[Tensor, Tensor] | None = None
+        self.rejects: list[Reject] = []
+        """Samples that are left out."""
         places = [s.picture for s in samples]
-        self.pictures: Sequence[Picture] = places
-        if again and model_reads_pictures(model):
-            store = PictureStore.as_set(places, config, cache, progress)
-            if store.kept != "none":
-                self.pictures = [store[i] for i in range(len(store))]
+        self.features: tuple[Tensor, Tensor] | None = None
         if not model_reads_pictures(model):
+            pictures = _plain_features(model, samples, config, cache, progress)
+            self._take(samples, (~pictures[:, 0].isnan()).tolist())
             texts = caption_features(model, self.captions, cache, progress)
-            self.features = _plain_features(model, samples, config, cache, progress), torch.from_numpy(texts.copy())
+            self.features = pictures[~pictures[:, 0].isnan()], torch.from_numpy(texts.copy())
+            return
+        store = PictureStore.as_set(places, config, cache, progress) if again else PictureStore(places, 0)
+        decoded: list[Tensor | None] = [] if store.kept == "none" else [_or_none(store, i) for i in range(len(store))]
+        self._take(samples, [d is not None for d in decoded])
+        self.pictures: Sequence[Picture] = [d for d in decoded if d is not None] or [s.picture for s in self.samples]
+
+    def _take(self, samples: Sequence[Sample], fine: Sequence[bool] = ()) -> None:
+        """Measure on those samples that are fine, or on all where that is not known; say how many are left out."""
+        bad = [s for s, good in zip(samples, fine, strict=False) if not good]
+        self.samples = [s for s, good in zip(samples, fine, strict=True) if good] if bad else list(samples)
+        self.captions = [c for s in self.samples for c in s.captions]
+        self.image_of_text = np.repeat(np.arange(len(self.samples)), [len(s.captions) for s in self.samples])
+        if not bad:
+            return
+        verdicts = scan([s.picture for s in bad], self.model.config.image_size, progress=False)
+        reasons = [verdicts[s.picture].reason or "picture could not be decoded" for s in bad]
+        self.rejects += [
+            Reject(s.picture.file, 0, f"while evaluating: {r}", s.name) for s, r in zip(bad, reasons, strict=True)
+        ]
+        if not self.samples:
+            raise UserError(f"no picture to evaluate on can be decoded; the first: {self.rejects[0]}")
+        print(
+            f"{len(bad)} of {len(samples)} pictures to evaluate on cannot be decoded, and are left out; the first: "
+            f"{self.rejects[-len(bad)]}", file=sys.stderr,
+        )  # fmt: skip
 
     def embeddings(self) -> tuple[Tensor, Tensor]:
         """Unit rows of the pictures (N, D) and of all their captions (T, D), on the CPU."""
         if self.features is None:
-            pictures = self.model.encode_image(self.pictures, progress=self.progress)
+            try:
+                pictures = self.model.encode_image(self.pictures, progress=self.progress)
+            except BadPicture:
+                places = [s.picture for s in self.samples]
+                verdicts = scan(places, self.model.config.image_size, progress=self.progress)
+                self._take(self.samples, [not verdicts[p].reason for p in places])
+                self.pictures = [s.picture for s in self.samples]
+                pictures = self.model.encode_image(self.pictures, progress=self.progress)
             return pictures, self.model.encode_text(self.captions, progress=self.progress)
         return self.model.project(self.features[0], None), self.model.project(None, self.features[1])
 
@@ -80,7 +111,7 @@ class Evaluator:
 
     def figures(self, images: Tensor, texts: Tensor) -> dict[str, Any]:
         """Recalls of given embeddings, with the sizes that they belong to."""
-        sizes = {"pictures": len(images), "captions": len(texts)}
+        sizes = {"pictures": len(images), "captions": len(texts), "rejects": len(self.rejects)}
         return {**sizes, **evaluate.retrieval(images, texts, self.image_of_text)}
 
     def chance(self) -> float:
@@ -88,10 +119,18 @@ class Evaluator:
         return float(np.mean(_chances(len(self.samples))))
 
 
+def _or_none(store: PictureStore, index: int) -> Tensor | None:
+    """A picture, or None where it cannot be decoded."""
+    try:
+        return store[index]
+    except BadPicture:
+        return None
+
+
 def _plain_features(
     model: DualEncoder, samples: Sequence[Sample], config: Config, cache: Path, progress: bool
 ) -> Tensor:
-    """Cached features (N, F) of pictures as they are evaluated."""
+    """Cached features (N, F) of pictures as they are evaluated; NaN where one cannot be decoded."""
     store = PictureStore([s.picture for s in samples], config.model.image_size)
     found = image_features(model, samples, "none", 1, config, cache, store, progress)
     return torch.from_numpy(found[:, 0].copy())
@@ -119,7 +158,7 @@ def draw_gallery(
         for q, scores, index in zip(pick, top.values, top.indices, strict=True)
     ]
     figures.gallery(
-        [evaluator.captions[q] for q in pick], found, file, f"{title}: held-out captions and what they find"
+        [printable(evaluator.captions[q]) for q in pick], found, file, f"{title}: held-out captions and what they find"
     )
 
 
@@ -206,7 +245,8 @@ def report(results: dict[str, Any]) -> str:
 
 
 def _retrieval_table(results: dict[str, Any]) -> str:
-    lines = [f"{results['split']} split: {results['pictures']} pictures, {results['captions']} captions"]
+    left_out = f", {results['rejects']} left out" if results["rejects"] else ""
+    lines = [f"{results['split']} split: {results['pictures']} pictures, {results['captions']} captions{left_out}"]
     lines += [f"{'':18}{'R@1':>8}{'R@5':>8}{'R@10':>8}{'mean':>8}{'median rank':>14}"]
     for side, name in (("txt", "text retrieval"), ("img", "image retrieval")):
         values = [results[f"{side}_r{k}"] for k in evaluate.RECALLS] + [results[f"{side}_r_mean"]]
@@ -241,7 +281,9 @@ def inspect(
     """
     if sheet.suffix.lower() not in (".png", ".jpg", ".jpeg", ".pdf", ".svg"):
         raise UserError(f"cannot draw a contact sheet as '{sheet}': name a .png, .jpg, .pdf or .svg file")
-    policies(config)  # a slip in the settings should show before the data is read
+    if wrong := problems(config):  # a slip in the settings should show before the data is read
+        raise UserError("; ".join(wrong))
+    policies(config)
     lenient = replace(config, source=replace(config.source, max_bad=1.0, duplicates="positives"))
     manifest = manifests.prepare(lenient, manifests.cache_folder(config), progress, scan_all)
     samples = manifest.samples
@@ -288,12 +330,12 @@ def inspect(
     lines += [f"contact sheet: {sheet}", f"caption lengths and words: {plot}"]
     if groups is not None and (sets := duplicates.largest(groups)):
         drawn = sheet.with_name(f"{sheet.stem}-duplicates{sheet.suffix}")
-        _draw_duplicates(samples, sets, store, drawn)
-        lines.append(f"pictures that look the same: {drawn}")
+        if _draw_duplicates(samples, sets, store, drawn):
+            lines.append(f"pictures that look the same: {drawn}")
     if listing:
         manifest.write(listing)
         lines.append(f"every sample: {listing}")
-    return "\n".join(lines)
+    return "\n".join(map(printable, lines))
 
 
 def _token_lengths(config: Config, captions: Sequence[str], most: int = 100_000) -> np.ndarray | None:
@@ -315,29 +357,39 @@ def _token_line(config: Config, tokens: np.ndarray) -> str:
     )
 
 
-def _draw_duplicates(samples: Sequence[Sample], sets: Sequence[np.ndarray], store: PictureStore, file: Path) -> None:
-    """Draw some members of the largest groups of near-duplicate pictures, with a caption of the first two."""
+def _draw_duplicates(samples: Sequence[Sample], sets: Sequence[np.ndarray], store: PictureStore, file: Path) -> bool:
+    """Draw some members of the largest groups of near-duplicate pictures, with a caption of the first two.
+
+    False, with nothing drawn, where none of them can be decoded any more.
+    """
     cards = []
     for members in sets[:12]:
-        pictures = [(samples[i].name[-16:], whole(store[i], 96)) for i in map(int, members[:4])]
-        cards.append((pictures, samples[members[0]].captions[0], samples[members[1]].captions[0]))
-    figures.contact_sheet(cards, file, f"{sum(map(len, sets))} pictures in {len(sets)} groups look the same")
+        seen = [(samples[i], p) for i in map(int, members[:4]) if (p := _or_none(store, i)) is not None]
+        pictures = [(printable(s.name[-16:]), whole(p, 96)) for s, p in seen]
+        if len(seen) > 1:
+            cards.append((pictures, *(printable(s.captions[0]) for s, _ in seen[:2])))
+    if cards:
+        title = f"{sum(map(len, sets))} pictures in {len(sets)} groups look the same"
+        figures.contact_sheet(cards, file, title)
+    return bool(cards)
 
 
 def _draw_sheet(samples: Sequence[Sample], config: Config, file: Path, manifest: Manifest) -> None:
-    pick = np.random.default_rng(config.seed).permutation(len(samples))[:8]
+    order = np.random.default_rng(config.seed).permutation(len(samples))
     size = config.model.image_size
     store = PictureStore([s.picture for s in samples], size)
     cards = []
-    for i in map(int, pick):
-        s = samples[i]
+    found = ((samples[i], p) for i in map(int, order) if (p := _or_none(store, i)) is not None)
+    for s, picture in islice(found, 8):
         key = (config.seed, 0, s.name)
-        pictures = [("as evaluated", whole(store[i], size))]
+        pictures = [("as evaluated", whole(picture, size))]
         for view, drawn in policies(config).items():
-            (shown,) = drawn([store[i]], np.array([s.id]), config.seed, 0, view)
+            (shown,) = drawn([picture], np.array([s.id]), config.seed, 0, view)
             pictures.append((f"{view}: {title(getattr(config.views, view))}", shown))
         _, text, second = TextPolicy.of(config).draw(s.captions, s.paraphrases, *key, "text")
-        cards.append((pictures, text, second))
+        cards.append((pictures, printable(text), printable(second)))
+    if not cards:
+        raise UserError(f"no picture of '{config.data}' can be decoded: amclr inspect --scan lists them")
     file.parent.mkdir(parents=True, exist_ok=True)
     figures.contact_sheet(
         cards, file, f"{manifests.label(config.data)}: {len(samples)} pictures; text in black, text_aug in blue"

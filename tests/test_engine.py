@@ -269,7 +269,9 @@ def test_resuming_on_other_pictures_is_refused(objective: str, folder: Path) -> 
     listed = folder / "train.txt"
     names = listed.read_text()
     listed.write_text(names.replace("020.png\n", ""))
-    with pytest.raises(UserError, match=r"not those that '.*run' began with \(31 now, 32 then\): put them back"):
+    with pytest.raises(
+        UserError, match=r"not those of before \(31 now, 32 then; gone: 020.png\): put back what '.*run' began with"
+    ):
         train(Config(), resume=run.folder, progress=False)
     listed.write_text(names)
     train(Config(), resume=run.folder, progress=False)
@@ -287,11 +289,13 @@ def test_with_other_pictures_the_samples_that_stay_keep_their_estimates(folder: 
     (folder / "train.txt").write_text("\n".join(now))
     settings = (run.folder / "config.yaml").read_text()
     (run.folder / "config.yaml").write_text(settings.replace("epochs: 2", "epochs: 3"))
-    with pytest.raises(UserError, match=r"31 now, 32 then.*--resume .*run --changed_data"):
+    with pytest.raises(
+        UserError, match=r"31 now, 32 then; gone: 020.png, 033.png; new: 000-new.png\).*--resume .*run --changed_data"
+    ):
         train(Config(), resume=run.folder, progress=False)
     former = Run.open(run.folder)
     training = engine.assemble(former.config, run.folder, former, False, changed_data=True)
-    training.restore()
+    training.restore(changed_data=True)
     assert training.step == 6 and training.plan.steps_per_epoch == 3  # two epochs, as before
     found, saved = training.objective.state_dict(), before["objective"]
     assert sum(k.endswith(".values") for k in saved) >= 2

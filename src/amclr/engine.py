@@ -9,7 +9,7 @@ import signal
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
@@ -39,7 +39,7 @@ from amclr.model import DualEncoder, build_tokenizer
 from amclr.objectives import Objective, backward_in_chunks, build
 from amclr.optim import build_optimizer, choose_optimizer, learning_rate, set_lr
 from amclr.randomness import derive
-from amclr.run import Loggers, Run, write_atomically
+from amclr.run import Loggers, Pinned, Run, write_atomically
 
 LOG_EVERY = 10
 
@@ -98,6 +98,7 @@ class Training:
     config: Config
     run: Run
     manifest: Manifest
+    pinned: Pinned
     plan: BatchPlan
     model: DualEncoder
     """The bare model: for states, evaluation and checkpoints."""
@@ -114,28 +115,32 @@ class Training:
     clock: Clock = field(default_factory=Clock)
     """What this process spent its time on."""
     lost: set[str] = field(default_factory=set)
-    """Samples whose pictures went bad while training."""
+    """Samples whose pictures were found bad while training, since it was last taken up."""
+    listed: set[str] = field(default_factory=set)
+    """Samples whose pictures were found bad while training before that."""
 
     @property
     def steps(self) -> int:
         """Steps of the whole run."""
         return self.plan.steps_per_epoch * self.config.epochs
 
-    def save(self, *, is_best: bool = False) -> None:
-        """Write a checkpoint."""
+    def save(self, *, is_best: bool = False, renumbered: bool = False) -> None:
+        """Write a checkpoint. renumbered: its steps are counted otherwise than in those before it."""
         state = {
             "model": self.model.state_to_save(), "optimizer": self.optimizer.state_dict(),
             "objective": self.objective.state_dict(), "step": self.step, "best": self.best,
             "samples": torch.from_numpy(self.plan.samples), "steps_per_epoch": self.plan.steps_per_epoch,
+            "held_out": self.pinned.val_digest,
         }  # fmt: skip
-        self.run.save(state, self.step, best=is_best, keep=self.config.keep)
+        self.run.save(state, self.step, best=is_best, keep=self.config.keep, renumbered=renumbered)
 
     def lose(self, name: str, reason: str) -> None:
         """List a sample whose picture went bad. Raises UserError beyond the limit on bad pictures."""
         if name in self.lost:
             return
         self.lost.add(name)
-        append_rejects([Reject("", 0, f"while training: {reason}", name)], self.run.folder / "rejects.jsonl")
+        if name not in self.listed:
+            self.list_lost({name: reason})
         if len(self.lost) > self.config.source.max_bad * len(self.plan.samples):
             raise UserError(
                 f"{len(self.lost)} of {len(self.plan.samples)} training pictures can no longer be read, over the limit "
@@ -143,24 +148,50 @@ class Training:
                 f"amclr train --resume {self.run.folder}"
             )
 
-    def restore(self) -> None:
-        """Take up the run's newest checkpoint, if it has one."""
+    def list_lost(self, reasons: Mapping[str, str]) -> None:
+        """Add samples whose pictures went bad, and why, to rejects.jsonl."""
+        rejects = [Reject("", 0, f"while training: {reason}", name) for name, reason in reasons.items()]
+        append_rejects(rejects, self.run.folder / "rejects.jsonl")
+
+    def restore(self, changed_data: bool = False) -> None:
+        """Take up the run's newest checkpoint, if it has one. Raises UserError where it is of other samples.
+
+        changed_data: take it up even so. As many epochs are done as were, of the samples that there are now.
+        """
         state = self.run.load_last()
         if state:
+            before = state.get("samples", torch.from_numpy(self.plan.samples)).numpy()
+            same = np.array_equal(before, self.plan.samples)
+            stretch = self.stretch(state)
+            if not (changed_data or (same and stretch == 1)):
+                raise UserError(
+                    f"the newest checkpoint in '{self.run.checkpoints}' is of other training pictures, or weights of "
+                    f"them: put those back, or go on by: amclr train --resume {self.run.folder} --changed_data"
+                )
             self.model.load_saved(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
-            self.step, self.best = state["step"], state["best"]
-            before = state.get("samples", torch.from_numpy(self.plan.samples)).numpy()
-            if np.array_equal(before, self.plan.samples):
+            if same:
                 self.objective.load_state_dict(state["objective"])
             else:
-                # As many epochs are done as were, of the samples that there are now.
-                self.step = round(self.step / state["steps_per_epoch"] * self.plan.steps_per_epoch)
                 self.objective.load_rows(state["objective"], rows_among(before, self.plan.samples))
-        self.run.forget_metrics_after(self.step)
-        for row in self.run.metrics():
-            if row["kind"] == "replaced":
-                self.lose(row["sample"], row["reason"])
+            self.step, held_out = round(state["step"] * stretch), self.pinned.val_digest
+            # Recalls on other pictures are no measure of the best.
+            self.best = state["best"] if state.get("held_out", held_out) == held_out else -math.inf
+            if not same or stretch != 1:
+                # Before the metrics are numbered anew: a kill in between may lose some, but never counts twice.
+                self.save(renumbered=True)
+            self.run.forget_metrics_after(state["step"], stretch)
+        else:
+            self.run.forget_metrics_after(0)
+        # What went bad before stays listed, but counts towards the limit only if it is found bad again.
+        found = {row["sample"]: row["reason"] for row in self.run.metrics() if row["kind"] == "replaced"}
+        trained = frozenset(self.pinned.train)
+        self.list_lost({name: reason for name, reason in found.items() if name in trained})
+        self.listed = set(found)
+
+    def stretch(self, state: dict[str, Any]) -> float:
+        """Steps an epoch now, by those that a checkpoint was counted in."""
+        return self.plan.steps_per_epoch / float(state.get("steps_per_epoch", self.plan.steps_per_epoch))
 
 
 def rows_among(before: np.ndarray, now: np.ndarray) -> Tensor:
@@ -183,7 +214,9 @@ def train(config: Config, *, resume: Path | None = None, changed_data: bool = Fa
         with kept_random_state():
             training = assemble(former.config if former else config, folder, former, progress, changed_data)
             if former:
-                training.restore()
+                training.restore(changed_data)
+            # Not before the checkpoint has been taken up: what could not be must be asked for again.
+            training.run.pin_samples(training.pinned)
             fit(training, progress)
             finish(training, progress)
     except KeyboardInterrupt:
@@ -329,9 +362,10 @@ def assemble(config: Config, folder: Path, former: Run | None, progress: bool, c
     cache = manifests.cache_folder(config)
     manifest = manifests.prepare(config, cache, progress)
     samples, held_out = manifest.split("train"), manifest.split("val")
+    weights = [s.weight for s in samples] if manifest.parts else []
     plan = BatchPlan(
         np.array([s.id for s in samples], dtype=np.int64), config.batch_size, config.seed,
-        np.array([s.weight for s in samples]) if manifest.parts else None,
+        np.array(weights) if weights else None,
     )  # fmt: skip
     objective = build_objective(config, len(samples))
     if objective.pairs and len({t for s in samples for t in s.captions}) == 1:
@@ -345,8 +379,10 @@ def assemble(config: Config, folder: Path, former: Run | None, progress: bool, c
     if not held_out:
         raise UserError(f"{manifest.root} has no validation pictures: give it a val.txt or raise --source.val_fraction")
 
+    pinned = Pinned([s.name for s in samples], [s.name for s in held_out], weights)
+    if former and not changed_data:
+        former.refuse_others(pinned)
     run = former or Run.create(folder, _with_store(config, manifest))
-    run.pin_samples([s.name for s in samples], changed_data)
     if config.model.text_tower == "small" and not (folder / "tokenizer").is_dir():
         tokenizer.save_pretrained(folder / "tokenizer.part")  # a kill here must leave none, or a whole one
         (folder / "tokenizer.part").rename(folder / "tokenizer")
@@ -368,7 +404,9 @@ def assemble(config: Config, folder: Path, former: Run | None, progress: bool, c
         batches = FeatureBatches(model, samples, store, plan, views, config, cache, progress, same)
     evaluator = Evaluator(model, held_out, config, cache, progress, again=True)
     wrapped, optimizer = fabric.setup(model, optimizer)
-    return Training(fabric, config, run, manifest, plan, model, wrapped, objective, optimizer, batches, evaluator)
+    return Training(
+        fabric, config, run, manifest, pinned, plan, model, wrapped, objective, optimizer, batches, evaluator
+    )
 
 
 def _with_store(config: Config, manifest: Manifest) -> Config:
@@ -415,13 +453,14 @@ def finish(t: Training, progress: bool) -> None:
     t.model.load_saved(best["model"])
     t.model.eval()
     images, texts = t.evaluator.embeddings()
-    results = {"split": "val", "best_step": best["step"], **t.evaluator.figures(images, texts)}
+    results = {"split": "val", "best_step": round(best["step"] * t.stretch(best)), **t.evaluator.figures(images, texts)}
     if t.manifest.zeroshot:
         results |= measure_classes(t.model, t.manifest.zeroshot, t.config, progress=progress)
     write_atomically(t.run.folder / "results.json", json.dumps(results, indent=2) + "\n")
     title = f"{t.config.objective} on {manifests.label(t.config.data)}"
     figures.curves(t.run.metrics(), t.run.folder / "curves.png", title, t.evaluator.chance())
     draw_gallery(t.model, t.evaluator, images, texts, t.run.folder / "gallery.png", title)
+    append_rejects(t.evaluator.rejects, t.run.folder / "rejects.jsonl")
 
 
 @contextmanager

@@ -365,9 +365,9 @@ def _draw_duplicates(samples: Sequence[Sample], sets: Sequence[np.ndarray], stor
     cards = []
     for members in sets[:12]:
         seen = [(samples[i], p) for i in map(int, members[:4]) if (p := _or_none(store, i)) is not None]
-        pictures = [(printable(s.name[-16:]), whole(p, 96)) for s, p in seen]
         if len(seen) > 1:
-            cards.append((pictures, *(printable(s.captions[0]) for s, _ in seen[:2])))
+            first, second = (printable(s.captions[0]) for s, _ in seen[:2])
+            cards.append(([(printable(s.name[-16:]), whole(p, 96)) for s, p in seen], first, second))
     if cards:
         title = f"{sum(map(len, sets))} pictures in {len(sets)} groups look the same"
         figures.contact_sheet(cards, file, title)

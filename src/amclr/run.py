@@ -4,7 +4,7 @@ config.yaml        every setting, resolved        metrics.jsonl, .csv   what was
 environment.json   versions, machine, command     curves.png            loss and recall
 rejects.jsonl      rows and pictures left out     gallery.png           captions and what they find
 checkpoints/       last.pt, best.pt, step-*.pt    results.json          the best weights, measured
-tokenizer/         of the small text tower        samples.json          which pictures it trains on
+tokenizer/         of the small text tower        samples.json          its pictures, by name
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,64 @@ from amclr.model import DualEncoder, build_tokenizer
 from amclr.randomness import derive
 
 PACKAGES = ("amclr", "torch", "torchvision", "timm", "transformers", "tokenizers", "lightning", "numpy", "pillow")
+
+
+NAMES_KEPT = 1_000_000
+"""Of more pictures, a run keeps no names: it then only tells that they differ."""
+
+
+@dataclass(frozen=True)
+class Pinned:
+    """The pictures of a run. The order of its batches and every row of the estimators follow from them.
+
+    train, val: their names. weights: how often an epoch visits each training picture; empty is once.
+    """
+
+    train: Sequence[str]
+    val: Sequence[str]
+    weights: Sequence[float] = ()
+
+    @property
+    def val_digest(self) -> str:
+        """A hash of the validation pictures' names."""
+        return _digest(self.val)
+
+    def record(self) -> dict[str, Any]:
+        """What is kept of it: counts and hashes, and names where they are not too many."""
+        return {
+            "training pictures": len(self.train), "sha256 of their names": _digest(self.train),
+            "sha256 of their weights": _digest(map(str, self.weights)),
+            "validation pictures": len(self.val), "sha256 of validation names": self.val_digest,
+            "names": {k: v if len(v) <= NAMES_KEPT else [] for k, v in (("train", self.train), ("val", self.val))},
+        }  # fmt: skip
+
+    def unlike(self, before: dict[str, Any]) -> str:
+        """How the pictures differ from those of a record, in a few words; empty where they do not."""
+        now = self.record()
+        # Records of earlier versions have fewer entries.
+        differ = {key for key, value in now.items() if key in before and before[key] != value}
+        for split, names, count, digest in (
+            ("train", "training pictures", "training pictures", "sha256 of their names"),
+            ("val", "validation pictures", "validation pictures", "sha256 of validation names"),
+        ):
+            if digest in differ:
+                then, new = before.get("names", {}).get(split, []), now["names"][split]
+                changes = [
+                    f"{what}: {_some(sorted(some))}"
+                    for what, some in (("gone", {*then} - {*new}), ("new", {*new} - {*then}))
+                    if some and then and new
+                ]
+                told = "; ".join([f"{now[count]} now, {before[count]} then", *changes])
+                return f"the {names} are not those of before ({told})"
+        return "the weights of the mix are not those of before" if "sha256 of their weights" in differ else ""
+
+
+def _digest(names: Iterable[str]) -> str:
+    return hashlib.sha256("\n".join(names).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 class Run:
@@ -74,23 +132,16 @@ class Run:
         except (ValueError, TypeError, yaml.YAMLError) as error:
             raise UserError(f"cannot read '{file}': {error}") from None
 
-    def pin_samples(self, names: Sequence[str], changed: bool = False) -> None:
-        """Record the training pictures of a run; of one that goes on, refuse others than those it began with.
+    def pin_samples(self, samples: Pinned) -> None:
+        """Record the pictures of a run, which one that goes on is held to."""
+        write_atomically(self.folder / "samples.json", json.dumps(samples.record(), indent=1) + "\n")
 
-        The order of batches and every row of the estimators follow from this list. changed: take the
-        others.
-        """
+    def refuse_others(self, samples: Pinned) -> None:
+        """Raise UserError, naming what differs, for other pictures than those that the run was pinned to, if it was."""
         file = self.folder / "samples.json"
-        digest = hashlib.sha256("\n".join(names).encode("utf-8", "surrogatepass")).hexdigest()
-        now = {"training pictures": len(names), "sha256 of their names": digest}
-        if changed or not file.is_file():
-            write_atomically(file, json.dumps(now, indent=2) + "\n")
-            return
-        before = json.loads(file.read_text(encoding="utf-8"))
-        if before != now:
+        if file.is_file() and (differs := samples.unlike(json.loads(file.read_text(encoding="utf-8")))):
             raise UserError(
-                f"the training pictures are not those that '{self.folder}' began with ({len(names)} now, "
-                f"{before['training pictures']} then): put them back, or go on with those of now by: "
+                f"{differs}: put back what '{self.folder}' began with, or go on with what there is now by: "
                 f"amclr train --resume {self.folder} --changed_data"
             )
 
@@ -112,9 +163,12 @@ class Run:
                 continue
         return rows
 
-    def forget_metrics_after(self, step: int) -> None:
-        """Drop the rows of steps that a resumed run will do again."""
-        kept = [row for row in self.metrics() if row["step"] <= step]
+    def forget_metrics_after(self, step: int, stretch: float = 1.0) -> None:
+        """Drop the rows of steps that a resumed run will do again.
+
+        stretch: steps an epoch now, by those that the rows were counted in; the others are numbered anew.
+        """
+        kept = [{**row, "step": round(row["step"] * stretch)} for row in self.metrics() if row["step"] <= step]
         write_atomically(self.folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
 
     def write_csv(self) -> None:
@@ -128,9 +182,10 @@ class Run:
 
     # -- checkpoints ------------------------------------------------------------------------------
 
-    def save(self, state: dict[str, Any], step: int, *, best: bool, keep: int) -> None:
+    def save(self, state: dict[str, Any], step: int, *, best: bool, keep: int, renumbered: bool = False) -> None:
         """Write a checkpoint of a step; `last.pt` (and `best.pt`) become it, older ones beyond `keep` go.
 
+        renumbered: steps are no longer counted as they were, so that all those before it go.
         Each file is complete or absent at any moment: written beside, synced, then renamed. Raises
         UserError where it cannot be written; those before it are still there.
         """
@@ -159,7 +214,8 @@ class Run:
                 fresh.write_bytes(file.read_bytes())
             os.replace(fresh, self.checkpoints / name)
         _sync_folder(self.checkpoints)
-        for old in self._steps()[: -max(keep, 1)]:
+        others = [old for old in self._steps() if old != file]
+        for old in others if renumbered else others[: len(others) + 1 - max(keep, 1)]:
             old.unlink(missing_ok=True)
 
     def load_last(self) -> dict[str, Any] | None:

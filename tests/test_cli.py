@@ -102,6 +102,8 @@ def test_settings_from_a_file_and_on_top_of_it(amclr: Command, folder: Path, tmp
         (["evaluate", "nowhere"], "'nowhere' is no run folder"),
         (["evaluate", "x", "--templates", "t.txt"], "belong to --zeroshot FOLDER: give it too"),
         (["inspect", "--data", "nowhere"], "no data set at 'nowhere'"),
+        (["inspect", "--model.image_size", "0"], "--model.image_size must lie between 8 and 4096"),
+        (["evaluate", "no\x1b[2J\nwhere"], "'no\N{REPLACEMENT CHARACTER}[2J where' is no run folder"),
         (["inspect", "--sheet", "sheet.xyz"], "cannot draw a contact sheet as 'sheet.xyz': name a .png"),
     ],
 )
@@ -309,6 +311,16 @@ def test_inspect_lists_a_mix_sample_by_sample(folder: Path, tmp_path: Path, amcl
             handle.seek(row["offset"])
             assert Image.open(io.BytesIO(handle.read(row["size"]))).size == (40, 40)
     assert (tmp_path / "contact-sheet.png").is_file() and (tmp_path / "contact-sheet-captions.png").is_file()
+
+
+def test_names_do_nothing_to_the_terminal(tmp_path: Path, amclr: Command) -> None:
+    for k in range(4):
+        (tmp_path / "pets" / "cat").mkdir(parents=True, exist_ok=True)
+        paint("red", k // 2).save(tmp_path / "pets" / "cat" / f"\x1b[2J{k}.png")
+    done = amclr("inspect", "--data", "pets")
+    assert done.returncode == 0 and "\x1b" not in done.stdout + done.stderr, done.stderr
+    assert "4 pictures in 2 groups look the same; the largest is of 2: cat/\N{REPLACEMENT CHARACTER}[2J" in done.stdout
+    assert (tmp_path / "contact-sheet-duplicates.png").is_file()
 
 
 def test_datasets_of_the_hub_by_name(folder: Path, tmp_path: Path, amclr: Command) -> None:

@@ -32,7 +32,7 @@ from amclr.data.views import policy
 from amclr.engine import Stopped, train
 from amclr.errors import UserError
 from amclr.features import FeatureBatches
-from amclr.measure import Evaluator, evaluate_run
+from amclr.measure import Evaluator, evaluate_run, inspect, report
 from amclr.model import DualEncoder, ImageTower, build_tokenizer
 from amclr.objectives import METHODS, build
 from amclr.run import Run
@@ -341,6 +341,133 @@ def test_pictures_that_go_bad_while_training_are_listed_up_to_the_limit(
     ]
     with pytest.raises(UserError, match=r"2 of 32 training pictures can no longer be read, over the limit of 4.0%"):
         train(replace(config, out=f"{config.out}-2", source=SourceConfig(max_bad=0.04)), progress=False)
+
+
+@pytest.mark.parametrize(("make", "decoded"), [(config_for, "none"), (config_for, "ram"), (frozen, "none")])
+def test_bad_pictures_that_nothing_looked_for_are_passed_over(
+    make: Any, decoded: Any, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In training another takes the place of each; evaluation, the gallery and the contact sheet leave them out."""
+    (folder / "Images" / "020.png").write_bytes(b"junk")
+    (folder / "Images" / "003.png").write_bytes(b"")
+    source = SourceConfig(scan_up_to=10, max_bad=0.04, paraphrases="none")
+    run = train(make(folder, source=source, decoded=decoded), progress=False)
+    rows = [json.loads(line) for line in (run.folder / "rejects.jsonl").read_text().splitlines()]
+    assert [(r["key"], r["reason"][:15]) for r in rows] == [
+        ("020.png", "while training:"),
+        ("003.png", "while evaluatin"),
+    ]
+    assert "cannot be decoded" in rows[0]["reason"] and "0 bytes" in rows[1]["reason"]
+    results = json.loads((run.folder / "results.json").read_text())
+    assert (results["pictures"], results["captions"], results["rejects"]) == (7, 14, 1)
+    assert all(np.isfinite(r["loss"]) for r in run.metrics() if r["kind"] == "train")
+    assert "1 of 8 pictures to evaluate on cannot be decoded, and are left out; the first: " in capsys.readouterr().err
+    measured = evaluate_run(run.folder, progress=False)
+    assert measured["r_mean"] == pytest.approx(results["r_mean"], abs=1e-3) and measured["pictures"] == 7
+    assert "val split: 7 pictures, 14 captions, 1 left out" in report(measured)
+    assert "contact sheet" in inspect(run.config, folder.parent / "sheet.png", progress=False)
+    with pytest.raises(UserError, match="1 of 32 training pictures can no longer be read, over the limit of 2.0%"):
+        train(make(folder, "strict", source=replace(source, max_bad=0.02), decoded=decoded), progress=False)
+    for file in (folder / "Images").iterdir():
+        file.write_bytes(b"")
+    with pytest.raises(UserError, match="no picture to evaluate on can be decoded; the first: .*0 bytes"):
+        evaluate_run(run.folder, progress=False)
+    with pytest.raises(UserError, match="no (training )?picture .*can be (read|decoded)"):
+        train(make(folder, "none", source=source, decoded=decoded), progress=False)
+    with pytest.raises(UserError, match="no picture of .* can be decoded: amclr inspect --scan"):
+        inspect(run.config, folder.parent / "sheet.png", progress=False)
+
+
+def test_replaced_features_are_those_of_the_next_sample(towers: Any, own_cache: Path) -> None:
+    config, model, samples, store = towers
+    for k in (4, 31):
+        Path(samples[k].picture.file).write_bytes(b"")
+    plan = BatchPlan(np.array([s.id for s in samples]), 8, 0)
+    data = FeatureBatches(model, samples, store, plan, ("image", "text"), config, own_cache, progress=False)
+    found: dict[str, str] = {}
+    for step in range(4):
+        batch, planned = data[step], plan[step][1]
+        assert isinstance(batch.images, torch.Tensor) and not batch.images.isnan().any()
+        assert batch.ids.tolist() == [{4: 5, 31: 0}.get(i, i) for i in planned.tolist()]
+        found |= batch.replaced
+    assert found.keys() == {samples[4].name, samples[31].name} and all("0 bytes" in r for r in found.values())
+
+
+def test_bad_pictures_count_until_they_are_mended(folder: Path) -> None:
+    """What went bad before a run is taken up counts again only if it is still bad, or else no mending would help."""
+    run = train(frozen(folder, source=SourceConfig(max_bad=0.04)), progress=False)
+    for name in ("012.png", "025.png", "gone.png"):
+        run.log({"kind": "replaced", "step": 8, "sample": name, "reason": "picture is empty"})
+    former = Run.open(run.folder)
+    training = engine.assemble(former.config, run.folder, former, False)
+    training.restore()
+    training.lose("012.png", "bad again")
+    with pytest.raises(UserError, match="2 of 32 training pictures can no longer be read"):
+        training.lose("013.png", "bad as well")
+    rows = [json.loads(line) for line in (run.folder / "rejects.jsonl").read_text().splitlines()]
+    assert [r["key"] for r in rows] == ["012.png", "025.png", "013.png"], "what the run trains on, each once"
+
+
+@pytest.mark.parametrize("val_too", [False, True])
+def test_changed_data_keep_what_was_measured(val_too: bool, folder: Path) -> None:
+    """Steps are counted anew, in metrics and names of checkpoints; a best recall on other pictures is none."""
+    run = train(frozen(folder, keep=3), progress=False)
+    before = run.load_last()
+    assert before is not None and before["best"] > 0
+    for listed, size in (("train", 24), ("val", 7 if val_too else 8)):
+        names = (folder / f"{listed}.txt").read_text().split()
+        (folder / f"{listed}.txt").write_text("\n".join(names[:size]))
+    settings = (run.folder / "config.yaml").read_text()
+    (run.folder / "config.yaml").write_text(settings.replace("epochs: 2", "epochs: 3"))
+    for _ in range(2):  # stopped before it made a step, it is no different
+        former = Run.open(run.folder)
+        training = engine.assemble(former.config, run.folder, former, False, changed_data=True)
+        training.restore(changed_data=True)
+        assert (training.step, training.plan.steps_per_epoch) == (6, 3)
+        assert training.best == (-np.inf if val_too else before["best"])
+        assert [(r["step"], r["epoch"]) for r in run.metrics() if r["kind"] == "eval"] == [(3, 1.0), (6, 2.0)]
+        assert [p.name for p in run.checkpoints.glob("step-*")] == ["step-00000006.pt"]
+    train(Config(), resume=run.folder, changed_data=True, progress=False)
+    assert [(r["step"], r["epoch"]) for r in run.metrics() if r["kind"] == "eval"] == [(3, 1.0), (6, 2.0), (9, 3.0)]
+    assert run.load_last()["step"] == 9  # type: ignore[index]
+    assert json.loads((run.folder / "results.json").read_text())["best_step"] in ((9,) if val_too else (3, 6, 9))
+    train(Config(), resume=run.folder, progress=False)
+
+
+def test_going_on_with_changed_data_must_succeed_to_be_remembered(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = train(frozen(folder), progress=False)
+    names = (folder / "train.txt").read_text().split()
+    (folder / "train.txt").write_text("\n".join(names[1:]))
+    with monkeypatch.context() as patch:
+        patch.setattr(DualEncoder, "load_saved", lambda self, state: (_ for _ in ()).throw(UserError("will not fit")))
+        with pytest.raises(UserError, match="will not fit"):
+            train(Config(), resume=run.folder, changed_data=True, progress=False)
+    with pytest.raises(UserError, match=r"31 now, 32 then; gone: 008.png\)"):
+        train(Config(), resume=run.folder, progress=False)
+    (run.folder / "samples.json").unlink()
+    with pytest.raises(UserError, match="newest checkpoint .* is of other training pictures.* --changed_data"):
+        train(Config(), resume=run.folder, progress=False)
+
+
+def test_other_weights_and_validation_pictures_are_refused(folder: Path) -> None:
+    make_folder(folder.parent / "more", pictures=20)
+    mix = folder.parent / "mix.yaml"
+    mix.write_text("- {data: patches, weight: 1}\n- {data: more, weight: 2}\n")
+    run = train(frozen(mix), progress=False)
+    assert run.load_last()["step"] == 16  # type: ignore[index]
+    mix.write_text("- {data: patches, weight: 1}\n- {data: more, weight: 1}\n")
+    with pytest.raises(UserError, match="the weights of the mix are not those of before: put back what"):
+        train(Config(), resume=run.folder, progress=False)
+    train(Config(), resume=run.folder, changed_data=True, progress=False)
+    assert run.load_last()["step"] == 12  # type: ignore[index]
+    listed = folder / "val.txt"
+    listed.write_text(listed.read_text().replace("003.png\n", ""))
+    with pytest.raises(
+        UserError, match=r"the validation pictures are not .*\(11 now, 12 then; gone: patches/003.png\)"
+    ):
+        train(Config(), resume=run.folder, progress=False)
 
 
 def test_captions_that_all_say_the_same_are_refused(folder: Path) -> None:

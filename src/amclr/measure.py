@@ -66,15 +66,20 @@ class Evaluator:
             texts = caption_features(model, self.captions, cache, progress)
             self.features = pictures[~pictures[:, 0].isnan()], torch.from_numpy(texts.copy())
             return
-        store = PictureStore.as_set(places, config, cache, progress) if again else PictureStore(places, 0)
-        decoded: list[Tensor | None] = [] if store.kept == "none" else [_or_none(store, i) for i in range(len(store))]
-        self._take(samples, [d is not None for d in decoded])
-        self.pictures: Sequence[Picture] = [d for d in decoded if d is not None] or [s.picture for s in self.samples]
+        self.pictures: Sequence[Picture] = places
+        decoded: list[Tensor | None] = []
+        if again:
+            store = PictureStore.as_set(places, config, cache, progress)
+            if store.kept != "none":
+                decoded = [_or_none(store, i) for i in range(len(store))]
+                self.pictures = [d for d in decoded if d is not None]
+        # Where they are not kept, it shows when they are first decoded.
+        self._take(samples, [d is not None for d in decoded] or [True] * len(samples))
 
-    def _take(self, samples: Sequence[Sample], fine: Sequence[bool] = ()) -> None:
-        """Measure on those samples that are fine, or on all where that is not known; say how many are left out."""
-        bad = [s for s, good in zip(samples, fine, strict=False) if not good]
-        self.samples = [s for s, good in zip(samples, fine, strict=True) if good] if bad else list(samples)
+    def _take(self, samples: Sequence[Sample], fine: Sequence[bool]) -> None:
+        """Measure on those samples that are fine; list the others, and say how many they are."""
+        bad = [s for s, good in zip(samples, fine, strict=True) if not good]
+        self.samples = [s for s, good in zip(samples, fine, strict=True) if good]
         self.captions = [c for s in self.samples for c in s.captions]
         self.image_of_text = np.repeat(np.arange(len(self.samples)), [len(s.captions) for s in self.samples])
         if not bad:

@@ -87,6 +87,25 @@ def test_views_of_a_batch_stand_in_order(folder: Path) -> None:
     assert torch.equal(batch.images[3], whole(data.store[int(batch.ids[3])], 24))
 
 
+def test_the_visits_of_an_epoch_draw_different_views(folder: Path) -> None:
+    """At weight 2 an epoch shows each picture twice: the first time as it would at weight 1."""
+    once, twice = batches(folder, image="weak", image_aug="weak"), batches(folder, image="weak", image_aug="weak")
+    twice.texts = once.texts = replace(once.texts, words=1.0, noise=0.5)
+    twice.plan = BatchPlan(once.plan.samples, 8, 0, np.full(32, 2.0))
+    seen: dict[int, list[tuple[int, ...]]] = {}
+    for data in (once, twice):
+        for step in range(data.plan.steps_per_epoch):
+            batch, (_, rows, copies) = data[step], data.plan.visits(step)
+            assert isinstance(batch.tokens, dict) and batch.images is not None
+            for k, (row, copy) in enumerate(zip(rows.tolist(), copies.tolist(), strict=True)):
+                drawn = [*batch.images[k :: len(rows)], *batch.tokens["input_ids"][k :: len(rows)]]
+                seen.setdefault(row, [(), (), ()])[copy + (data is twice)] = tuple(
+                    hash(d.numpy().tobytes()) for d in drawn
+                )
+    for one, first, second in seen.values():
+        assert one == first and all(a != b for a, b in zip(first[:2] + first[3:], second[:2] + second[3:], strict=True))
+
+
 def test_edits_made_on_the_device_give_the_same_pictures(folder: Path) -> None:
     for names in ({"image": "paper", "image_aug": "single"}, {"image": "strong", "image_aug": "weak"}):
         here, there = batches(folder, **names)[3], batches(folder, edited=False, **names)[3]

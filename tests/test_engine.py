@@ -22,7 +22,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import amclr
-from amclr import engine, features
+from amclr import clock, engine, features
 from amclr.config import Config, LossConfig, ModelConfig, OptimConfig, SourceConfig, ViewsConfig, from_dict, problems
 from amclr.data import manifest as manifests
 from amclr.data.batches import BatchPlan, PictureBatches
@@ -70,7 +70,7 @@ def assert_same_run(a: Run, b: Run) -> None:
 
 
 def untimed(run: Run) -> list[dict[str, Any]]:
-    return [{k: v for k, v in row.items() if k not in engine.TIMES} for row in run.metrics()]
+    return [{k: v for k, v in row.items() if k not in clock.TIMES} for row in run.metrics()]
 
 
 @pytest.mark.parametrize("objective", METHODS)
@@ -567,7 +567,7 @@ def test_mixed_precision(precision: Any, folder: Path) -> None:
 def test_a_run_says_what_its_steps_waited_for(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine, "WAITED_LONG", 0.2)
+    monkeypatch.setattr(clock, "WAITED_LONG", 0.2)
     real = PictureBatches.__getitem__
     monkeypatch.setattr(PictureBatches, "__getitem__", lambda self, step: time.sleep(0.2) or real(self, step))
     run = train(config_for(folder, epochs=1, decoded="none"), progress=True)

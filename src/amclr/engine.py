@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import signal
 import sys
 import time
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -24,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from amclr import figures
+from amclr.clock import WAIT_MATTERS, Clock
 from amclr.config import Config, problems
 from amclr.data import manifest as manifests
 from amclr.data.batches import Batch, BatchPlan, PictureBatches
@@ -43,12 +42,6 @@ from amclr.run import Loggers, Pinned, Run, write_atomically
 
 LOG_EVERY = 10
 
-TIMES = ("seconds_per_step", "wait_share")
-"""What rows of training metrics say of time: all in them that differs from run to run."""
-
-WAIT_MATTERS, WAITED_LONG = 0.15, 10.0
-"""Waiting for batches is worth a word above this share of the time, and advice above so many seconds of it."""
-
 
 class Stopped(Exception):
     """A run stopped by a signal; it can go on from its folder."""
@@ -56,38 +49,6 @@ class Stopped(Exception):
     def __init__(self, signum: int, folder: Path) -> None:
         super().__init__(f"stopped; go on by: amclr train --resume {folder}")
         self.code = 128 + signum
-
-
-class Clock:
-    """What a loop spends its time on, in seconds on the host by name; nothing waits for a GPU because of it."""
-
-    def __init__(self) -> None:
-        self.spent: defaultdict[str, float] = defaultdict(float)
-        self.steps = 0
-        self._before: dict[str, float] = {}
-        self._steps_before = 0
-        self.last = time.perf_counter()
-
-    def lap(self, what: str) -> None:
-        """Book the time since the last lap under a name."""
-        now = time.perf_counter()
-        self.spent[what] += now - self.last
-        self.last = now
-
-    def since_last(self) -> dict[str, float]:
-        """Seconds a step and the share of them spent waiting for the loader, since this was last asked."""
-        recent = {what: seconds - self._before.get(what, 0.0) for what, seconds in self.spent.items()}
-        steps = self.steps - self._steps_before
-        self._before, self._steps_before = dict(self.spent), self.steps
-        whole = sum(recent.values())
-        return dict(zip(TIMES, (whole / max(1, steps), recent["loader"] / whole), strict=True))
-
-    def report(self) -> str:
-        """The whole loop in a line, largest first."""
-        whole = sum(self.spent.values())
-        ranked = sorted(self.spent.items(), key=lambda item: -item[1])
-        shares = ", ".join(f"{what} {seconds / whole:.0%}" for what, seconds in ranked)
-        return f"{whole / max(1, self.steps):.3g} s a step: {shares}"
 
 
 @dataclass
@@ -290,20 +251,9 @@ def fit(t: Training, progress: bool) -> None:
                 raise Stopped(signals[0], t.run.folder)
             t.clock.lap("evaluation, logs and checkpoints")
     if progress and t.clock.steps:
-        print("\n".join([t.clock.report(), *advice(t)]), file=sys.stderr)
-
-
-def advice(t: Training) -> list[str]:
-    """What would make the loop wait less for pictures, where it waited long enough to matter."""
-    waited = t.clock.spent["loader"]
-    share = waited / sum(t.clock.spent.values())
-    if share < WAIT_MATTERS or waited < WAITED_LONG:
-        return []
-    store, workers, cores = getattr(t.batches, "store", None), t.config.workers, os.cpu_count() or 1
-    options = [f"--workers {min(cores, max(2, 2 * workers))}"] if workers < cores else []
-    if store is not None and store.kept == "none":
-        options.append("--decoded auto with a larger --ram_cache or --disk_cache")
-    return [f"{share:.0%} of the time went into waiting for batches: try {' or '.join(options)}"] if options else []
+        store = getattr(t.batches, "store", None)
+        advice = t.clock.advice(config.workers, kept=store is None or store.kept != "none")
+        print("\n".join([t.clock.report(), *advice]), file=sys.stderr)
 
 
 def backward(t: Training, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:

@@ -195,7 +195,7 @@ class FeatureBatches(Dataset[Batch]):
             view: image_features(model, samples, policies[view], config.views.cached, config, cache, store, progress)
             for view in self.image_views
         }
-        self.store = store
+        self.pictures = store
         self.readable = np.ones(len(samples), dtype=bool)
         for table in self.features.values():
             self.readable &= ~np.isnan(table[:, 0, 0])
@@ -228,10 +228,10 @@ class FeatureBatches(Dataset[Batch]):
     def _fault(self, row: int) -> str:
         """Why the picture of a sample has no features."""
         try:
-            self.store[row]
+            self.pictures[row]
         except BadPicture as error:
             return str(error)
-        return f"{self.store.places[row]}: picture could not be decoded when its features were computed"
+        return f"{self.pictures.places[row]}: picture could not be decoded when its features were computed"
 
     def _replaced(self, planned: np.ndarray) -> tuple[np.ndarray, dict[str, str]]:
         """Rows with each that has no features replaced by the next that has, and what is wrong with those."""

@@ -102,8 +102,11 @@ def test_the_visits_of_an_epoch_draw_different_views(folder: Path) -> None:
                 seen.setdefault(row, [(), (), ()])[copy + (data is twice)] = tuple(
                     hash(d.numpy().tobytes()) for d in drawn
                 )
-    for one, first, second in seen.values():
-        assert one == first and all(a != b for a, b in zip(first[:2] + first[3:], second[:2] + second[3:], strict=True))
+    assert all(one == first for one, first, _ in seen.values())
+    for view in (0, 1):
+        assert all(first[view] != second[view] for _, first, second in seen.values())
+    # Of two short captions and their noise, some are drawn twice.
+    assert sum(first[3] != second[3] for _, first, second in seen.values()) > 20
 
 
 def test_edits_made_on_the_device_give_the_same_pictures(folder: Path) -> None:

@@ -53,11 +53,12 @@ def test_train_evaluate_inspect(amclr: Command, folder: Path, tmp_path: Path) ->
         (tmp_path / "classes" / f"class_{k}").mkdir(parents=True)
         Image.new("RGB", (30, 30), (60 * k, 0, 0)).save(tmp_path / "classes" / f"class_{k}" / "p.png")
     (tmp_path / "classes" / "class_0" / "broken.png").write_bytes(b"broken")
+    os.mkfifo(tmp_path / "classes" / "class_0" / "pipe.png")
     measured = amclr("evaluate", "out/run", "--zeroshot", "classes", "--split", "train")
     assert measured.returncode == 0, measured.stderr[-2000:]
     assert "zero-shot: 4 pictures, 4 classes" in measured.stdout and "train split: 32 pictures" in measured.stdout
     saved = json.loads((tmp_path / "out/run/evaluations/patches-train.json").read_text())
-    assert saved["zeroshot_rejects"] == 1 and saved["pictures"] == 32
+    assert saved["zeroshot_rejects"] == 2 and saved["pictures"] == 32
     assert (tmp_path / "out/run/evaluations/patches-train.png").is_file()
     looked = amclr("inspect", "--data", folder)
     assert (

@@ -223,8 +223,8 @@ def _parser(command: str) -> ArgumentParser:
         if command == "train":
             usage += "\n       amclr train --resume RUN [--changed_data]"
             epilog += (
-                "\n--resume RUN goes on with a run that was stopped; --changed_data lets it, where pictures were added "
-                "or removed since.\n"
+                "\n--resume RUN goes on with a run that was stopped; --changed_data lets it, where pictures, or "
+                "the weights of a mix, are others since.\n"
             )
         else:
             epilog += (

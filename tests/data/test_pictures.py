@@ -114,6 +114,15 @@ def test_what_is_no_file_is_refused_without_waiting_for_it(tmp_path: Path) -> No
         read_picture(tmp_path / "f.jpg", 24)
 
 
+def test_a_line_of_pixels_is_refused() -> None:
+    """Its shorter side at 24 pixels, it would be 24 million pixels long."""
+    out = io.BytesIO()
+    Image.new("1", (1_000_000, 1)).save(out, "PNG")
+    assert len(out.getvalue()) < 1000
+    with pytest.raises(BadPicture, match="too narrow: 1000000 x 1 pixels, one side over 1000 times the other"):
+        read_picture(out.getvalue(), 24)
+
+
 def test_large_pictures_are_decoded_one_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And small ones beside them, drafts of large ones included."""
     monkeypatch.setattr(pictures, "LARGE_PIXELS", 90 * 90)

@@ -39,6 +39,9 @@ MAX_PIXELS = 64_000_000
 MAX_BYTES = 512 * 2**20
 """Larger files are refused before they are read."""
 
+MAX_RATIO = 1000
+"""Pictures so many times as long as wide are refused: their shorter side resized, they would fill the memory."""
+
 LARGE_PIXELS = 8_000_000
 """Larger pictures are decoded one at a time, or all threads together would need tens of GB."""
 
@@ -120,6 +123,10 @@ def read_picture(source: Picture, size: int) -> Tensor:
             if width * height > MAX_PIXELS:
                 raise BadPicture(
                     f"picture too large: {width} x {height} pixels, over the limit of {MAX_PIXELS // 10**6} million"
+                )
+            if max(width, height) > MAX_RATIO * min(width, height):
+                raise BadPicture(
+                    f"picture too narrow: {width} x {height} pixels, one side over {MAX_RATIO} times the other"
                 )
             picture.draft("RGB", (target, target))
             with _one_at_a_time if _is_large(picture, width * height) else nullcontext():

@@ -250,7 +250,7 @@ def report(results: dict[str, Any]) -> str:
 
 
 def _retrieval_table(results: dict[str, Any]) -> str:
-    left_out = f", {results['rejects']} left out" if results["rejects"] else ""
+    left_out = f", {results['rejects']} left out" if results.get("rejects") else ""
     lines = [f"{results['split']} split: {results['pictures']} pictures, {results['captions']} captions{left_out}"]
     lines += [f"{'':18}{'R@1':>8}{'R@5':>8}{'R@10':>8}{'mean':>8}{'median rank':>14}"]
     for side, name in (("txt", "text retrieval"), ("img", "image retrieval")):

@@ -282,7 +282,7 @@ def _collect(reading: Reading, rows: Iterable[Row], called: str) -> Manifest:
 def _listed_splits(reading: Reading, pictures: _Pictures, samples: set[str]) -> dict[str, frozenset[str]]:
     """The splits that train.txt, val.txt and test.txt list, under the names of the samples."""
     found: dict[str, frozenset[str]] = {}
-    for split, listed in tables.read_split_lists([reading.root]).items():
+    for split, listed in tables.read_split_lists(reading.root).items():
         own = {n: n if n in samples else pictures.find(n, None)[0] for n in listed}
         absent = sorted(n for n, name in own.items() if name not in samples)
         if samples and listed and len(absent) == len(listed):
@@ -418,7 +418,8 @@ def _mix(file: Path, config: Config, cache: Path, progress: bool) -> Manifest:
             wanted = from_dict({"data": None, **entry} if isinstance(entry, dict) else entry, MixEntry)
             source = from_dict({**settings, **wanted.source}, SourceConfig)
         except ValueError as error:
-            raise UserError(f"'{file}': {error}") from None
+            what = str(error).replace("MixEntry", "a data set").replace("SourceConfig", "source")
+            raise UserError(f"'{file}': {what}") from None
         if not 0 < wanted.weight <= 1000:
             raise UserError(f"'{file}': weight must lie between 0 and 1000, got {wanted.weight:g}")
         if wanted.data.endswith((".yaml", ".yml")):

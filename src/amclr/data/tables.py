@@ -419,11 +419,11 @@ def read_lines(file: Path) -> list[str]:
     return [line.strip() for line in text.splitlines() if line.strip()]
 
 
-def read_split_lists(folders: Sequence[Path]) -> dict[str, frozenset[str]]:
-    """Names by split from train.txt, val.txt and test.txt, each in the first of the folders that has it."""
-    found: dict[str, frozenset[str]] = {}
-    for split in ("train", "val", "test"):
-        file = next((f / f"{split}.txt" for f in folders if (f / f"{split}.txt").is_file()), None)
-        if file:
-            found[split] = frozenset(read_lines(file))
-    return found
+def read_split_lists(folder: Path) -> dict[str, frozenset[str]]:
+    """Names by split from train.txt, val.txt and test.txt in a folder, where they are no links out of it."""
+    files = {split: folder / f"{split}.txt" for split in ("train", "val", "test")}
+    return {
+        split: frozenset(read_lines(file))
+        for split, file in files.items()
+        if file.is_file() and file.resolve().is_relative_to(folder.resolve())
+    }

@@ -203,9 +203,9 @@ def _rows(reading: Reading, tables: Sequence[Table]) -> Iterator[Row]:
     held = [_holds_bytes(table.kinds[image]) for table, image in zip(tables, images, strict=True)]
     names = _Names()
     for table, image, copied in zip(tables, images, held, strict=True):
-        for entry, place in _copied(reading, table, image) if copied else ():
-            if place:
-                names.add(entry, place)
+        for entry, where in _copied(reading, table, image) if copied else ():
+            if where:
+                names.add(entry, where)
     for table, image, copied in zip(tables, images, held, strict=True):
         others = [c for c in table.kinds if c != image]
         texts = need_captions(table.called, list(table.kinds), source.caption_column)

@@ -142,13 +142,18 @@ def test_a_saved_dataset_reads_nothing_outside_its_folder(name: Any, tmp_path: P
     root = write_saved_dataset(tmp_path / "set", items)
     assert len(load(root, own_cache).samples) == 2
     (tmp_path / "other.arrow").write_bytes(b"secret")
-    (root / "train" / "link.arrow").symlink_to(tmp_path / "other.arrow")
+    for part in (root, root / "train"):
+        (part / "link.arrow").symlink_to(tmp_path / "other.arrow")
     file = root / "train" / "state.json"
     before = file.read_text()
     file.write_text(json.dumps({**json.loads(before), "_data_files": [{"filename": name}]}))
     with pytest.raises(UserError, match=r"train/state.json' names .*outside the folder.*save the dataset again"):
         load(root, own_cache)
+    (root / "state.json").write_text(file.read_text())
     file.write_text(before)
+    with pytest.raises(UserError, match=r"state.json' names .*outside the folder"):
+        load(root, own_cache)
+    (root / "state.json").unlink()
     if name != "link.arrow":
         (root / "dataset_dict.json").write_text(json.dumps({"splits": ["train", name]}))
         with pytest.raises(UserError, match=r"dataset_dict.json' names .*outside the folder"):
@@ -202,9 +207,8 @@ def test_copies_of_what_a_table_was_before_are_deleted(tmp_path: Path, own_cache
 
 
 def test_a_full_disk_leaves_nothing_behind_and_says_where(tmp_path: Path, own_cache: Path) -> None:
-    file = write(tmp_path / "a.parquet", [told(os.urandom(1 << 20), "a.png")] if False else [
-        {"image": {"bytes": os.urandom(1 << 20), "path": "a.png"}, "caption": "one"}
-    ])  # fmt: skip
+    row = {"image": {"bytes": os.urandom(1 << 20), "path": "a.png"}, "caption": "one"}
+    file = write(tmp_path / "a.parquet", [row])
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, hard))
     try:
@@ -237,7 +241,7 @@ class Server(http.server.BaseHTTPRequestHandler):
             self.fetched.append(self.path)
             self.wfile.write(content or b"")
 
-    do_HEAD = do_GET
+    do_HEAD = do_GET  # noqa: N815
 
     def log_message(self, *arguments: Any) -> None:
         pass
@@ -271,6 +275,7 @@ def test_patterns_of_urls_give_a_folder_of_what_they_match(tmp_path: Path, own_c
             "memory://patterns/{a,b}", f"{host}/{{a/00,b/01}}.tar",
         ):  # fmt: skip
             folder = fetch(url, own_cache, progress=False)
+            assert folder.is_dir()
             files = {f.relative_to(folder).as_posix(): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
             assert files == {"a/00.tar": A, "b/01.tar": B}, url
     with pytest.raises(UserError, match=r"there is nothing at 'memory://patterns/\*.zip'"):

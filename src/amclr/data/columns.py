@@ -98,7 +98,7 @@ def _parquet(reading: Reading, file: Path, parquet: Any) -> Table:
     try:
         handle = parquet.ParquetFile(file, memory_map=True)
         kinds = {f.name: f.type for f in handle.schema_arrow}
-    except (OSError, ValueError) as error:  # pyarrow's own errors are kinds of these
+    except (OSError, ValueError, NotImplementedError) as error:  # pyarrow's own errors are kinds of these
         raise UserError(f"cannot read '{file}' as Parquet: {printable(str(error))}") from None
     stat, path, rows = file.stat(), str(file.resolve()), handle.metadata.num_rows
     handle.close()  # there may be more files than can be open at once
@@ -126,7 +126,7 @@ def _check_inside(root: Path) -> None:
     """Raise UserError where a saved dataset's own lists name a file outside its folder."""
     parts = [root]
     if (listing := root / "dataset_dict.json").is_file():
-        parts = [root / _inside(root, root, split, listing) for split in _listed(listing, "splits")]
+        parts += [root / _inside(root, root, split, listing) for split in _listed(listing, "splits")]
     for part in parts:
         for name in ("state.json", "dataset_info.json"):
             _inside(root, part, name, part)
@@ -268,7 +268,7 @@ def _read(table: Table, columns: Sequence[str], together: int = ROWS_AT_ONCE) ->
             cells = dict(zip(batch.schema.names, batch.columns, strict=True))
             for k in range(batch.num_rows):
                 yield {name: column[k].as_py() for name, column in cells.items()}
-    except (OSError, ValueError) as error:  # pyarrow's own errors are kinds of these
+    except (OSError, ValueError, NotImplementedError) as error:  # pyarrow's own errors are kinds of these
         raise UserError(
             f"'{table.called}' is damaged: {printable(str(error))}; mend it, or take it out of the folder"
         ) from None

@@ -6,8 +6,9 @@ import errno
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache as remembered
 from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import unquote
@@ -89,8 +90,9 @@ def _told(what: str, where: str) -> Iterator[None]:
 
 def _fetch(url: str, system: Any, path: str, target: Path, progress: bool) -> Path:
     with _told("list", url):
-        found = _list(url, system, path)
-        stamps = {f: _stamp(system.info(f)) for f in found}
+        info = remembered(system.info)  # a request each, over HTTP
+        found = _list(url, system, info, path)
+        stamps = {f: _stamp(info(f)) for f in found}
     record = target.with_suffix(".json")
     try:
         known: dict[str, str] = dict(json.loads(record.read_text()))
@@ -123,7 +125,7 @@ def _fetch(url: str, system: Any, path: str, target: Path, progress: bool) -> Pa
     return target / found[path] if path in found else target
 
 
-def _list(url: str, system: Any, path: str) -> dict[str, str]:
+def _list(url: str, system: Any, info: Callable[[str], dict[str, Any]], path: str) -> dict[str, str]:
     """The files behind a path or a pattern of paths, each with its name from what they share on."""
     web = url.lower().startswith("http")
     files: list[str] = []
@@ -132,8 +134,8 @@ def _list(url: str, system: Any, path: str) -> dict[str, str]:
         # In a web address a question mark begins the query, such as a signature.
         matches = sorted(system.glob(pattern)) if set(pattern) & set("*" if web else "*?[") else [pattern]
         for match in matches:
-            info = system.info(match)
-            if info["type"] == "directory" or (web and str(info.get("url", match)).endswith("/")):
+            what = info(match)
+            if what["type"] == "directory" or (web and str(what.get("url", match)).endswith("/")):
                 folders.append(_plain(match, web).rstrip("/"))
                 files += system.find(match)
             else:

@@ -353,6 +353,8 @@ def assemble(config: Config, folder: Path, former: Run | None, progress: bool, c
     write_rejects(manifest.rejects, folder / "rejects.jsonl")
     if manifest.rejects and progress:
         print(f"{len(manifest.rejects)} rows or pictures left out: {folder / 'rejects.jsonl'}", file=sys.stderr)
+    for note in manifest.notes if progress else ():
+        print(f"note: {note}", file=sys.stderr)
     fabric.to_device(model)
     fabric.to_device(objective)
     places, views = [s.picture for s in samples], objective.required_views

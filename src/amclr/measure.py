@@ -7,7 +7,6 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -270,9 +269,7 @@ def inspect(
         *duplicates.report(groups, [s.name for s in samples], [s.captions for s in samples], manifest.splits),
         f"left out     {len(manifest.rejects)} of {manifest.rows} rows",
     ]
-    for one, other in combinations(manifest.splits, 2):
-        if shared := manifest.splits[one] & manifest.splits[other]:
-            lines.append(f"overlap      {len(shared)} pictures are in both {one} and {other}, such as {min(shared)}")
+    lines += [f"note         {note}" for note in manifest.notes]
     if reworded := sum(1 for s in samples for p in s.paraphrases if p):
         lines.append(f"paraphrases  of {reworded} captions, from {', '.join(manifest.paraphrases) or 'the data set'}")
     if manifest.zeroshot:

@@ -1,41 +1,37 @@
 """A data set as a list of samples: what there is, where it lies, and what could not be used.
 
-A new source format is a reader (a function that yields rows) and its line in `FORMATS`.
+A new source format is a reader (a function that yields rows) and its line in `layouts.FORMATS`.
 """
 
 from __future__ import annotations
 
 import gc
-import glob
 import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from itertools import combinations
+from pathlib import Path, PureWindowsPath
 from typing import Any
+from unicodedata import normalize
 
 import yaml
 from tqdm import tqdm
 
 from amclr.config import Config, SourceConfig, from_dict
-from amclr.data import columns, remote, scenes, tables, tars
+from amclr.data import columns, remote, scenes, tables
+from amclr.data.layouts import PICTURE_FOLDERS, find, label
 from amclr.data.paraphrases import attach, find_store
 from amclr.data.pictures import Location, Verdict, scan
-from amclr.data.rows import PICTURE_SUFFIXES, SPLIT_NAMES, Reading, Reject, Row, caption_fault, clean, printable
+from amclr.data.rows import SPLIT_NAMES, Reading, Reject, Row, caption_fault, clean, printable
 from amclr.errors import UserError
 from amclr.randomness import derive
 
-CAPTION_FILES = (
-    "captions.txt", "captions.csv", "captions.tsv", "captions.jsonl", "captions.json", "captions.parquet",
-    "metadata.csv", "metadata.jsonl", "metadata.parquet", "dataset.json", "dataset_*.json", "captions_*.json",
-    "annotations/captions_*.json",
-)  # fmt: skip
-"""Where captions are looked for in a folder: of the first pattern that matches, all matches are read."""
-PICTURE_FOLDERS = ("Images", "images", "Flicker8k_Dataset", ".")
+OUTSIDE = "picture path leaves the folder"
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +65,7 @@ class Manifest:
     samples: tuple[Sample, ...]
     rejects: tuple[Reject, ...] = ()
     rows: int = 0
-    """Captions read, usable or not."""
+    """Rows read, usable or not."""
     splits: dict[str, frozenset[str]] = field(default_factory=dict)
     """Picture names by split, from the data set's own lists and columns."""
     zeroshot: Path | None = None
@@ -78,8 +74,12 @@ class Manifest:
     """What it was read as."""
     parts: dict[str, float] = field(default_factory=dict)
     """Of a mix: the weight of each data set, whose name and a slash precede the names of its samples."""
+    lost: int = 0
+    """Pictures that rejects of rows name and that are no samples."""
     bad_pictures: int = 0
     """How many of the rejects are pictures that cannot be decoded."""
+    notes: tuple[str, ...] = ()
+    """What is no reject and yet should be known, a sentence each."""
     paraphrases: tuple[str, ...] = ()
     """The stores that paraphrases came from."""
     looks: dict[Location, bytes] = field(default_factory=dict)
@@ -118,13 +118,13 @@ class Manifest:
                 handle.write(json.dumps(row, ensure_ascii=False) + "\n")
 
     def enforce_limit(self, max_bad: float) -> None:
-        """Raise UserError if more than a share of `max_bad` of the rows, or of the pictures, was rejected."""
+        """Raise UserError if more than a share of `max_bad` of the rows, or of the pictures, cannot be used."""
         if not self.samples:
             raise UserError(f"{self.root} has no usable sample; {self._summary()}")
-        rows = len(self.rejects) - self.bad_pictures
+        rows, pictures = len(self.rejects) - self.bad_pictures, self.lost + self.bad_pictures
         for bad, total, what in (
             (rows, max(self.rows, rows), "rows"),
-            (self.bad_pictures, len(self.samples) + self.bad_pictures, "pictures"),
+            (pictures, len(self.samples) + pictures, "pictures"),
         ):
             if bad > max_bad * total:
                 raise UserError(
@@ -137,33 +137,12 @@ class Manifest:
             return "no row was read"
         reasons = Counter(r.reason.split(":")[0] for r in self.rejects)
         commonest = ", ".join(f"{n} x {printable(reason)}" for reason, n in reasons.most_common(3))
-        return f"{commonest}; the first: {self.rejects[0]}"
+        elsewhere = any(reason.startswith(OUTSIDE) for reason in reasons)
+        hint = " (pictures elsewhere: --source.images FOLDER)" if elsewhere else ""
+        return f"{commonest}{hint}; the first: {self.rejects[0]}"
 
 
-# -- finding out what there is --------------------------------------------------------------------
-
-Reader = Callable[[Reading], Iterator[Row]]
-
-
-@dataclass(frozen=True)
-class Format:
-    """A format of files: what messages call it, the names that its files end with, and its reader."""
-
-    name: str
-    suffixes: tuple[str, ...]
-    read: Reader
-
-
-FORMATS = (
-    Format("CSV", (".csv", ".tsv", ".txt"), tables.read_tables),
-    Format("JSON lines", (".jsonl", ".ndjson"), tables.read_json_lines),
-    Format("JSON", (".json",), tables.read_json_files),
-    Format("Parquet", (".parquet",), columns.read_parquet),
-    Format("WebDataset tars", (".tar",), tars.read_tars),
-)
-"""What a file can be. Add a format here."""
-SAVED = Format("saved Hugging Face dataset", (), columns.read_saved_dataset)
-CLASSES = Format("pictures by class", (), tables.read_class_folders)
+# -- reading -----------------------------------------------------------------------------------
 
 
 def load(config: Config, cache: Path, progress: bool = True) -> Manifest:
@@ -207,18 +186,8 @@ def _with_paraphrases(manifest: Manifest, setting: str) -> Manifest:
     )
 
 
-def label(data: str) -> str:
-    """A short name for a data set, good for a folder or a title."""
-    stem = re.split(r"[/:]", data.rstrip("/"))[-1]
-    if "://" not in data and not data.startswith("hf:") and data != "scenes":
-        stem = Path(data).expanduser().resolve().name
-    for suffix in (".yaml", ".yml", *(s for f in FORMATS for s in f.suffixes)):
-        stem = stem.removesuffix(suffix)
-    return re.sub(r"[^\w.-]+", "-", stem).strip("-.") or "data"
-
-
 def _read(path: Path, config: Config, cache: Path, progress: bool) -> Manifest:
-    root, files, kind = _find(path, config.source)
+    root, files, kind = find(path, config.source)
     reading = Reading(root, files, config.source, cache, progress)
     with _no_garbage():
         return _collect(reading, kind.read(reading), kind.name)
@@ -234,81 +203,6 @@ def _no_garbage() -> Iterator[None]:
     finally:
         if was:
             gc.enable()
-
-
-def _find(path: Path, source: SourceConfig) -> tuple[Path, list[Path], Format]:
-    """The folder of a data set, the files to read in it, and what they are."""
-    if path.is_dir():
-        return path, *_look_into(path, source)
-    if path.is_file():
-        if source.captions_file:
-            raise UserError(f"'{path}' is a file: leave out --source.captions_file, or give the folder")
-        return path.parent, [path], _format_of(path)
-    files = sorted({Path(f) for pattern in _braces(str(path)) for f in glob.glob(pattern)})
-    if not files:
-        raise UserError(
-            f"no data set at '{path}': give a folder with pictures and a captions file, a captions file, tars, "
-            "Parquet files, hf:NAME, or --data scenes"
-        )
-    kinds = {_format_of(f) for f in files}
-    if len(kinds) > 1:
-        raise UserError(f"'{path}' matches files of several kinds: {', '.join(sorted(k.name for k in kinds))}")
-    return Path(os.path.commonpath([f.parent for f in files])), files, kinds.pop()
-
-
-def _look_into(root: Path, source: SourceConfig) -> tuple[list[Path], Format]:
-    if source.captions_file:
-        file = root / source.captions_file
-        if not file.is_file():
-            raise UserError(f"no captions file '{file}'")
-        return [file], _format_of(file)
-    if (root / "dataset_dict.json").is_file() or (root / "state.json").is_file():
-        return [], SAVED
-    for pattern in CAPTION_FILES:
-        if files := sorted(f for f in root.glob(pattern) if f.is_file()):
-            return files, _format_of(files[0])
-    for suffix in (".parquet", ".tar"):
-        if files := sorted(f for p in (f"*{suffix}", f"*/*{suffix}") for f in root.glob(p) if f.is_file()):
-            return files, _format_of(files[0])
-    if any(root.glob("*.tar.*")) or any(root.glob("*.tgz")):
-        raise UserError(f"the tars in '{root}' are compressed, so that pictures cannot be read at their places: "
-                        "unpack them to plain .tar files")  # fmt: skip
-    if loose := sorted(f for f in root.iterdir() if f.suffix in (".csv", ".tsv", ".jsonl", ".json") and f.is_file()):
-        names = ", ".join(f.name for f in loose[:5])
-        raise UserError(f"'{root}' has no captions file of a known name, but {names}: name one of them with "
-                        "--source.captions_file")  # fmt: skip
-    if any(f.suffix.lower() in PICTURE_SUFFIXES for d in root.iterdir() if d.is_dir() for f in d.iterdir()):
-        if any((root / f).is_dir() for f in PICTURE_FOLDERS[:-1]):
-            raise UserError(f"'{root}' has pictures but no captions file: expected {', '.join(CAPTION_FILES[:4])} ..., "
-                            "or name one with --source.captions_file")  # fmt: skip
-        return [], CLASSES
-    raise UserError(
-        f"'{root}' has no captions file: expected {', '.join(CAPTION_FILES[:4])} ... with image and caption, tars, "
-        "Parquet files, or a folder of pictures per class; or name one with --source.captions_file"
-    )
-
-
-def _format_of(file: Path) -> Format:
-    for kind in FORMATS:
-        if file.suffix.lower() in kind.suffixes:
-            return kind
-    known = ", ".join(s for kind in FORMATS for s in kind.suffixes)
-    raise UserError(f"'{file}' is of no known format: its name must end with {known}")
-
-
-def _braces(text: str) -> list[str]:
-    """The patterns that `{000..012}` and `{a,b}` in a text stand for."""
-    found = re.search(r"\{([^{}]*)\}", text)
-    if not found:
-        return [text]
-    if limits := re.fullmatch(r"(\d+)\.\.(\d+)", found[1]):
-        low, high = int(limits[1]), int(limits[2])
-        if high - low > 1_000_000:
-            raise UserError(f"'{printable(text)}' stands for {high - low:,} files")
-        parts = [f"{k:0{len(limits[1])}d}" for k in range(low, high + 1)]
-    else:
-        parts = found[1].split(",")
-    return [p for part in parts for p in _braces(text[: found.start()] + part + text[found.end() :])]
 
 
 # -- from rows to samples -------------------------------------------------------------------------
@@ -337,11 +231,11 @@ def _collect(reading: Reading, rows: Iterable[Row], called: str) -> Manifest:
 
         def reject(reason: str, row: Row = row) -> None:
             key = row.name or (row.picture if isinstance(row.picture, str) else "")
-            reading.note(Reject(row.file, row.line, reason, key[:500]))
+            reading.refuse(Reject(row.file, row.line, reason, key[:500]))
 
         name, place = row.name, row.picture
         if isinstance(place, str):
-            name, place, fault = pictures.find(place)
+            name, place, fault = pictures.find(place, row.beside)
             if fault:
                 reject(fault)
                 continue
@@ -377,85 +271,103 @@ def _collect(reading: Reading, rows: Iterable[Row], called: str) -> Manifest:
         if row.split:
             split = row.split.strip().lower()
             splits.setdefault(SPLIT_NAMES.get(split, split), set()).add(name)
+    lost = len(reading.lost - entries.keys())
     samples = tuple(entries.pop(name).sample(name) for name in sorted(entries))
-    listed = tables.read_split_lists([reading.root])
-    for split in ("train", "val"):
-        names = listed.get(split)
-        if samples and names and names.isdisjoint(s.name for s in samples):
+    named = {split: frozenset(names) for split, names in splits.items()}
+    named |= _listed_splits(reading, pictures, {s.name for s in samples})
+    return Manifest(reading.root, samples, tuple(reading.rejects), reading.rows, named, format=called, lost=lost,
+                    notes=tuple(reading.notes))  # fmt: skip
+
+
+def _listed_splits(reading: Reading, pictures: _Pictures, samples: set[str]) -> dict[str, frozenset[str]]:
+    """The splits that train.txt, val.txt and test.txt list, under the names of the samples."""
+    found: dict[str, frozenset[str]] = {}
+    for split, listed in tables.read_split_lists(reading.root).items():
+        own = {n: n if n in samples else pictures.find(n, None)[0] for n in listed}
+        absent = sorted(n for n, name in own.items() if name not in samples)
+        if samples and listed and len(absent) == len(listed):
             raise UserError(
-                f"none of the {len(names)} names in '{reading.root / split}.txt' has a usable caption, such as "
-                f"'{min(names)}': it must list the pictures as '{samples[0].name}' is named"
+                f"none of the {len(listed)} names in '{reading.root / split}.txt' has a usable caption, such as "
+                f"'{printable(absent[0])}': it must list the pictures as '{printable(min(samples))}' is named"
             )
-    named = {**{split: frozenset(names) for split, names in splits.items()}, **listed}
-    return Manifest(reading.root, samples, tuple(reading.rejects), reading.rows, named, format=called)
+        if absent:
+            reading.notes.append(f"{split}.txt lists {len(absent)} of {len(listed)} names without a sample, such as "
+                                 f"{printable(absent[0])}")  # fmt: skip
+        found[split] = frozenset(name for name in own.values() if name in samples)
+    return found
 
 
 class _Pictures:
-    """The folder that pictures of a table lie in. Nothing outside it, or the data set's own, is ever opened."""
+    """The folders that pictures of a table lie in. Nothing outside them is ever opened."""
 
     def __init__(self, root: Path, images: str) -> None:
-        if images:
-            self.folder = (root / Path(images).expanduser()).resolve()
-            if not self.folder.is_dir():
-                raise UserError(f"no folder '{images}' for --source.images")
-        else:
-            self.folder = next((root / f for f in PICTURE_FOLDERS if (root / f).is_dir()), root).resolve()
-        self.bases = (self.folder,) if images else tuple(dict.fromkeys((self.folder, root.resolve())))
+        self.apart = bool(images)
+        usual = next((root / f for f in PICTURE_FOLDERS if (root / f).is_dir()), root)
+        folder = root / Path(images).expanduser() if images else usual
+        if not folder.is_dir():
+            raise UserError(f"no folder '{images}' for --source.images")
+        if not images and not usual.resolve().is_relative_to(root.resolve()):
+            raise UserError(
+                f"'{usual}' is a link out of the data set: if that is meant, give --source.images {usual.name}"
+            )
+        self.bases = (folder.resolve(),) if images else tuple(dict.fromkeys((folder.resolve(), root.resolve())))
         self.real = lru_cache(4096)(os.path.realpath)
         self.find = lru_cache(4096)(self._find)
 
     def _base(self, path: str) -> Path | None:
         return next((base for base in self.bases if Path(path).is_relative_to(base)), None)
 
-    def _find(self, text: str) -> tuple[str, Location | str, str | None]:
-        """(name, place, None) of a picture, or why it cannot be used: no such file, or one outside the folder.
+    def _find(self, text: str, beside: Path | None) -> tuple[str, Location | str, str | None]:
+        """(name, place, None) of a picture, or why it cannot be used: no such file, or one outside the folders.
 
-        The name is its path from the folder on, however the table writes it.
+        It is looked for in `beside`, if given, and then in the folders. The name is its path from the
+        folder on, however the table writes it.
         """
         if not text:
             return text, "", "empty picture name"
         if "://" in text or text.startswith("pipe:"):
             return text, "", f"picture is a URL: {printable(text[:200])}; fetch it first"
-        path = PurePosixPath(text)
-        outside = f"picture path leaves the folder: {text[:200]}"
-        if path.is_absolute():
-            base = self._base(str(path))
-            if base is None:
-                return text, "", outside
-            path = path.relative_to(base)
-        if PureWindowsPath(text).drive or ".." in path.parts:
-            return text, "", outside
+        if PureWindowsPath(text).drive or ".." in re.split(r"[/\\\\]", text):
+            return text, "", f"{OUTSIDE}: {text[:200]}"
+        folders = [beside.resolve()] if beside and not self.apart else []
+        outside = False
         try:
-            for base in self.bases:
-                file = str(base / path)
-                if os.path.isfile(file):
-                    break
-            else:
-                return text, "", f"no such picture: {text[:200]}"
-            file = os.path.join(self.real(os.path.dirname(file)), os.path.basename(file))
-            inside = self._base(file)
-            if inside is None:
-                return text, "", outside
-            if os.path.islink(file) and self._base(os.path.realpath(file)) is None:
-                return text, "", f"{outside} is a link out of it"
+            # As it is written; as Windows writes it; as the other normal form of Unicode has it.
+            for form in dict.fromkeys((text, text.replace("\\", "/"), *(normalize(f, text) for f in ("NFC", "NFD")))):
+                for base in (*folders, *self.bases):
+                    file = str(base / form)
+                    file = os.path.join(self.real(os.path.dirname(file)), os.path.basename(file))
+                    inside = self._base(file)
+                    if inside is None:
+                        outside = True
+                    elif os.path.islink(file) and self._base(os.path.realpath(file)) is None:
+                        return text, "", f"{OUTSIDE}: {text[:200]} is a link out of it"
+                    elif os.path.isfile(file):
+                        return os.path.relpath(file, inside).replace(os.sep, "/"), Location(file), None
         except (OSError, ValueError) as error:  # names that are too long, or hold NUL
             what = getattr(error, "strerror", None) or error
             return text, "", f"picture cannot be reached: {text[:80]} ({what})"
-        return os.path.relpath(file, inside).replace(os.sep, "/"), Location(file), None
+        return text, "", f"{OUTSIDE if outside else 'no such picture'}: {text[:200]}"
 
 
 def _with_splits(manifest: Manifest, val_fraction: float) -> Manifest:
     """The manifest with a train and a val split, held out where it brings none of its own."""
-    if "val" not in manifest.splits:
-        others = frozenset().union(*(n for split, n in manifest.splits.items() if split != "train"))
-        rest = manifest.splits.get("train", frozenset(s.name for s in manifest.samples) - others)
-        held = _hold_out([s for s in manifest.samples if s.name in rest], val_fraction)
-        return replace(manifest, splits={**manifest.splits, **held})
-    if "train" not in manifest.splits:
-        others = frozenset().union(*manifest.splits.values())
-        rest = frozenset(s.name for s in manifest.samples) - others
-        return replace(manifest, splits={**manifest.splits, "train": rest})
-    return manifest
+    splits = dict(manifest.splits)
+    apart = frozenset().union(*(names for split, names in splits.items() if split != "train"))
+    rest = splits.get("train", frozenset(s.name for s in manifest.samples) - apart)
+    if manifest.samples and not rest:
+        found = ", ".join(f"{printable(split)} ({len(names)})" for split, names in list(splits.items())[:8])
+        raise UserError(f"'{manifest.root}' has no training pictures: its splits are {found}; call one of them train")
+    splits["train"] = rest
+    notes = list(manifest.notes)
+    if without := len(manifest.samples) - len(rest | apart):
+        notes.append(f"{without} pictures are in no split, and not used")
+    if "val" not in splits:
+        splits |= _hold_out([s for s in manifest.samples if s.name in rest - apart], val_fraction)
+    for one, other in combinations(splits, 2):
+        if shared := splits[one] & splits[other]:
+            notes.append(f"{len(shared)} pictures are in both {one} and {other}, such as {printable(min(shared))}")
+    return replace(manifest, splits=splits, notes=tuple(notes))
 
 
 def _hold_out(samples: Sequence[Sample], fraction: float) -> dict[str, frozenset[str]]:
@@ -498,26 +410,31 @@ def _mix(file: Path, config: Config, cache: Path, progress: bool) -> Manifest:
     rejects: list[Reject] = []
     splits: dict[str, frozenset[str]] = {}
     parts: dict[str, float] = {}
-    rows, zeroshot = 0, None
+    rows, lost, zeroshot = 0, 0, None
+    notes: list[str] = []
     stores: tuple[str, ...] = ()
     for entry in listed:
         try:
             wanted = from_dict({"data": None, **entry} if isinstance(entry, dict) else entry, MixEntry)
             source = from_dict({**settings, **wanted.source}, SourceConfig)
         except ValueError as error:
-            raise UserError(f"'{file}': {error}") from None
+            what = str(error).replace("MixEntry", "a data set").replace("SourceConfig", "source")
+            raise UserError(f"'{file}': {what}") from None
         if not 0 < wanted.weight <= 1000:
             raise UserError(f"'{file}': weight must lie between 0 and 1000, got {wanted.weight:g}")
         if wanted.data.endswith((".yaml", ".yml")):
             raise UserError(f"'{file}': a mix cannot hold another mix, '{wanted.data}'")
         name = wanted.name or label(wanted.data)
+        if not re.fullmatch(r"[\w.-]+", name) or name.startswith("."):
+            raise UserError(f"'{file}': a name is of letters, digits, '-', '_' and '.', not '{printable(name)}'")
         if name in parts:
             raise UserError(f"'{file}' has two data sets called '{name}': give one another name")
-        local = wanted.data == "scenes" or wanted.data.startswith(("hf:", "pipe:")) or "://" in wanted.data
-        data = wanted.data if local else str(file.parent / Path(wanted.data).expanduser())
+        named = wanted.data == "scenes" or wanted.data.startswith(("hf:", "pipe:")) or "://" in wanted.data
+        data = wanted.data if named else str(file.parent / Path(wanted.data).expanduser())
         part = load(replace(config, data=data, source=source), cache, progress)
         parts[name] = float(wanted.weight)
-        rows += part.rows
+        rows, lost = rows + part.rows, lost + part.lost
+        notes += [f"{name}: {note}" for note in part.notes]
         rejects += [replace(r, file=f"{name}/{r.file}") for r in part.rejects]
         samples += [replace(s, name=f"{name}/{s.name}", weight=parts[name]) for s in part.samples]
         for split, names in part.splits.items():
@@ -525,7 +442,8 @@ def _mix(file: Path, config: Config, cache: Path, progress: bool) -> Manifest:
         zeroshot = zeroshot or part.zeroshot
         stores += part.paraphrases
     samples.sort(key=lambda s: s.name)
-    return Manifest(file, tuple(samples), tuple(rejects), rows, splits, zeroshot, "mix", parts, paraphrases=stores)
+    return Manifest(file, tuple(samples), tuple(rejects), rows, splits, zeroshot, "mix", parts, lost,
+                    notes=tuple(notes), paraphrases=stores)  # fmt: skip
 
 
 # -- ready to train on ----------------------------------------------------------------------------

@@ -56,6 +56,7 @@ class Row:
 
     picture: a path as it is written there, or where the bytes are. captions, and paraphrases[k] of
     captions[k], are not yet checked. name: what the source calls the picture; empty is its path.
+    beside: a folder in which the path is looked for first.
     """
 
     picture: str | Location
@@ -65,6 +66,7 @@ class Row:
     split: str = ""
     file: str = ""
     line: int = 0
+    beside: Path | None = None
 
 
 @dataclass
@@ -82,16 +84,21 @@ class Reading:
     progress: bool = False
     rejects: list[Reject] = field(default_factory=list)
     rows: int = 0
-    """Captions read, usable or not."""
+    """Rows, members and entries read, usable or not."""
+    lost: set[str] = field(default_factory=set)
+    """Pictures named by rejects, by their keys, or the places of rejects without a key."""
+    notes: list[str] = field(default_factory=list)
+    """What is no reject and yet should be known."""
 
     def reject(self, file: Path | str, reason: str, line: int = 0, key: str = "") -> None:
-        """Record that a row, member or entry cannot be used."""
+        """Record that a row, member or entry cannot be used, and count it as read."""
         self.rows += 1
-        self.note(Reject(self.name(file), line, reason, key[:500]))
+        self.refuse(Reject(self.name(file), line, reason, key[:500]))
 
-    def note(self, reject: Reject) -> None:
+    def refuse(self, reject: Reject) -> None:
         """Record a reject of a row that is counted already. Raises UserError beyond MAX_REJECTS."""
         self.rejects.append(reject)
+        self.lost.add(reject.key or f"{reject.file}:{reject.line}")
         if len(self.rejects) > MAX_REJECTS:
             raise UserError(f"more than {MAX_REJECTS:,} rows of '{self.root}' cannot be used; the last: {reject}")
 
@@ -101,7 +108,12 @@ class Reading:
         return str(path.relative_to(self.root)) if path.is_relative_to(self.root) else str(file)
 
     def split_of(self, file: Path) -> str:
-        """The split that a file's own name, or its folder's, says it belongs to; empty where neither does."""
+        """The split that a file's own name, or its folder's, says it belongs to; empty where neither does.
+
+        A file that is read alone is the whole data set, whatever its name.
+        """
+        if len(self.files) < 2:
+            return ""
         for part in reversed(Path(self.name(file)).with_suffix("").parts):
             for word in re.split(r"[^a-z]+", part.lower()):
                 if word in SPLIT_NAMES:
@@ -139,14 +151,26 @@ def need_captions(file: Path | str, names: Sequence[str], wanted: str) -> list[s
     return caption_columns(names, wanted) or [need_column(file, names, wanted, CAPTION_COLUMNS, "caption")]
 
 
-def as_captions(value: object) -> list[object]:
+def as_captions(value: object, depth: int = 3) -> list[object]:
     """The captions in a cell: a text, a list of texts, or a list of mappings that hold them (Karpathy's)."""
     if isinstance(value, Mapping):
         key = find_column([str(k) for k in value], "", ("raw", *CAPTION_COLUMNS))
         return [value[key]] if key else [None]
-    if isinstance(value, (list, tuple)):
-        return [c for v in value for c in as_captions(v)]
+    if isinstance(value, (list, tuple)) and depth:
+        return [c for v in value for c in as_captions(v, depth - 1)]
     return [value]
+
+
+def cell_captions(cell: str) -> list[object]:
+    """The captions in a cell of a CSV file: its text, or the texts of a JSON list of them."""
+    if cell.startswith("[") and cell.endswith("]"):
+        try:
+            listed = read_json(cell)
+        except ValueError:
+            return [cell]
+        if isinstance(listed, list) and listed and all(isinstance(c, str) for c in listed):
+            return list(listed)
+    return [cell]
 
 
 def as_paraphrases(value: object, captions: int) -> list[list[object]]:
@@ -203,7 +227,8 @@ def caption_fault(raw: object, caption: str) -> str | None:
 
 def printable(text: str) -> str:
     """A text that does nothing to a terminal, cut to a length that fits an error message."""
-    text = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text[:2000])
+    text = " ".join(text[:2000].split())
+    text = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
     return text if len(text) <= 500 else f"{text[:499]}…"
 
 

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import re
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TextIO
 
+from amclr.config import SourceConfig
 from amclr.data.rows import (
     IMAGE_COLUMNS,
     PARAPHRASE_COLUMNS,
     PICTURE_SUFFIXES,
     SPLIT_COLUMNS,
+    SPLIT_NAMES,
     Reading,
     Row,
     as_captions,
+    caption_columns,
+    cell_captions,
     find_column,
     need_captions,
     need_column,
@@ -30,9 +37,88 @@ MAX_JSON = 4 << 30
 
 
 def read_tables(reading: Reading) -> Iterator[Row]:
-    """CSV and TSV files: a row per caption. Columns image and caption; maybe paraphrase and split."""
+    """CSV files and their like: a row per caption. Columns image and caption; maybe paraphrase and split.
+
+    Columns are parted by whatever of comma, tab, semicolon and bar makes a header of them. A table of two
+    columns may be without one.
+    """
     for file in reading.files:
         yield from _read_table(reading, file)
+
+
+@dataclass
+class _Layout:
+    """How a table is read: what parts its columns, and which of them hold what."""
+
+    delimiter: str
+    width: int
+    image: int
+    captions: Sequence[int]
+    paraphrase: int | None = None
+    split: int | None = None
+    header: bool = True
+
+
+def _layout(file: Path, first: str, source: SourceConfig) -> _Layout:
+    """The layout that a table's first line tells. Raises UserError, naming the columns that there are."""
+    usual = "\t" if file.suffix.lower() == ".tsv" else ","
+    headers = {d: next(csv.reader([first], delimiter=d), []) for d in dict.fromkeys((usual, ",", "\t", ";", "|"))}
+    for delimiter, header in headers.items():
+        image = find_column(header, source.image_column, IMAGE_COLUMNS)
+        captions = caption_columns(header, source.caption_column)
+        if image and captions:
+            places = {name: header.index(name) for name in header}
+            again, split = (find_column(header, "", known) for known in (PARAPHRASE_COLUMNS, SPLIT_COLUMNS))
+            return _Layout(
+                delimiter, len(header), places[image], [places[c] for c in captions],
+                places[again] if again else None, places[split] if split else None,
+            )  # fmt: skip
+    for delimiter, cells in headers.items():
+        named = [k for k, cell in enumerate(cells) if _picture_name(cell)]
+        if len(cells) == 2 and len(named) == 1 and not (source.image_column or source.caption_column):
+            return _Layout(delimiter, 2, named[0], [1 - named[0]], header=False)
+    header = max(headers.values(), key=len) if len(headers[usual]) < 2 else headers[usual]
+    if any("\ufffd" in h for h in header):
+        raise UserError(f"'{file}' is not text in the given encoding: try --source.encoding utf-16-le")
+    if any(map(_picture_name, header)):
+        raise UserError(
+            f"the first line of '{file}' is no header: add one that names the columns, such as image,caption"
+        )
+    need_column(file, header, source.image_column, IMAGE_COLUMNS, "image")
+    need_captions(file, header, source.caption_column)
+    raise AssertionError("a header with both columns is a layout")
+
+
+def _picture_name(cell: str) -> bool:
+    """Whether a cell names a picture; `#0` and the like behind it number its captions (Flickr8k.token.txt)."""
+    return Path(re.sub(r"#\d+$", "", cell.strip())).suffix.lower() in PICTURE_SUFFIXES
+
+
+class _Lines:
+    """The lines of a table, one by one, with those taken since `start`; some of them can be put back."""
+
+    def __init__(self, lines: Iterator[tuple[int, str | None]]) -> None:
+        self.lines = lines
+        self.ahead: deque[tuple[int, str | None]] = deque()
+        self.taken: list[tuple[int, str | None]] = []
+
+    def __iter__(self) -> _Lines:
+        return self
+
+    def __next__(self) -> str:
+        number, line = self.ahead.popleft() if self.ahead else next(self.lines)
+        self.taken.append((number, line))
+        if line is None:
+            raise csv.Error(f"longer than {MAX_LINE} characters")
+        return line
+
+    def start(self) -> None:
+        self.taken = []
+
+    def put_back(self) -> None:
+        """Put back all lines taken since `start` but the first."""
+        self.ahead.extendleft(reversed(self.taken[1:]))
+        del self.taken[1:]
 
 
 def _read_table(reading: Reading, file: Path) -> Iterator[Row]:
@@ -40,50 +126,80 @@ def _read_table(reading: Reading, file: Path) -> Iterator[Row]:
     encoding = _encoding(file, source.encoding)
     csv.field_size_limit(MAX_LINE)
     with file.open(encoding=encoding, errors="surrogateescape", newline="") as handle:
-        reader = csv.reader(_decoded(file, handle, encoding), delimiter="\t" if file.suffix == ".tsv" else ",")
-        header = next(reader, None)
-        if header is None:
+        lines = _Lines(enumerate(_decoded(file, handle, encoding), 1))
+        first = next(lines, "")
+        if not first.strip():
             raise UserError(f"'{file}' is empty: expected a header line image,caption and a row per caption")
-        if any("\ufffd" in h for h in header):
-            raise UserError(f"'{file}' is not text in the given encoding: try --source.encoding utf-16-le")
-        image = header.index(need_column(file, header, source.image_column, IMAGE_COLUMNS, "image"))
-        named = need_captions(file, header, source.caption_column)
-        captions = [header.index(name) for name in named]
-        again, split = (
-            header.index(found) if (found := find_column(header, "", known)) else None
-            for known in (PARAPHRASE_COLUMNS, SPLIT_COLUMNS)
-        )  # fmt: skip
-        of_file, line = reading.split_of(file), reader.line_num
-        while True:
-            line += 1
-            try:
-                row = next(reader)
-            except StopIteration:
-                return
-            except csv.Error as error:
-                reading.reject(file, f"row is not CSV: {error}", line)
-                line = reader.line_num
-                continue
-            first, line = line, reader.line_num
-            if not row:
-                continue
-            if len(row) != len(header):
-                reading.reject(file, f"row has {len(row)} columns: expected {len(header)}", first)
-            elif any("\udc80" <= c <= "\udcff" for text in row for c in text):
+        layout = _layout(file, first, source)
+        if not layout.header:
+            lines.ahead.append((1, first))
+        of_file, beside = reading.split_of(file), file.parent if file.parent != reading.root else None
+        for line, row, fault in _records(lines, layout):
+            if fault is None and len(row) != layout.width:
+                fault = f"row has {len(row)} columns: expected {layout.width}"
+            elif fault is None and any("\udc80" <= c <= "\udcff" for text in row for c in text):
                 hint = ": try --source.encoding latin-1 or cp1252" if source.encoding == "utf-8" else ""
-                reading.reject(file, f"row is not valid {source.encoding}{hint}", first)
-            else:
-                rewording = [[row[again]]] if again is not None and row[again].strip() else ()
-                own = row[split] if split is not None else of_file
-                texts = [row[k] for k in captions if len(captions) == 1 or row[k].strip()]
-                yield Row(row[image].strip(), texts, rewording, "", own, reading.name(file), first)
+                fault = f"row is not valid {source.encoding}{hint}"
+            if fault:
+                reading.reject(file, fault, line)
+                continue
+            again = row[layout.paraphrase].strip() if layout.paraphrase is not None else ""
+            own = row[layout.split] if layout.split is not None else of_file
+            cells = [row[k] for k in layout.captions if len(layout.captions) == 1 or row[k].strip()]
+            image = row[layout.image].strip()
+            image = image if layout.header else re.sub(r"#\d+$", "", image)
+            yield Row(image, [c for cell in cells for c in cell_captions(cell)], [[again]] if again else (), "", own,
+                      reading.name(file), line, beside)  # fmt: skip
 
 
-def _decoded(file: Path, handle: Iterable[str], encoding: str) -> Iterator[str]:
-    """The lines of a table. CSV readers refuse NUL, so it becomes the mark of an unreadable character."""
+def _records(lines: _Lines, layout: _Layout) -> Iterator[tuple[int, list[str], str | None]]:
+    """(line, cells, what is wrong) of each record.
+
+    A quote that is opened by mistake takes in the records after it. So where a later line of a record is
+    one by itself, that names a picture, the first is taken as it is written, and the others are read again.
+    """
+    reader = csv.reader(lines, delimiter=layout.delimiter)
+    while True:
+        lines.start()
+        fault, row = None, []
+        try:
+            row = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            fault = f"row is not CSV: {error}"
+            reader = csv.reader(lines, delimiter=layout.delimiter)
+        line = lines.taken[0][0]
+        if len(lines.taken) > 1 and any(_is_record(text, layout) for _, text in lines.taken[1:]):
+            lines.put_back()
+            plain = lines.taken[0][1] or ""
+            row, fault = next(csv.reader([plain], delimiter=layout.delimiter, quoting=csv.QUOTE_NONE)), None
+            if len(row) != layout.width:
+                fault = "row opens a quote and does not close it"
+        if row or fault:
+            yield line, row, fault
+
+
+def _is_record(line: str | None, layout: _Layout) -> bool:
+    if line is None:
+        return False
     try:
-        for line in handle:
-            yield line.replace("\0", "\ufffd")
+        cells = next(csv.reader([line], delimiter=layout.delimiter), [])
+    except csv.Error:
+        return False
+    return len(cells) == layout.width and _picture_name(cells[layout.image])
+
+
+def _decoded(file: Path, handle: TextIO, encoding: str) -> Iterator[str | None]:
+    """The lines of a table, None for one that is too long. CSV readers refuse NUL: it becomes a mark of its own."""
+    try:
+        while line := handle.readline(MAX_LINE):
+            if line.endswith("\n") or len(line) < MAX_LINE:
+                yield line.replace("\0", "\ufffd")
+                continue
+            while (rest := handle.readline(MAX_LINE)) and not rest.endswith("\n"):
+                pass
+            yield None
     except UnicodeError as error:  # bytes that the encoding cannot even mark as wrong, such as half of a UTF-16 unit
         what = getattr(error, "reason", error)
         raise UserError(f"'{file}' is not {encoding} text ({what}): give the right --source.encoding") from None
@@ -172,13 +288,24 @@ def _entry(reading: Reading, file: Path, number: int, entry: Any, split: str) ->
         return
     row = row_of(entry, reading.source, picture.strip())
     row.file, row.line, row.split = reading.name(file), number, row.split or split
+    row.beside = _beside(reading, file)
     yield row
+
+
+def _beside(reading: Reading, file: Path) -> Path | None:
+    """Where the pictures of a captions file lie, if not in the usual folder: beside it; COCO's in one of its name."""
+    if named := re.fullmatch(r"captions_(\w+)", file.stem):
+        for parent in (file.parent, file.parent.parent):
+            if (parent / named[1]).is_dir():
+                return parent / named[1]
+    return file.parent if file.parent != reading.root and file.parent.name != "annotations" else None
 
 
 def _coco(reading: Reading, file: Path, data: Mapping[str, Any], split: str) -> Iterator[Row]:
     """COCO captions: annotations name pictures by number. `line` counts the annotations."""
     names: dict[object, str] = {}
-    for number, image in enumerate(data.get("images") or [], 1):
+    images, beside, called = data.get("images"), _beside(reading, file), reading.name(file)
+    for number, image in enumerate(images if isinstance(images, list) else [], 1):
         if isinstance(image, Mapping) and isinstance(image.get("file_name"), str) and _plain(image.get("id")):
             names[image["id"]] = image["file_name"]
         else:
@@ -188,7 +315,8 @@ def _coco(reading: Reading, file: Path, data: Mapping[str, Any], split: str) -> 
         if not _plain(number_of) or number_of not in names:
             reading.reject(file, "annotation of a picture that is not in images", number, str(number_of)[:100])
             continue
-        yield Row(names[number_of], as_captions(note.get("caption")), split=split, file=reading.name(file), line=number)
+        captions = as_captions(note.get("caption"))
+        yield Row(names[number_of], captions, split=split, file=called, line=number, beside=beside)
 
 
 def _plain(value: object) -> bool:
@@ -196,11 +324,56 @@ def _plain(value: object) -> bool:
 
 
 def read_class_folders(reading: Reading) -> Iterator[Row]:
-    """A folder of pictures by class: the caption says what the class is."""
-    paths, labels, names = class_folders(reading.root)
-    for path, label in zip(paths, labels, strict=True):
+    """A folder of pictures by class, or one of these per split: the caption says what the class is."""
+    inside = folders(reading.root)
+    by_split = [f for f in inside if f.name.lower() in SPLIT_NAMES]
+    if by_split and len(by_split) < len(inside):
+        raise UserError(f"'{reading.root}' has both splits and classes, {by_split[0].name} and "
+                        f"{next(f.name for f in inside if f not in by_split)}: give one of them")  # fmt: skip
+    for root in by_split or [reading.root]:
+        paths, labels, names = class_folders(root)
+        if all(re.fullmatch(r"\d+", name) for name in names):
+            raise UserError(f"the folders of '{root}' are numbers, which say nothing of them: name the classes "
+                            f"in '{root / 'classnames.txt'}' (FOLDER<tab>NAME), or add a captions file")  # fmt: skip
+        split = SPLIT_NAMES[root.name.lower()] if by_split else ""
+        for path, label in zip(paths, labels, strict=True):
+            name = path.relative_to(reading.root).as_posix()
+            yield Row(name, [reading.source.class_caption.replace("{}", names[label])], split=split, file=name)
+
+
+def read_sidecars(reading: Reading) -> Iterator[Row]:
+    """Pictures each with a text file of its name beside it, as img2dataset and captioners leave them."""
+    for path in pictures(reading.root):
         name = path.relative_to(reading.root).as_posix()
-        yield Row(name, [reading.source.class_caption.replace("{}", names[label])], file=name)
+        text = sidecar(path)
+        if text is None:
+            reading.reject(path, f"no caption file {path.stem}.txt beside it", key=name)
+            continue
+        try:
+            caption = text.read_text(encoding="utf-8-sig") if text.stat().st_size <= MAX_LINE else "x" * MAX_LINE
+        except (OSError, UnicodeDecodeError) as error:
+            what = getattr(error, "reason", None) or getattr(error, "strerror", None) or error
+            reading.reject(text, f"caption cannot be read ({what})", key=name)
+            continue
+        yield Row(name, [caption], file=reading.name(text))
+
+
+def sidecar(picture: Path) -> Path | None:
+    """The text file with a picture's caption, if there is one."""
+    return next((f for s in (".txt", ".caption") if (f := picture.with_suffix(s)).is_file()), None)
+
+
+def folders(root: Path) -> list[Path]:
+    """The folders in a folder, without hidden ones and what archivers leave (__MACOSX)."""
+    return sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith((".", "__")))
+
+
+def pictures(root: Path) -> list[Path]:
+    """The pictures at any depth in a folder, without hidden ones."""
+    return sorted(
+        p for p in root.rglob("*")
+        if p.suffix.lower() in PICTURE_SUFFIXES and not p.name.startswith(".") and "__MACOSX" not in p.parts
+    )  # fmt: skip
 
 
 def class_folders(root: Path, classnames: Path | None = None) -> tuple[list[Path], list[int], list[str]]:
@@ -212,7 +385,7 @@ def class_folders(root: Path, classnames: Path | None = None) -> tuple[list[Path
     """
     if not root.is_dir():
         raise UserError(f"no folder '{root}': zero-shot classification needs a folder with one folder per class")
-    folders = sorted(p for p in root.iterdir() if p.is_dir())
+    inside = folders(root)
     named: dict[str, str] = {}
     for file in (classnames,) if classnames else (root / "classnames.txt", root.parent / "classnames.txt"):
         if file.is_file():
@@ -225,12 +398,12 @@ def class_folders(root: Path, classnames: Path | None = None) -> tuple[list[Path
     paths: list[Path] = []
     labels: list[int] = []
     names: list[str] = []
-    for folder in folders:
-        pictures = sorted(p for p in folder.rglob("*") if p.suffix.lower() in PICTURE_SUFFIXES)
-        if not pictures:
+    for folder in inside:
+        found = pictures(folder)
+        if not found:
             continue
-        labels += [len(names)] * len(pictures)
-        paths += pictures
+        labels += [len(names)] * len(found)
+        paths += found
         names.append(named.get(folder.name) or folder.name.replace("_", " "))
     if not names:
         raise UserError(f"'{root}' holds no folder with pictures: expected {root}/CLASS/PICTURE.jpg")
@@ -246,11 +419,11 @@ def read_lines(file: Path) -> list[str]:
     return [line.strip() for line in text.splitlines() if line.strip()]
 
 
-def read_split_lists(folders: Sequence[Path]) -> dict[str, frozenset[str]]:
-    """Names by split from train.txt, val.txt and test.txt, each in the first of the folders that has it."""
-    found: dict[str, frozenset[str]] = {}
-    for split in ("train", "val", "test"):
-        file = next((f / f"{split}.txt" for f in folders if (f / f"{split}.txt").is_file()), None)
-        if file:
-            found[split] = frozenset(read_lines(file))
-    return found
+def read_split_lists(folder: Path) -> dict[str, frozenset[str]]:
+    """Names by split from train.txt, val.txt and test.txt in a folder, where they are no links out of it."""
+    files = {split: folder / f"{split}.txt" for split in ("train", "val", "test")}
+    return {
+        split: frozenset(read_lines(file))
+        for split, file in files.items()
+        if file.is_file() and file.resolve().is_relative_to(folder.resolve())
+    }

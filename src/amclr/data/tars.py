@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from amclr.config import SourceConfig
 from amclr.data.pictures import Location
-from amclr.data.rows import PICTURE_SUFFIXES, Reading, Row, read_json, row_of
+from amclr.data.rows import PICTURE_SUFFIXES, Reading, Row, clean, read_json, row_of
 from amclr.errors import UserError
 from amclr.randomness import derive
 
@@ -33,7 +33,7 @@ MAX_TEXT = 4 << 20
 MAX_HEADER = 1 << 20
 """Longer names and extended headers are taken for damage: bytes."""
 COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7z", b"(\xb5")
-SUFFIXES = [s.removeprefix(".") for s in (".jpg", ".jpeg", ".png", *sorted(PICTURE_SUFFIXES))]
+SUFFIXES = [s.removeprefix(".") for s in dict.fromkeys((".jpg", ".jpeg", ".png", *sorted(PICTURE_SUFFIXES)))]
 
 
 @dataclass(slots=True)
@@ -59,7 +59,7 @@ def members(handle: BinaryIO, end: int) -> Iterator[Member | Damage]:
     After a damaged header the next whole one is looked for, block by block. A member that claims
     more bytes than there are is damage; nothing is ever set aside for what a header claims.
     """
-    offset, name, size = 0, "", -1
+    offset, name, size, ended = 0, "", -1, False
     while offset < end:
         handle.seek(offset)
         block = handle.read(BLOCK)
@@ -68,8 +68,11 @@ def members(handle: BinaryIO, end: int) -> Iterator[Member | Damage]:
                 yield Damage(f"tar is cut off in a header at byte {offset}")
             return
         if not any(block):  # the end of an archive, after which another may have been appended
-            offset += BLOCK
+            ended = True
+            zeros = handle.read(1 << 20)
+            offset += BLOCK + (len(zeros) - len(zeros.lstrip(b"\0"))) // BLOCK * BLOCK
             continue
+        ended = False
         header = _header(block)
         if header is None:
             start = offset
@@ -99,6 +102,8 @@ def members(handle: BinaryIO, end: int) -> Iterator[Member | Damage]:
                 yield Member(name or header.name, offset + BLOCK, length)
             name, size = "", -1
         offset = after
+    if not ended:
+        yield Damage(f"tar has no end: it may be cut off at byte {end}")
 
 
 def _header(block: bytes) -> tarfile.TarInfo | None:
@@ -113,10 +118,10 @@ def _extended(content: bytes) -> dict[str, str]:
     found: dict[str, str] = {}
     while content:
         digits, _, rest = content.partition(b" ")
-        if not digits.isdigit() or not len(digits) < int(digits) <= len(content):
+        if not digits.isdigit() or len(digits) > 7 or not len(digits) < int(digits) <= len(content):
             break
         key, _, value = rest[: int(digits) - len(digits) - 2].partition(b"=")
-        if key == b"path" or (key == b"size" and value.isdigit()):
+        if key == b"path" or (key == b"size" and value.isdigit() and len(value) < 20):
             found[key.decode()] = value.decode("utf-8", "surrogateescape")
         content = content[int(digits) :]
     return found
@@ -124,10 +129,14 @@ def _extended(content: bytes) -> dict[str, str]:
 
 @dataclass
 class _Index:
-    """What a tar holds: rows as (name, offset, size, captions, paraphrases, split), and rejects as (key, reason)."""
+    """What a tar holds: rows as (name, offset, size, captions, paraphrases, split), and rejects as (key, reason).
+
+    fault: why nothing in it can be read.
+    """
 
     rows: list[list[Any]] = field(default_factory=list)
     rejects: list[list[str]] = field(default_factory=list)
+    fault: str = ""
 
 
 def read_tars(reading: Reading) -> Iterator[Row]:
@@ -144,8 +153,15 @@ def read_tars(reading: Reading) -> Iterator[Row]:
 
 
 def _rows(reading: Reading, indices: Iterable[_Index]) -> Iterator[Row]:
+    faults = 0
     for file, index in zip(reading.files, indices, strict=True):
         of_file, called, path = reading.split_of(file), reading.name(file), str(file.absolute())
+        if index.fault:
+            reading.reject(file, index.fault)
+            reading.notes.append(f"{called} cannot be read at all: {index.fault}")
+            faults += 1
+            if faults == len(reading.files):
+                raise UserError(f"'{file}' {index.fault}")
         for key, reason in index.rejects:
             reading.reject(file, reason, key=key)
         for name, offset, size, captions, paraphrases, split in index.rows:
@@ -156,7 +172,8 @@ def _rows(reading: Reading, indices: Iterable[_Index]) -> Iterator[Row]:
 def _indexed(file: Path, source: SourceConfig, cache: Path) -> _Index:
     """The index of a tar; kept between runs, and made anew where the tar has changed."""
     stat = file.stat()
-    what = derive(FORMAT, str(file.resolve()), stat.st_size, stat.st_mtime_ns, source.caption_column)
+    settings = (source.image_column, source.caption_column)
+    what = derive(FORMAT, str(file.resolve()), stat.st_size, stat.st_mtime_ns, *settings)
     kept = cache / f"{what:016x}.json.gz"
     try:
         return _Index(**json.loads(gzip.decompress(kept.read_bytes())))
@@ -171,13 +188,16 @@ def _indexed(file: Path, source: SourceConfig, cache: Path) -> _Index:
 
 
 def index_tar(file: Path, source: SourceConfig) -> _Index:
-    """Group a tar's members into samples. Raises UserError where the file is compressed or no tar at all."""
+    """Group a tar's members into samples."""
     index = _Index()
     with file.open("rb") as handle:
         start = handle.read(BLOCK)
         if start.startswith(COMPRESSED):
-            raise UserError(f"'{file}' is compressed, so that its members cannot be read at their places: unpack it "
-                            f"to a plain .tar (gunzip, zstd -d ...)")  # fmt: skip
+            index.fault = "is compressed, so that its members cannot be read at their places: unpack it (gunzip ...)"
+            return index
+        if not start:
+            index.fault = "is empty (0 bytes)"
+            return index
         group: list[Member] = []
         damage: list[Damage] = []
         near: list[Damage] = []  # damage in front of the group, inside it, or behind it
@@ -187,7 +207,8 @@ def index_tar(file: Path, source: SourceConfig) -> _Index:
                 for some in (damage, near, behind):
                     some.append(member)
                 continue
-            if PurePosixPath(member.name).name.startswith("."):
+            called = PurePosixPath(member.name).name
+            if not called or called.startswith("."):
                 continue
             if group and (_key(member) != _key(group[0]) or _field(member) in map(_field, group)):
                 _finish(handle, group, near, index, source)
@@ -197,8 +218,8 @@ def index_tar(file: Path, source: SourceConfig) -> _Index:
         if group:
             _finish(handle, group, near, index, source)
         index.rejects += [["", d.reason] for d in damage if not d.blamed]
-        if start and damage and not index.rows and len(damage) == len(index.rejects):
-            raise UserError(f"'{file}' is no tar: {damage[0].reason}")
+        if damage and not index.rows and len(damage) == len(index.rejects):
+            return _Index(fault=f"is no tar: {damage[0].reason}")
     return index
 
 
@@ -214,7 +235,8 @@ def _field(member: Member) -> str:
 def _finish(handle: BinaryIO, group: list[Member], near: list[Damage], index: _Index, source: SourceConfig) -> None:
     """Make a row of the members of a sample, or a reject that says what it lacks."""
     key, fields = _key(group[0]), {_field(m): m for m in group}
-    suffix = next((s for s in SUFFIXES if s in fields), None)
+    wanted = [source.image_column.lower()] if source.image_column else SUFFIXES
+    suffix = next((s for s in wanted if s in fields), None)
     row, fault = _captions(handle, fields, source)
     if suffix is None:
         fault = f"no picture beside {', '.join(sorted(fields))[:80]}"
@@ -252,7 +274,9 @@ def _captions(handle: BinaryIO, fields: dict[str, Member], source: SourceConfig)
             fault = f"{name} is {error}"
             continue
         found = row_of(entry, source, "") if isinstance(entry, dict) else None
-        if found is None or found.captions == [None]:
+        if found is None or not any(map(clean, found.captions)):
+            if name != "json":
+                row = row or found  # its reject says that it is empty
             continue
         if row is None:
             row = found

@@ -18,7 +18,9 @@ Key = int | str
 
 def derive(*key: Key) -> int:
     """A 63-bit seed from a key: stable across processes, machines and Python versions."""
-    digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=8).digest()
+    # A file name that is no UTF-8 comes from the system with lone surrogates in it: a key like any other.
+    text = "/".join(map(str, key)).encode("utf-8", "surrogatepass")
+    digest = hashlib.blake2b(text, digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 

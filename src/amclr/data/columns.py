@@ -1,7 +1,11 @@
 """Readers of Parquet files and Hugging Face datasets, whose pictures may be bytes in a column.
 
 Such bytes are copied once into a file of the cache, where any of them can be read at its place;
-pictures that are the same bytes are kept once.
+pictures that are the same bytes are kept once. A picture is called by the first of these that its
+row has: a column of FILE_COLUMNS, the path beside its bytes, a column of NUMBER_COLUMNS, its
+content. A name that stands for several pictures is followed by each one's content
+(`image.png#3f0a...`), and a picture with several numbers is called by its content. So no picture is
+lost, and a row that comes or goes renames only the pictures that share its name or its bytes.
 """
 
 from __future__ import annotations
@@ -10,10 +14,12 @@ import gzip
 import hashlib
 import json
 import os
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO, NamedTuple
 
 from filelock import FileLock
 from tqdm import tqdm
@@ -30,32 +36,52 @@ from amclr.data.rows import (
     need_captions,
     need_column,
     printable,
+    read_json,
     row_of,
 )
 from amclr.errors import UserError
 from amclr.randomness import derive
 
-FORMAT = 1
+FORMAT = 2
 NAMELESS = "blake2b-"
-ROWS_AT_ONCE = 256
-"""Rows read together: pictures of some MB each must fit the memory."""
-FILE_COLUMNS = ("file_name", "filename", "image_name", "key", "__key__", "name")
-"""Columns that name a picture whose bytes are in the table, before the name that goes with the bytes."""
+ROWS_AT_ONCE = 16
+"""Rows of text read together. Pictures are read one by one: a cell of some MB may stand in a small file often."""
+MAX_NAME = 1024
+"""Longer texts are no names: characters."""
+FILE_COLUMNS = ("file_name", "filename", "image_name")
+"""Columns that name a picture whose bytes are in the table, before the path that goes with the bytes."""
+NUMBER_COLUMNS = ("key", "__key__", "image_id", "img_id", "imgid", "id", "name")
+"""Columns that may tell pictures apart, after that path; `id` may number captions, `name` be a species."""
 USED = {*PARAPHRASE_COLUMNS, *SPLIT_COLUMNS}
-ID_COLUMNS = ("image_id", "img_id", "imgid", "id")
-"""Columns that number it, after that name."""
 
 
 @dataclass
 class Table:
-    """A table to read: what it is called, what changes with it, its columns, and how to read some of them."""
+    """A table to read.
+
+    called: its name in messages. origin: where it lies. stamp: what changes with its content. kinds:
+    the Arrow type of each column. read: some of its columns, so many rows at a time, as record batches.
+    """
 
     called: str
+    origin: str
     stamp: str
-    columns: Sequence[str]
+    kinds: Mapping[str, Any]
     rows: int
-    read: Callable[[Sequence[str]], Iterator[list[dict[str, Any]]]]
+    read: Callable[[Sequence[str], int], Iterator[Any]]
     split: str = ""
+
+
+class Entry(NamedTuple):
+    """The picture of a row: what it is called, and where its bytes are in the copy, or its path, or what is wrong."""
+
+    name: str = ""
+    number: str = ""
+    path: str = ""
+    offset: int = 0
+    size: int = -1
+    digest: str = ""
+    fault: str = ""
 
 
 def read_parquet(reading: Reading) -> Iterator[Row]:
@@ -65,32 +91,70 @@ def read_parquet(reading: Reading) -> Iterator[Row]:
     except ImportError:
         raise UserError("Parquet files need pyarrow: pip install 'amclr[data]'") from None
 
-    for file in reading.files:
-        try:
-            handle = parquet.ParquetFile(file, memory_map=True)
-        except (OSError, ValueError) as error:  # pyarrow's own errors are kinds of these
-            raise UserError(f"cannot read '{file}' as Parquet: {printable(str(error))}") from None
+    yield from _rows(reading, [_parquet(reading, file, parquet) for file in reading.files])
 
-        def batches(columns: Sequence[str], handle: Any = handle) -> Iterator[list[dict[str, Any]]]:
-            for batch in handle.iter_batches(ROWS_AT_ONCE, columns=list(columns)):
-                yield batch.to_pylist()
 
-        stat = file.stat()
-        names = [f.name for f in handle.schema_arrow]
-        yield from _rows(reading, Table(
-            reading.name(file), f"{file.resolve()}|{stat.st_size}|{stat.st_mtime_ns}", names,
-            handle.metadata.num_rows, batches, reading.split_of(file),
-        ))  # fmt: skip
+def _parquet(reading: Reading, file: Path, parquet: Any) -> Table:
+    try:
+        handle = parquet.ParquetFile(file, memory_map=True)
+        kinds = {f.name: f.type for f in handle.schema_arrow}
+    except (OSError, ValueError, NotImplementedError) as error:  # pyarrow's own errors are kinds of these
+        raise UserError(f"cannot read '{file}' as Parquet: {printable(str(error))}") from None
+    stat, path, rows = file.stat(), str(file.resolve()), handle.metadata.num_rows
+    handle.close()  # there may be more files than can be open at once
+
+    def batches(columns: Sequence[str], together: int) -> Iterator[Any]:
+        with parquet.ParquetFile(file, memory_map=True) as handle:
+            yield from handle.iter_batches(together, columns=list(columns))
+
+    stamp = f"{stat.st_size}|{stat.st_mtime_ns}"
+    return Table(reading.name(file), path, stamp, kinds, rows, batches, reading.split_of(file))
 
 
 def read_saved_dataset(reading: Reading) -> Iterator[Row]:
-    """A dataset saved by Hugging Face's `save_to_disk`, with or without splits."""
+    """A dataset saved by Hugging Face's `save_to_disk`, with or without splits. Only files in its folder are read."""
     datasets = _datasets()
+    _check_inside(reading.root)
     try:
         found = datasets.load_from_disk(str(reading.root))
     except Exception as error:  # a damaged folder raises many kinds
         raise UserError(f"cannot read '{reading.root}' as a saved dataset: {printable(str(error))}") from None
-    yield from _dataset_rows(reading, found)
+    yield from _dataset_rows(reading, found, str(reading.root.resolve()))
+
+
+def _check_inside(root: Path) -> None:
+    """Raise UserError where a saved dataset's own lists name a file outside its folder."""
+    parts = [root]
+    if (listing := root / "dataset_dict.json").is_file():
+        parts += [root / _inside(root, root, split, listing) for split in _listed(listing, "splits")]
+    for part in parts:
+        for name in ("state.json", "dataset_info.json"):
+            _inside(root, part, name, part)
+        if (listing := part / "state.json").is_file():
+            for entry in _listed(listing, "_data_files"):
+                _inside(root, part, entry.get("filename") if isinstance(entry, Mapping) else None, listing)
+
+
+def _listed(file: Path, key: str) -> list[Any]:
+    try:
+        found = read_json(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read '{file}': {error}; save the dataset again") from None
+    if not isinstance(found, Mapping) or not isinstance(found.get(key), list):
+        raise UserError(f"'{file}' has no list '{key}'; save the dataset again")
+    return list(found[key])
+
+
+def _inside(root: Path, folder: Path, name: object, listing: Path) -> str:
+    # A colon could make a URL of it, or a chain of them: datasets opens all of these.
+    if isinstance(name, str) and name and ":" not in name and "\0" not in name and ".." not in Path(name).parts:
+        path = folder / name
+        if not Path(name).is_absolute() and path.resolve().is_relative_to(root.resolve()):
+            return name
+    raise UserError(
+        f"'{listing}' names '{printable(str(name))}', which lies outside the folder: save the dataset again, "
+        "so that its files are in it"
+    )
 
 
 def read_hub_dataset(reading: Reading, name: str) -> Iterator[Row]:
@@ -104,7 +168,7 @@ def read_hub_dataset(reading: Reading, name: str) -> Iterator[Row]:
             f"cannot load the dataset '{name}': {printable(str(error).strip().splitlines()[0])}. Without a connection "
             "give the folder that dataset.save_to_disk(FOLDER) made"
         ) from None
-    yield from _dataset_rows(reading, found)
+    yield from _dataset_rows(reading, found, f"hf:{name}")
 
 
 def _datasets() -> Any:
@@ -116,107 +180,193 @@ def _datasets() -> Any:
     return datasets
 
 
-def _dataset_rows(reading: Reading, found: Any) -> Iterator[Row]:
+def _dataset_rows(reading: Reading, found: Any, origin: str) -> Iterator[Row]:
     parts = dict(found) if isinstance(found, Mapping) else {"": found}
-    for split, part in parts.items():
-        for name, feature in part.features.items():
-            if type(feature).__name__ == "Image":
-                part = part.cast_column(name, type(feature)(decode=False))  # bytes as they are, not decoded
-
-        def batches(columns: Sequence[str], part: Any = part) -> Iterator[list[dict[str, Any]]]:
-            for batch in part.select_columns(list(columns)).iter(ROWS_AT_ONCE):
-                yield [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-
-        yield from _rows(reading, Table(
-            f"{reading.root.name}{f'/{split}' if split else ''}", f"{part._fingerprint}|{len(part)}",
-            list(part.features), len(part), batches, SPLIT_NAMES.get(split.lower(), split),
-        ))  # fmt: skip
+    yield from _rows(reading, [_part(reading, split, part, f"{origin}/{split}") for split, part in parts.items()])
 
 
-def _rows(reading: Reading, table: Table) -> Iterator[Row]:
-    source, columns = reading.source, table.columns
-    image = need_column(table.called, columns, source.image_column, IMAGE_COLUMNS, "image")
-    texts = need_captions(table.called, columns, source.caption_column)
-    others = [c for c in columns if c != image]
-    file_column, id_column = find_column(others, "", FILE_COLUMNS), find_column(others, "", ID_COLUMNS)
-    wanted = [c for c in others if c in (file_column, id_column) or c in texts or c.strip().lower() in USED]
-    first = next(_read(table, [image]), [])
-    held = any(isinstance(row[image], (bytes, Mapping)) for row in first)
-    places = iter(_copied(reading, table, image)) if held else None
-    number = 0
-    for rows in _read(table, wanted if held else [*wanted, image]):
-        for row in rows:
-            number += 1
-            place, called, fault = next(places) if places else (row[image], "", "")
-            file_name, number_of = (row[c] if c else None for c in (file_column, id_column))
-            named = "" if called.startswith(NAMELESS) else called
-            own = str(next((n for n in (file_name, named, number_of, called) if n not in (None, "")), ""))
-            if fault or not isinstance(place, (str, Location)):
-                reading.reject(table.called, fault or "row has no picture", number, own)
+def _part(reading: Reading, split: str, part: Any, origin: str) -> Table:
+    def batches(columns: Sequence[str], together: int) -> Iterator[Any]:
+        for table in part.select_columns(list(columns)).with_format("arrow").iter(256):  # maps the file, copies nothing
+            yield from table.to_batches()
+
+    called = f"{reading.root.name}{f'/{split}' if split else ''}"
+    kinds = {f.name: f.type for f in part.features.arrow_schema}
+    stamp = f"{part._fingerprint}|{len(part)}"
+    return Table(called, origin, stamp, kinds, len(part), batches, SPLIT_NAMES.get(split.lower(), split))
+
+
+def _rows(reading: Reading, tables: Sequence[Table]) -> Iterator[Row]:
+    source = reading.source
+    tables = [t for t in tables if t.rows]  # an empty one may have no columns either
+    images = [need_column(t.called, list(t.kinds), source.image_column, IMAGE_COLUMNS, "image") for t in tables]
+    held = [_holds_bytes(table.kinds[image]) for table, image in zip(tables, images, strict=True)]
+    names = _Names()
+    for table, image, copied in zip(tables, images, held, strict=True):
+        for entry, where in _copied(reading, table, image) if copied else ():
+            if where:
+                names.add(entry, where)
+    for table, image, copied in zip(tables, images, held, strict=True):
+        others = [c for c in table.kinds if c != image]
+        texts = need_captions(table.called, list(table.kinds), source.caption_column)
+        wanted = [c for c in others if c in texts or c.strip().lower() in USED]
+        places = _copied(reading, table, image) if copied else None
+        for number, row in enumerate(_read(table, wanted if places else [*wanted, image]), 1):
+            entry = next(places)[0] if places else Entry(path=row[image] if isinstance(row[image], str) else "")
+            place = names.places[entry.digest] if entry.digest else entry.path
+            if entry.fault or not place:
+                reading.reject(table.called, entry.fault or "row has no picture", number, entry.name or entry.number)
                 continue
             made = row_of({c: v for c, v in row.items() if c != image}, source, place)
-            if isinstance(place, Location):
-                made.name = own
+            if entry.digest:
+                made.name = names.of(entry)
             made.file, made.line, made.split = table.called, number, made.split or table.split
             yield made
 
 
-def _read(table: Table, columns: Sequence[str]) -> Iterator[list[dict[str, Any]]]:
+def _holds_bytes(kind: Any) -> bool:
+    """Whether a column of an Arrow type may hold bytes, alone or as Hugging Face's {bytes, path}."""
+    from pyarrow import types
+
+    kind = kind.value_type if types.is_dictionary(kind) else kind
+    kinds = (types.is_struct, types.is_binary, types.is_large_binary, types.is_fixed_size_binary, types.is_binary_view)
+    return any(is_kind(kind) for is_kind in kinds)
+
+
+class _Names:
+    """What pictures are called, over all tables of a data set; the rule stands at the top of this file."""
+
+    def __init__(self) -> None:
+        self.places: dict[str, Location] = {}
+        """Where a content lies. Tables have copies of their own; the first's stands for all."""
+        self._contents: dict[str, str] = {}
+        self._numbers: dict[str, str] = {}
+        self._shared: set[str] = set()
+        self._renumbered: set[str] = set()
+
+    def add(self, entry: Entry, place: Location) -> None:
+        """Take note of a picture. All must be noted before any is named."""
+        self.places.setdefault(entry.digest, place)
+        name = entry.name or entry.number
+        if name and self._contents.setdefault(name, entry.digest) != entry.digest:
+            self._shared.add(name)
+        if not entry.name and self._numbers.setdefault(entry.digest, entry.number) != entry.number:
+            self._renumbered.add(entry.digest)
+
+    def of(self, entry: Entry) -> str:
+        """A picture's name."""
+        name = entry.name or ("" if entry.digest in self._renumbered else entry.number)
+        if not name:
+            return NAMELESS + entry.digest
+        return f"{name}#{entry.digest[:16]}" if name in self._shared else name
+
+
+def _read(table: Table, columns: Sequence[str], together: int = ROWS_AT_ONCE) -> Iterator[dict[str, Any]]:
+    """Rows of some columns, each cell made only when its row is: a dictionary's texts are not multiplied."""
     try:
-        yield from table.read(columns)
-    except (OSError, ValueError) as error:  # pyarrow's own errors are kinds of these
+        for batch in table.read(columns, together):
+            cells = dict(zip(batch.schema.names, batch.columns, strict=True))
+            for k in range(batch.num_rows):
+                yield {name: column[k].as_py() for name, column in cells.items()}
+    except (OSError, ValueError, NotImplementedError) as error:  # pyarrow's own errors are kinds of these
         raise UserError(
             f"'{table.called}' is damaged: {printable(str(error))}; mend it, or take it out of the folder"
         ) from None
 
 
-def _copied(reading: Reading, table: Table, image: str) -> Iterator[tuple[Location | str | None, str, str]]:
-    """For the picture of each row: its place (or, where a row has no bytes, its path), its name, or what is wrong.
+def _copied(reading: Reading, table: Table, image: str) -> Iterator[tuple[Entry, Location | None]]:
+    """The picture of each row, and its place where it has bytes.
 
-    The copy and its index are made under other names, so that a kill leaves none or a whole one.
+    The copy and its index are made under other names, so that a kill leaves none or a whole one. What is
+    damaged all the same is made anew, and copies of what the table was before are deleted.
     """
-    stem = reading.cache / "pictures" / f"{derive(FORMAT, table.stamp, image):016x}"
+    folder, key = reading.cache / "pictures", f"{derive(FORMAT, table.origin, image):016x}"
+    stem = folder / f"{key}-{derive(table.stamp):016x}"
     index, content = stem.with_suffix(".json.gz"), stem.with_suffix(".bin").absolute()
-    if not (index.is_file() and content.is_file()):
-        stem.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(stem.with_suffix(".lock")):
-            if not index.is_file():
-                _copy(reading, table, image, index, content)
-    for offset, size, name, fault in json.loads(gzip.decompress(index.read_bytes())):
-        place = Location(str(content), offset, size) if size >= 0 else (name or None)
-        yield place, Path(name).name if size >= 0 and name else "", fault
+    entries = _entries(index, content)
+    if entries is None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with FileLock(stem.with_suffix(".lock")):
+                entries = _entries(index, content)
+                if entries is None:
+                    entries = _copy(reading, table, image, index, content)
+            for old in folder.glob(f"{key}-*"):
+                if not old.name.startswith(stem.name):
+                    old.unlink(missing_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"cannot copy the pictures of '{table.called}' into the cache '{reading.cache}' "
+                f"({error.strerror or error}): free some space there, or give another --cache"
+            ) from None
+    for entry in entries:
+        yield entry, Location(str(content), entry.offset, entry.size) if entry.digest else None
 
 
-def _copy(reading: Reading, table: Table, image: str, index: Path, content: Path) -> None:
-    entries: list[tuple[int, int, str, str]] = []
-    known: dict[bytes, tuple[int, int]] = {}
+def _entries(index: Path, content: Path) -> list[Entry] | None:
+    """The entries of an index, or None where it, or the copy that it is of, is absent or not whole."""
+    try:
+        entries = [Entry(*e) for e in json.loads(gzip.decompress(index.read_bytes()))]
+        end = max((e.offset + e.size for e in entries if e.digest), default=0)
+        return entries if content.stat().st_size == end else None
+    except (OSError, EOFError, ValueError, TypeError, zlib.error):
+        return None
+
+
+def _copy(reading: Reading, table: Table, image: str, index: Path, content: Path) -> list[Entry]:
+    others = [c for c in table.kinds if c != image]
+    file_column, number_column = find_column(others, "", FILE_COLUMNS), find_column(others, "", NUMBER_COLUMNS)
+    wanted = list(dict.fromkeys(c for c in (image, file_column, number_column) if c))
+    entries: list[Entry] = []
+    known: dict[str, tuple[int, int]] = {}
     end = 0
-    part = content.with_suffix(".part")
     bar = tqdm(total=table.rows, desc="Copying pictures into the cache", unit="row", leave=False,
                disable=not reading.progress)  # fmt: skip
-    with bar, part.open("wb") as handle:
-        for rows in _read(table, [image]):
-            for row in rows:
-                cell = row[image]
-                raw, name = (cell.get("bytes"), cell.get("path")) if isinstance(cell, Mapping) else (cell, "")
-                name = name if isinstance(name, str) else ""
-                if not isinstance(raw, bytes):
-                    entries.append((0, -1, raw if isinstance(raw, str) else name, ""))
-                elif not raw or len(raw) > MAX_BYTES:
-                    size = "is empty (0 bytes)" if not raw else f"too large: {len(raw)} bytes"
-                    entries.append((0, -1, name, f"picture {size}"))
-                else:
-                    digest = hashlib.blake2b(raw, digest_size=16).digest()
-                    if digest not in known:
-                        handle.write(raw)
-                        known[digest] = (end, len(raw))
-                        end += len(raw)
-                    # A picture that has no name is called by its content: other rows do not change it.
-                    entries.append((*known[digest], name or NAMELESS + digest.hex(), ""))
-            bar.update(len(rows))
-        handle.flush()
-        os.fsync(handle.fileno())
-    os.replace(part, content)
-    part = index.with_suffix(".part")
-    part.write_bytes(gzip.compress(json.dumps(entries).encode(), 1))
-    os.replace(part, index)
+    with bar, _written(content) as handle:
+        for row in _read(table, wanted, together=1):
+            bar.update()
+            cell = row[image]
+            raw, path = (cell.get("bytes"), cell.get("path")) if isinstance(cell, Mapping) else (cell, "")
+            name = _name(row[file_column] if file_column else "") or _name(path)
+            number = _name(row[number_column] if number_column else "")
+            if not isinstance(raw, bytes):
+                path = raw if isinstance(raw, str) else path if isinstance(path, str) else ""
+                entries.append(Entry(name, number, path))
+            elif not raw or len(raw) > MAX_BYTES:
+                size = "is empty (0 bytes)" if not raw else f"too large: {len(raw)} bytes"
+                entries.append(Entry(name, number, fault=f"picture {size}"))
+            else:
+                digest = hashlib.blake2b(raw, digest_size=16).hexdigest()
+                if digest not in known:
+                    handle.write(raw)
+                    known[digest] = (end, len(raw))
+                    end += len(raw)
+                entries.append(Entry(name, number, "", *known[digest], digest))
+    with _written(index) as handle:
+        handle.write(gzip.compress(json.dumps(entries).encode(), 1))
+    return entries
+
+
+@contextmanager
+def _written(file: Path) -> Iterator[BinaryIO]:
+    """A file to write, there under its name when it is whole and on the disk; nothing of it is left otherwise."""
+    part = file.with_suffix(".part")
+    try:
+        with part.open("wb") as handle:
+            yield handle
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(part, file)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _name(value: object) -> str:
+    """A picture's name from a cell: its path from the data set's folder on; its last part where it leads elsewhere."""
+    if value is None or isinstance(value, (Mapping, list, bytes)):
+        return ""
+    text = str(value)
+    if not text.strip() or len(text) > MAX_NAME:
+        return ""
+    path = PurePosixPath(text)
+    return path.name if path.is_absolute() or ".." in path.parts or "://" in text else str(path)

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from amclr.config import SourceConfig
 from amclr.data import columns, tables, tars
-from amclr.data.rows import PICTURE_SUFFIXES, Reading, Row, printable
+from amclr.data.remote import braces
+from amclr.data.rows import PICTURE_SUFFIXES, Reading, Row
 from amclr.errors import UserError
 
 PICTURE_FOLDERS = ("Images", "images", "Flicker8k_Dataset", "flickr30k_images")
@@ -131,24 +132,9 @@ def format_of(file: Path) -> Format:
     raise UserError(f"'{file}' is of no known format: its name must end with {known}")
 
 
-def braces(text: str) -> list[str]:
-    """The texts that `{000..012}` and `{a,b}` in a text stand for."""
-    found = re.search(r"\{([^{}]*)\}", text)
-    if not found:
-        return [text]
-    if limits := re.fullmatch(r"(\d+)\.\.(\d+)", found[1]):
-        low, high = int(limits[1]), int(limits[2])
-        if high - low > 1_000_000:
-            raise UserError(f"'{printable(text)}' stands for {high - low:,} files")
-        parts = [f"{k:0{len(limits[1])}d}" for k in range(low, high + 1)]
-    else:
-        parts = found[1].split(",")
-    return [p for part in parts for p in braces(text[: found.start()] + part + text[found.end() :])]
-
-
 def label(data: str) -> str:
     """A short name for a data set, good for a folder or a title."""
-    stem = re.split(r"[/:]", data.rstrip("/"))[-1]
+    stem = re.split(r"[/:]", (data.partition("?")[0] if "://" in data else data).rstrip("/"))[-1]
     if "://" not in data and not data.startswith("hf:") and data != "scenes":
         stem = Path(data).expanduser().resolve().name
     for suffix in (".yaml", ".yml", *(s for f in FORMATS for s in f.suffixes)):

@@ -143,7 +143,7 @@ def test_bad_data_ends_in_one_line_or_a_counted_skip(amclr: Command, folder: Pat
         handle.write("020.png\n")
     looked = amclr("inspect", "--data", folder)
     assert "left out     5 of 82 rows" in looked.stdout and "too large" in looked.stdout
-    assert "overlap      1 pictures are in both train and val, such as 020.png" in looked.stdout
+    assert "note         1 pictures are in both train and val, such as 020.png" in looked.stdout
 
 
 def test_a_model_from_a_hub_that_cannot_be_reached(amclr: Command, folder: Path, tmp_path: Path) -> None:

@@ -304,7 +304,7 @@ class _Pictures:
         self.apart = bool(images)
         usual = next((root / f for f in PICTURE_FOLDERS if (root / f).is_dir()), root)
         folder = root / Path(images).expanduser() if images else usual
-        if not folder.is_dir():
+        if images and not folder.is_dir():
             raise UserError(f"no folder '{images}' for --source.images")
         if not images and not usual.resolve().is_relative_to(root.resolve()):
             raise UserError(

@@ -227,7 +227,7 @@ def caption_fault(raw: object, caption: str) -> str | None:
 
 def printable(text: str) -> str:
     """A text that does nothing to a terminal, cut to a length that fits an error message."""
-    text = " ".join(text[:2000].split())
+    text = re.sub(r"[\t-\r]+", " ", text[:2000])
     text = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
     return text if len(text) <= 500 else f"{text[:499]}…"
 

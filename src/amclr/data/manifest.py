@@ -363,7 +363,8 @@ def _with_splits(manifest: Manifest, val_fraction: float) -> Manifest:
     if without := len(manifest.samples) - len(rest | apart):
         notes.append(f"{without} pictures are in no split, and not used")
     if "val" not in splits:
-        splits |= _hold_out([s for s in manifest.samples if s.name in rest - apart], val_fraction)
+        own = rest - apart
+        splits |= _hold_out([s for s in manifest.samples if s.name in own], val_fraction)
     for one, other in combinations(splits, 2):
         if shared := splits[one] & splits[other]:
             notes.append(f"{len(shared)} pictures are in both {one} and {other}, such as {printable(min(shared))}")

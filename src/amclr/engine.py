@@ -33,12 +33,13 @@ from amclr.data.rows import Reject, append_rejects, write_rejects
 from amclr.data.views import policies
 from amclr.errors import UserError
 from amclr.features import FeatureBatches
+from amclr.files import write_text
 from amclr.measure import Evaluator, draw_gallery, measure_classes, model_reads_pictures
 from amclr.model import DualEncoder, build_tokenizer
 from amclr.objectives import Objective, backward_in_chunks, build
 from amclr.optim import build_optimizer, choose_optimizer, learning_rate, set_lr
 from amclr.randomness import derive
-from amclr.run import Loggers, Pinned, Run, write_atomically
+from amclr.run import Loggers, Pinned, Run
 
 LOG_EVERY = 10
 
@@ -408,7 +409,7 @@ def finish(t: Training, progress: bool) -> None:
     results = {"split": "val", "best_step": round(best["step"] * t.stretch(best)), **t.evaluator.figures(images, texts)}
     if t.manifest.zeroshot:
         results |= measure_classes(t.model, t.manifest.zeroshot, t.config, progress=progress)
-    write_atomically(t.run.folder / "results.json", json.dumps(results, indent=2) + "\n")
+    write_text(t.run.folder / "results.json", json.dumps(results, indent=2) + "\n")
     title = f"{t.config.objective} on {manifests.label(t.config.data)}"
     figures.curves(t.run.metrics(), t.run.folder / "curves.png", title, t.evaluator.chance())
     draw_gallery(t.model, t.evaluator, images, texts, t.run.folder / "gallery.png", title)

@@ -13,7 +13,6 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +24,14 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from amclr.config import Config
-from amclr.data.batches import Batch, BatchPlan, again, drawn_by, split_views
+from amclr.data.batches import Batch, BatchPlan, draw_texts, drawn_by, split_views
 from amclr.data.duplicates import Duplicates
 from amclr.data.manifest import Sample
 from amclr.data.pictures import BadPicture, PictureStore
 from amclr.data.texts import TextPolicy
 from amclr.data.views import policy, title
 from amclr.errors import UserError
+from amclr.files import write_text
 from amclr.model import DualEncoder
 from amclr.randomness import Key, mixed
 
@@ -137,9 +137,7 @@ def _compute(
             rows = compute(done, stop).numpy()
             array[slice(done, stop) if order is None else order[done:stop]] = rows
             array.flush()
-            fresh = marker.with_suffix(".tmp")
-            fresh.write_text(json.dumps({"done": stop}))
-            os.replace(fresh, marker)
+            write_text(marker, json.dumps({"done": stop}))
             bar.update(stop - done)
             done = stop
     del array
@@ -271,19 +269,14 @@ class FeatureBatches(Dataset[Batch]):
                 drawn = pick
                 rows.append(table[ids, pick])
             images = torch.from_numpy(np.concatenate(rows))
-        tokens = None
-        texts: dict[str, list[str]] = {v: [] for v in self.text_views}
+        tokens, texts = None, {}
         if self.text_views:
-            for i, copy in zip(ids, copies.tolist(), strict=True):
-                s = self.samples[i]
-                noisy = partial(self._noisy, s, v=(epoch + copy) % self.cached_views)
-                _, text, second = self.policy.draw(
-                    s.captions, s.paraphrases, self.seed, epoch, s.name, "text", *again(copy), words=noisy
-                )
-                if "text_aug" in texts:
-                    texts["text_aug"].append(second)
-                if "text" in texts:
-                    texts["text"].append(text)
+
+            def noisy(sample: Sample, copy: int, index: int) -> str:
+                return self._noisy(sample, index, (epoch + copy) % self.cached_views)
+
+            visited = [(self.samples[i], copy) for i, copy in zip(ids, copies.tolist(), strict=True)]
+            texts = draw_texts(self.policy, visited, self.text_views, self.seed, epoch, noisy)
             tokens = torch.from_numpy(self.text_features([t for drawn in texts.values() for t in drawn]))
         groups = self.duplicates.groups(ids, texts)
         places = torch.from_numpy(ids.astype(np.int64))

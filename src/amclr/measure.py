@@ -27,8 +27,9 @@ from amclr.data.texts import TextPolicy
 from amclr.data.views import policies, title, whole
 from amclr.errors import UserError
 from amclr.features import caption_features, image_features
+from amclr.files import write_text
 from amclr.model import DualEncoder, build_tokenizer
-from amclr.run import Run, write_atomically
+from amclr.run import Run
 
 GALLERY_QUERIES, GALLERY_PLACES = 6, 6
 
@@ -208,7 +209,7 @@ def evaluate_run(
         name = f"zeroshot-{Path(zeroshot).resolve().name}"
     if len(results) == 2:
         raise UserError("nothing to measure: leave out --retrieval false, or give --zeroshot FOLDER")
-    write_atomically(out / f"{name}.json", json.dumps(results, indent=2) + "\n")
+    write_text(out / f"{name}.json", json.dumps(results, indent=2) + "\n")
     return results
 
 

@@ -29,6 +29,7 @@ import yaml
 
 from amclr.config import Config, from_dict
 from amclr.errors import UserError
+from amclr.files import write_text, written
 from amclr.model import DualEncoder, build_tokenizer
 from amclr.randomness import derive
 
@@ -110,8 +111,8 @@ class Run:
         except OSError as error:
             raise UserError(f"cannot make the run folder '{folder}': {error.strerror}") from None
         run = cls(folder, config)
-        write_atomically(folder / "environment.json", json.dumps(_environment(), indent=2) + "\n")
-        write_atomically(folder / "config.yaml", yaml.safe_dump(asdict(config), sort_keys=False))
+        write_text(folder / "environment.json", json.dumps(_environment(), indent=2) + "\n")
+        write_text(folder / "config.yaml", yaml.safe_dump(asdict(config), sort_keys=False))
         return run
 
     @staticmethod
@@ -134,7 +135,7 @@ class Run:
 
     def pin_samples(self, samples: Pinned) -> None:
         """Record the pictures of a run, which one that goes on is held to."""
-        write_atomically(self.folder / "samples.json", json.dumps(samples.record(), indent=1) + "\n")
+        write_text(self.folder / "samples.json", json.dumps(samples.record(), indent=1) + "\n")
 
     def refuse_others(self, samples: Pinned) -> None:
         """Raise UserError, naming what differs, for other pictures than those that the run was pinned to, if it was."""
@@ -169,7 +170,7 @@ class Run:
         stretch: steps an epoch now, by those that the rows were counted in; the others are numbered anew.
         """
         kept = [{**row, "step": round(row["step"] * stretch)} for row in self.metrics() if row["step"] <= step]
-        write_atomically(self.folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
+        write_text(self.folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
 
     def write_csv(self) -> None:
         """Write metrics.csv from metrics.jsonl: a column per metric."""
@@ -190,16 +191,11 @@ class Run:
         UserError where it cannot be written; those before it are still there.
         """
         file = self.checkpoints / f"step-{step:08d}.pt"
-        part = file.with_suffix(".part")
         try:
             self.checkpoints.mkdir(exist_ok=True)
-            with part.open("wb") as handle:
+            with written(file) as handle:
                 torch.save(state, handle)
-                handle.flush()
-                os.fsync(handle.fileno())
-            os.replace(part, file)
         except (OSError, RuntimeError) as error:  # torch's writer has errors of its own for a disk that is full
-            part.unlink(missing_ok=True)
             reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
             raise UserError(
                 f"cannot write a checkpoint in '{self.checkpoints}' ({reason}): make room, then go on by: "
@@ -303,16 +299,6 @@ def load(path: str | Path) -> DualEncoder:
     """
     model = Run.open(Path(path).expanduser()).load_model()
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def write_atomically(file: Path, text: str) -> None:
-    """Write a text file so that it is complete or absent at any moment."""
-    part = file.with_name(f"{file.name}.part")
-    with part.open("w", encoding="utf-8") as handle:
-        handle.write(text)
-        handle.flush()
-        os.fsync(handle.fileno())
-    os.replace(part, file)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -114,15 +114,15 @@ def test_the_index_comes_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     """Saving interrupted half way leaves no index, so that nothing is taken for whole."""
     monkeypatch.setattr(tables, "PIECE_BYTES", 16)
     written: list[Path] = []
-    real = tables._replace
+    real = tables.written
 
-    def stop(file: Path, write: Any) -> None:
+    def stop(file: Path) -> Any:
         if len(written) == 3:
             raise OSError(28, "No space left on device")
         written.append(file)
-        real(file, write)
+        return real(file)
 
-    monkeypatch.setattr(tables, "_replace", stop)
+    monkeypatch.setattr(tables, "written", stop)
     with pytest.raises(OSError, match="No space left"):
         build("sogclr", SAMPLES).save_tables(tmp_path)
     assert not list(tmp_path.glob("*.json"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from amclr.data.pictures import BadPicture, PictureStore
 from amclr.data.texts import TextPolicy
 from amclr.data.views import policies
 from amclr.errors import UserError
-from amclr.randomness import Key, mixed
+from amclr.randomness import mixed
 
 Tokenize = Callable[[list[str]], dict[str, Tensor]]
 
@@ -164,9 +165,21 @@ class Batch:
         return replace(self, images=changed(self.images), tokens=changed(self.tokens), ids=changed(self.ids))
 
 
-def again(copy: int) -> tuple[Key, ...]:
-    """What the key of a caption's draw ends with at a later visit of an epoch; nothing at the first."""
-    return (copy,) if copy else ()
+def draw_texts(
+    policy: TextPolicy, visited: Sequence[tuple[Sample, int]], views: Sequence[str], seed: int, epoch: int,
+    words: Callable[[Sample, int, int], str] | None = None,
+) -> dict[str, list[str]]:  # fmt: skip
+    """The texts of a step by view: of the samples visited, each with how often the epoch has visited it before.
+
+    words: (sample, that number, caption's index) -> what stands for word noise; None draws it.
+    """
+    both: dict[str, list[str]] = {"text": [], "text_aug": []}
+    for s, copy in visited:
+        key = (seed, epoch, s.name, "text", *((copy,) if copy else ()))
+        _, text, second = policy.draw(s.captions, s.paraphrases, *key, words=words and partial(words, s, copy))
+        both["text"].append(text)
+        both["text_aug"].append(second)
+    return {view: both[view] for view in views}
 
 
 def split_views(required: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -208,12 +221,8 @@ class PictureBatches(Dataset[Batch]):
             images, edits = self._images(pictures, drawn_by(self.plan.samples[ids], copies), epoch)
         tokens, texts = None, {}
         if self.text_views:
-            drawn = [
-                self.texts.draw(s.captions, s.paraphrases, self.seed, epoch, s.name, "text", *again(copy))
-                for s, copy in zip((self.samples[i] for i in ids), copies.tolist(), strict=True)
-            ]
-            both = {"text": [d[1] for d in drawn], "text_aug": [d[2] for d in drawn]}
-            texts = {view: both[view] for view in self.text_views}
+            visited = [(self.samples[i], copy) for i, copy in zip(ids, copies.tolist(), strict=True)]
+            texts = draw_texts(self.texts, visited, self.text_views, self.seed, epoch)
             tokens = self.tokenize([t for drawn_texts in texts.values() for t in drawn_texts])
         groups = self.duplicates.groups(ids, texts)
         return Batch(self.image_views, self.text_views, images, tokens, torch.tensor(ids), replaced, groups, edits)

@@ -10,16 +10,11 @@ lost, and a row that comes or goes renames only the pictures that share its name
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import json
-import os
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 from filelock import FileLock
 from tqdm import tqdm
@@ -40,6 +35,7 @@ from amclr.data.rows import (
     row_of,
 )
 from amclr.errors import UserError
+from amclr.files import read_packed, write_packed, written
 from amclr.randomness import derive
 
 FORMAT = 2
@@ -306,10 +302,10 @@ def _copied(reading: Reading, table: Table, image: str) -> Iterator[tuple[Entry,
 def _entries(index: Path, content: Path) -> list[Entry] | None:
     """The entries of an index, or None where it, or the copy that it is of, is absent or not whole."""
     try:
-        entries = [Entry(*e) for e in json.loads(gzip.decompress(index.read_bytes()))]
+        entries = [Entry(*e) for e in read_packed(index)]
         end = max((e.offset + e.size for e in entries if e.digest), default=0)
         return entries if content.stat().st_size == end else None
-    except (OSError, EOFError, ValueError, TypeError, zlib.error):
+    except (OSError, ValueError, TypeError):
         return None
 
 
@@ -322,7 +318,7 @@ def _copy(reading: Reading, table: Table, image: str, index: Path, content: Path
     end = 0
     bar = tqdm(total=table.rows, desc="Copying pictures into the cache", unit="row", leave=False,
                disable=not reading.progress)  # fmt: skip
-    with bar, _written(content) as handle:
+    with bar, written(content) as handle:
         for row in _read(table, wanted, together=1):
             bar.update()
             cell = row[image]
@@ -342,23 +338,8 @@ def _copy(reading: Reading, table: Table, image: str, index: Path, content: Path
                     known[digest] = (end, len(raw))
                     end += len(raw)
                 entries.append(Entry(name, number, "", *known[digest], digest))
-    with _written(index) as handle:
-        handle.write(gzip.compress(json.dumps(entries).encode(), 1))
+    write_packed(index, entries)
     return entries
-
-
-@contextmanager
-def _written(file: Path) -> Iterator[BinaryIO]:
-    """A file to write, there under its name when it is whole and on the disk; nothing of it is left otherwise."""
-    part = file.with_suffix(".part")
-    try:
-        with part.open("wb") as handle:
-            yield handle
-            handle.flush()
-            os.fsync(handle.fileno())
-        os.replace(part, file)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _name(value: object) -> str:

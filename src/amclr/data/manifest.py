@@ -155,10 +155,9 @@ def load(config: Config, cache: Path, progress: bool = True) -> Manifest:
         where = cache / f"scenes-{derive(scenes.FORMAT, repr(config.scenes)):016x}"
         scenes.write_scenes(where, config.scenes, progress=progress)
         found = replace(_read(where, config, cache, progress), zeroshot=where / "zeroshot", format="scenes")
-        return _with_paraphrases(found, config.source.paraphrases)
-    if data.startswith("pipe:"):
+    elif data.startswith("pipe:"):
         raise UserError(f"'{printable(data)}' would run a command: save what it prints as a file and give that")
-    if data.startswith("hf:"):
+    elif data.startswith("hf:"):
         name = data.removeprefix("hf:")
         reading = Reading(Path(name), [], config.source, cache, progress)
         found = _collect(reading, columns.read_hub_dataset(reading, name), "Hugging Face dataset")
@@ -189,8 +188,7 @@ def _with_paraphrases(manifest: Manifest, setting: str) -> Manifest:
 def _read(path: Path, config: Config, cache: Path, progress: bool) -> Manifest:
     root, files, kind = find(path, config.source)
     reading = Reading(root, files, config.source, cache, progress)
-    with _no_garbage():
-        return _collect(reading, kind.read(reading), kind.name)
+    return _collect(reading, kind.read(reading), kind.name)
 
 
 @contextmanager
@@ -221,6 +219,7 @@ class _Entry:
         return Sample(name, self.picture, tuple(self.captions), again)
 
 
+@_no_garbage()
 def _collect(reading: Reading, rows: Iterable[Row], called: str) -> Manifest:
     """Group rows by picture; reject what cannot be used."""
     pictures = _Pictures(reading.root, reading.source.images)
@@ -244,11 +243,10 @@ def _collect(reading: Reading, rows: Iterable[Row], called: str) -> Manifest:
         if entry and entry.picture != place:
             reject(f"duplicate key: {name} is in {entry.file} already")
             continue
+        cleaned = [clean(raw) for raw in row.captions]
         texts = []
-        for raw in row.captions:
-            caption = clean(raw)
-            fault = caption_fault(raw, caption)
-            if fault:
+        for raw, caption in zip(row.captions, cleaned, strict=True):
+            if fault := caption_fault(raw, caption):
                 reject(fault)
             else:
                 texts.append(caption)
@@ -260,14 +258,16 @@ def _collect(reading: Reading, rows: Iterable[Row], called: str) -> Manifest:
             entry = entries[name] = _Entry(place, row.file)
         for caption in texts:
             entry.captions.setdefault(caption)
-        for raw, again in zip(row.captions, row.paraphrases, strict=False):
-            if (caption := clean(raw)) not in entry.captions:
+        for caption, again in zip(cleaned, row.paraphrases, strict=False):
+            if caption not in entry.captions:
                 continue
-            for text in again:
-                if (fault := caption_fault(text, clean(text))) and fault != "empty caption":
+            for raw in again:
+                text = clean(raw)
+                fault = caption_fault(raw, text)
+                if fault and fault != "empty caption":
                     reject(f"paraphrase: {fault}")
                 elif not fault:
-                    entry.captions[caption] = {**(entry.captions[caption] or {}), clean(text): None}
+                    entry.captions[caption] = {**(entry.captions[caption] or {}), text: None}
         if row.split:
             split = row.split.strip().lower()
             splits.setdefault(SPLIT_NAMES.get(split, split), set()).add(name)

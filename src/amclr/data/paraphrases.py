@@ -29,6 +29,7 @@ from typing import Any, Protocol, TypeVar
 from amclr.data.rows import Reject, caption_fault, clean, read_json
 from amclr.data.wording import changed, words
 from amclr.errors import UserError
+from amclr.files import write_text
 
 FORMAT = 1
 FOLDER, LATEST, SETTINGS, ROWS, PARTS = "paraphrases", "latest", "store.json", "paraphrases.jsonl", "parts"
@@ -406,12 +407,12 @@ class Version:
         """Join the parts with what was finished before into one file, and write the report. Returns the report."""
         entries = self.done() | self._base
         ordered = [entries[c] for c in sorted(entries)]
-        _write(self.folder / ROWS, "".join(f"{e.line()}\n" for e in ordered))
+        write_text(self.folder / ROWS, "".join(f"{e.line()}\n" for e in ordered))
         report = summarise(ordered, int(self.settings["k"]))
-        _write(self.folder / "report.json", json.dumps(report, indent=2) + "\n")
-        _write(self.folder / "sample.txt", sample_sheet(ordered))
+        write_text(self.folder / "report.json", json.dumps(report, indent=2) + "\n")
+        write_text(self.folder / "sample.txt", sample_sheet(ordered))
         self._write_settings(len(ordered))
-        _write(self.store / LATEST, f"{self.name}\n")
+        write_text(self.store / LATEST, f"{self.name}\n")
         for part in (self.folder / PARTS).glob("*.jsonl"):
             part.unlink()
         (self.folder / PARTS).rmdir()
@@ -427,7 +428,7 @@ class Version:
 
     def _write_settings(self, captions: int | None) -> None:
         about = {"format": FORMAT, "captions": captions, "settings": self.settings}
-        _write(self.folder / SETTINGS, json.dumps(about, indent=2, sort_keys=True) + "\n")
+        write_text(self.folder / SETTINGS, json.dumps(about, indent=2, sort_keys=True) + "\n")
 
 
 def summarise(entries: Sequence[Entry], k: int) -> dict[str, Any]:
@@ -470,12 +471,3 @@ def _drop_cut_line(part: Path) -> None:
     if end < len(whole):
         with part.open("r+b") as handle:
             handle.truncate(end)
-
-
-def _write(file: Path, text: str) -> None:
-    part = file.with_name(f"{file.name}.part")
-    with part.open("w", encoding="utf-8", errors="backslashreplace", newline="") as handle:
-        handle.write(text)
-        handle.flush()
-        os.fsync(handle.fileno())
-    os.replace(part, file)

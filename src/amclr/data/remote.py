@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from amclr.data.rows import printable
 from amclr.errors import UserError
+from amclr.files import write_text
 from amclr.randomness import derive
 
 STAMPS = (
@@ -78,10 +79,8 @@ def _told(what: str, where: str) -> Iterator[None]:
     except Exception as error:
         # HTTP calls every failure "not found", and tells the true one as its cause.
         cause = error.__cause__ or error
-        if isinstance(error, FileNotFoundError) and getattr(cause, "status", 404 if cause is error else 0) in (
-            404,
-            410,
-        ):
+        status = getattr(cause, "status", 404 if cause is error else 0)
+        if isinstance(error, FileNotFoundError) and status in (404, 410):
             raise UserError(f"there is nothing at '{printable(where)}'") from None
         why = " ".join(str(cause).split()) or type(cause).__name__
         hint = ": free some space, or give another --cache" if getattr(cause, "errno", 0) in DISK_FULL else ""
@@ -117,9 +116,7 @@ def _fetch(url: str, system: Any, path: str, target: Path, progress: bool) -> Pa
             part.unlink(missing_ok=True)
         known[found[f]] = stamps[f]
         if done % 100 == 0 or done == len(todo):
-            fresh = record.with_suffix(".part")
-            fresh.write_text(json.dumps(known))
-            os.replace(fresh, record)
+            write_text(record, json.dumps(known))
     for name in known.keys() - set(found.values()):  # what is gone there must not stay here
         (target / name).unlink(missing_ok=True)
     return target / found[path] if path in found else target

@@ -7,8 +7,6 @@ end loses only what it hits, and is named.
 
 from __future__ import annotations
 
-import gzip
-import json
 import os
 import tarfile
 from collections.abc import Iterable, Iterator
@@ -24,6 +22,7 @@ from amclr.config import SourceConfig
 from amclr.data.pictures import Location
 from amclr.data.rows import PICTURE_SUFFIXES, Reading, Row, clean, read_json, row_of
 from amclr.errors import UserError
+from amclr.files import read_packed, write_packed
 from amclr.randomness import derive
 
 FORMAT = 1
@@ -176,14 +175,11 @@ def _indexed(file: Path, source: SourceConfig, cache: Path) -> _Index:
     what = derive(FORMAT, str(file.resolve()), stat.st_size, stat.st_mtime_ns, *settings)
     kept = cache / f"{what:016x}.json.gz"
     try:
-        return _Index(**json.loads(gzip.decompress(kept.read_bytes())))
-    except (OSError, ValueError, TypeError, EOFError):
-        pass
-    index = index_tar(file, source)
+        return _Index(**read_packed(kept))
+    except TypeError:  # there is none, or not such a one
+        index = index_tar(file, source)
     cache.mkdir(parents=True, exist_ok=True)
-    part = kept.with_suffix(f".{os.getpid()}.part")
-    part.write_bytes(gzip.compress(json.dumps(vars(index)).encode(), 1))
-    os.replace(part, kept)
+    write_packed(kept, vars(index))
     return index
 
 

@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from amclr.files import write_text, written
+
 STORAGES = ("auto", "device", "host", "disk")
 PIECE_BYTES = 1 << 28
 """A table is filled, saved and loaded in pieces of about this size."""
@@ -100,10 +102,11 @@ class Table(nn.Module):
         for number, piece in enumerate(self._pieces()):
             file = folder / f"{name}-{number:05d}.npy"
             array = piece.detach().cpu().numpy()
-            _replace(file, lambda handle, array=array: np.save(handle, array))
+            with written(file) as handle:
+                np.save(handle, array)
             listed.append({"file": file.name, "rows": len(array), "sha256": _digest(array)})
         index = {"shape": list(self.values.shape), "pieces": listed}
-        _replace(folder / f"{name}.json", lambda handle: handle.write(json.dumps(index, indent=1).encode()))
+        write_text(folder / f"{name}.json", json.dumps(index, indent=1))
 
     def load(self, folder: Path, name: str) -> None:
         """Take up what `save` wrote, wherever this table is kept.
@@ -175,15 +178,6 @@ def _mapped(rows: int, columns: int, folder: Path | None) -> Tensor:
     finally:
         os.close(handle)
         os.unlink(name)
-
-
-def _replace(file: Path, write: Any) -> None:
-    part = file.with_name(f"{file.name}.part")
-    with part.open("wb") as handle:
-        write(handle)
-        handle.flush()
-        os.fsync(handle.fileno())
-    os.replace(part, file)
 
 
 def _digest(array: np.ndarray) -> str:

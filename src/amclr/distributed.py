@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 NOTHING: Mapping[str, int] = {}
 
@@ -102,3 +104,48 @@ class _Rows(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def]
         return gradient[ctx.mine], None
+
+
+def share_of(count: int, rank: int, size: int) -> slice:
+    """Which of `count` things in a row process `rank` of `size` takes: shares differ by one at most."""
+    return slice(count * rank // size, count * (rank + 1) // size)
+
+
+def average_statistics(model: nn.Module) -> None:
+    """Make the running statistics of batch norms those of all processes together: their mean."""
+    if processes() == 1:
+        return
+    norms = [m for m in model.modules() if isinstance(m, _NormBase) and m.training and m.running_mean is not None]
+    buffers = [b for m in norms for b in (m.running_mean, m.running_var) if b is not None]
+    if not buffers:
+        return
+    flat = torch.cat([b.detach().flatten() for b in buffers]) / processes()
+    dist.all_reduce(flat)
+    for buffer, part in zip(buffers, flat.split([b.numel() for b in buffers]), strict=True):
+        buffer.copy_(part.view_as(buffer))
+
+
+def whole(value: Any, keep: bool = True) -> Any:
+    """A nested state with tensors that are spread over the processes (DTensor) put together.
+
+    All processes call it. keep: false drops them there after, where another process is to have them.
+    """
+    if isinstance(value, dict):
+        return {k: whole(v, keep) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(whole(v, keep) for v in value)
+    if hasattr(value, "full_tensor"):
+        found = value.full_tensor()
+        return found.cpu() if keep else found.new_empty(0)
+    return value
+
+
+def spread(value: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor, spread over the processes as `like` is, if it is."""
+    if not hasattr(like, "full_tensor"):
+        return value
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    assert isinstance(like, DTensor)
+    found: Tensor = distribute_tensor(value.to(like.device), like.device_mesh, like.placements)
+    return found

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from amclr.objectives import build, tables
+from amclr.objectives import VIEWS, build, tables
 from tests.objectives.test_objectives import draw_views, tensors
 
 SAMPLES = {"image": 40, "text": 60}
@@ -170,3 +170,29 @@ def test_the_index_says_what_is_there(tmp_path: Path) -> None:
     build("sogclr", SAMPLES).save_tables(tmp_path)
     index = json.loads((tmp_path / "log_u_image.json").read_text())
     assert index["shape"] == [40, 1] and sum(p["rows"] for p in index["pieces"]) == 40
+
+
+@pytest.mark.parametrize("name", ["ixamclr", "clip"])
+@pytest.mark.parametrize("settings", [{}, {"estimator": "reference"}, {"backend": "triton"}, {"storage": "disk"}])
+def test_a_step_can_be_undone(name: str, settings: dict[str, str]) -> None:
+    """Tables, temperatures included, are as before; also where samples stand twice; and only the last step is."""
+    if "estimator" in settings and name == "clip":
+        pytest.skip("clip has no tables to share")
+    objective = build(name, 12, temperature=0.1, **settings)  # type: ignore[arg-type]
+    objective.remember = True
+    generator = torch.Generator().manual_seed(0)
+
+    def step() -> None:
+        views = {v: torch.nn.functional.normalize(torch.randn(6, 4, generator=generator), dim=1) for v in VIEWS}
+        objective(views, torch.tensor([0, 1, 2, 3, 3, 7]))
+
+    step()
+    before = {k: v.clone() for k, v in objective.state_dict().items()}
+    step()
+    after = {k: v.clone() for k, v in objective.state_dict().items()}
+    objective.undo()
+    assert all(torch.equal(v, before[k]) for k, v in objective.state_dict().items())
+    if name != "clip":
+        assert not all(torch.equal(v, before[k]) for k, v in after.items())
+    objective.undo()
+    assert all(torch.equal(v, before[k]) for k, v in objective.state_dict().items())

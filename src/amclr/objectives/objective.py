@@ -51,6 +51,7 @@ class Objective(nn.Module):
     respect to its own rows. The estimators stay the same on all of them.
 
     `diagnose = True` adds to the metrics what one looks at when training goes wrong (see `_diagnose`).
+    `remember = True` keeps what a step overwrites in the tables, so that `undo` can put it back.
     """
 
     def __init__(
@@ -96,6 +97,8 @@ class Objective(nn.Module):
         self.products, self.backend = products, backend
         self.initial_temperature = temperature
         self.diagnose = False
+        self.remember = False
+        self._former: list[tuple[Table, Tensor, Tensor]] = []
         self._first_epoch = True
         self._stacked = tuple(v for v in VIEWS if v in self.required_views)
         self._layouts_of = {whole: self._layouts(whole) for whole in (True, False)}
@@ -145,6 +148,12 @@ class Objective(nn.Module):
             return torch.cat([t.flatten() for t in every]).mean()
         return torch.tensor(self.initial_temperature, dtype=torch.float64)
 
+    def undo(self) -> None:
+        """Put back what the last call overwrote in the tables, if it was to be remembered; once."""
+        for table, ids, former in self._former:
+            table.write(ids, 0, table.values.shape[1], former)
+        self._former = []
+
     # -- one step ---------------------------------------------------------------------------------
 
     def forward(
@@ -188,6 +197,9 @@ class Objective(nn.Module):
         if sum(world.sizes) < 2:
             raise ValueError("a batch of 1 has no negatives: pass at least 2 samples")
         id_of, positives = _together(id_of, shown, world, device)
+        if self.remember:
+            self._former = [(table, id_of[of], table.read(id_of[of], 0, table.values.shape[1], table.values))
+                            for of, table in ((name.rpartition("_")[2], t) for name, t in self._tables())]  # fmt: skip
         with torch.autocast(device.type, enabled=False):
             dtype = torch.promote_types(torch.float32, source)
             inputs = {v: views[v].to(dtype) for v in self._stacked}

@@ -201,26 +201,36 @@ def test_stopped_and_resumed_equals_uninterrupted(
     assert state is not None and state["step"] == stop + 1
     # Metrics of steps that the checkpoint does not know, as a kill would leave them.
     run.log({"kind": "train", "step": 11, "epoch": 2.75, "loss": 1.0})
-    resumed = train(Config(), resume=Path(config.out), progress=False)
+    resumed = train(resume=Path(config.out), progress=False)
     assert_same_run(whole, resumed)
 
 
-def test_a_signal_during_evaluation_loses_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("again", [False, True])
+def test_a_signal_during_evaluation_puts_it_off(again: bool, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An evaluation may take long, and is made again; also where it is stopped a second time, and at the last step."""
     whole = train(frozen(folder, "whole", epochs=3), progress=False)
-    measure = Evaluator.__call__
-
-    def interrupted(self: Evaluator) -> dict[str, float]:
-        signal.raise_signal(signal.SIGINT)
-        return measure(self)
-
-    monkeypatch.setattr(Evaluator, "__call__", interrupted)
     config = frozen(folder, "parts", epochs=3)
-    with pytest.raises(Stopped):
-        train(config, progress=False)
-    run = Run.open(Path(config.out))
-    assert [r["epoch"] for r in run.metrics() if r["kind"] == "eval"] == [1.0]
+    run, measure = Run(Path(config.out), config), Evaluator.__call__
+    rounds = [1, 3] if not again else [1, 1, 3, 3]
+    for when, epochs in enumerate(rounds):
+        count = iter(range(100))
+
+        def interrupted(self: Evaluator) -> dict[str, float]:
+            found = measure(self)
+            done = [r["epoch"] for r in run.metrics() if r["kind"] == "eval"]
+            if len(done) == epochs - 1 and next(count) == 0:
+                signal.raise_signal(signal.SIGUSR1)
+            return found
+
+        monkeypatch.setattr(Evaluator, "__call__", interrupted)
+        with pytest.raises(Stopped) as stopped:
+            train(None if when else config, resume=run.folder if when else None, progress=False)
+        assert stopped.value.code == 128 + signal.SIGUSR1
+        assert [r["epoch"] for r in run.metrics() if r["kind"] == "eval"] == [float(k) for k in range(1, epochs)]
+        assert run.load_last()["step"] == 4 * epochs  # type: ignore[index]
     monkeypatch.setattr(Evaluator, "__call__", measure)
-    assert_same_run(whole, train(Config(), resume=run.folder, progress=False))
+    assert_same_run(whole, train(resume=run.folder, progress=False))
+    assert (run.folder / "results.json").read_text() == (whole.folder / "results.json").read_text()
 
 
 def test_stopped_while_features_are_computed(folder: Path, monkeypatch: pytest.MonkeyPatch, own_cache: Path) -> None:
@@ -239,7 +249,7 @@ def test_stopped_while_features_are_computed(folder: Path, monkeypatch: pytest.M
     with pytest.raises(Stopped, match="amclr train --resume .*parts"):
         train(config, progress=False)
     monkeypatch.setattr(ImageTower, "forward", forward)
-    assert_same_run(whole, train(Config(), resume=Path(config.out), progress=False))
+    assert_same_run(whole, train(resume=Path(config.out), progress=False))
 
 
 def test_a_run_that_lost_files_says_so(folder: Path) -> None:
@@ -247,7 +257,7 @@ def test_a_run_that_lost_files_says_so(folder: Path) -> None:
     kept = (run.folder / "config.yaml").read_text()
     (run.folder / "config.yaml").write_text(kept.replace("epochs: 2", "epochs: two"))
     with pytest.raises(UserError, match="cannot read .*config.yaml': epochs must be int, got 'two'"):
-        train(Config(), resume=run.folder, progress=False)
+        train(resume=run.folder, progress=False)
     (run.folder / "config.yaml").write_text(kept)
     shutil.rmtree(run.folder / "tokenizer")
     with pytest.raises(UserError, match="has lost its folder tokenizer/"):
@@ -257,7 +267,7 @@ def test_a_run_that_lost_files_says_so(folder: Path) -> None:
         amclr.load(run.folder)
     # As after a kill at the very start: there is nothing to go on with but the settings.
     before = json.loads((run.folder / "results.json").read_text())
-    train(Config(), resume=run.folder, progress=False)
+    train(resume=run.folder, progress=False)
     assert json.loads((run.folder / "results.json").read_text()) == before
     assert amclr.load(run.folder).encode_text(["a red patch"]).shape == (1, 16)
 
@@ -272,9 +282,9 @@ def test_resuming_on_other_pictures_is_refused(objective: str, folder: Path) -> 
     with pytest.raises(
         UserError, match=r"not those of before \(31 now, 32 then; gone: 020.png\): put back what '.*run' began with"
     ):
-        train(Config(), resume=run.folder, progress=False)
+        train(resume=run.folder, progress=False)
     listed.write_text(names)
-    train(Config(), resume=run.folder, progress=False)
+    train(resume=run.folder, progress=False)
 
 
 def test_with_other_pictures_the_samples_that_stay_keep_their_estimates(folder: Path) -> None:
@@ -292,7 +302,7 @@ def test_with_other_pictures_the_samples_that_stay_keep_their_estimates(folder: 
     with pytest.raises(
         UserError, match=r"31 now, 32 then; gone: 020.png, 033.png; new: 000-new.png\).*--resume .*run --changed_data"
     ):
-        train(Config(), resume=run.folder, progress=False)
+        train(resume=run.folder, progress=False)
     former = Run.open(run.folder)
     training = engine.assemble(former.config, run.folder, former, False, changed_data=True)
     training.restore(changed_data=True)
@@ -306,7 +316,7 @@ def test_with_other_pictures_the_samples_that_stay_keep_their_estimates(folder: 
                 assert torch.equal(found[key][row], fresh[key][0])
             else:
                 assert torch.equal(found[key][row], saved[key][sorted(names).index(name)])
-    after = train(Config(), resume=run.folder, changed_data=True, progress=False)
+    after = train(resume=run.folder, changed_data=True, progress=False)
     assert after.load_last()["step"] == 9  # type: ignore[index]
 
 
@@ -334,7 +344,7 @@ def test_pictures_that_go_bad_while_training_are_listed_up_to_the_limit(
             file.write_bytes(content)
 
     mend()
-    train(Config(), resume=run.folder, progress=False)
+    train(resume=run.folder, progress=False)
     mend()
     assert [json.loads(line)["key"] for line in (run.folder / "rejects.jsonl").read_text().splitlines()] == [
         r["key"] for r in rows
@@ -427,11 +437,11 @@ def test_changed_data_keep_what_was_measured(val_too: bool, folder: Path) -> Non
         assert training.best == (-np.inf if val_too else before["best"])
         assert [(r["step"], r["epoch"]) for r in run.metrics() if r["kind"] == "eval"] == [(3, 1.0), (6, 2.0)]
         assert [p.name for p in run.checkpoints.glob("step-*")] == ["step-00000006.pt"]
-    train(Config(), resume=run.folder, changed_data=True, progress=False)
+    train(resume=run.folder, changed_data=True, progress=False)
     assert [(r["step"], r["epoch"]) for r in run.metrics() if r["kind"] == "eval"] == [(3, 1.0), (6, 2.0), (9, 3.0)]
     assert run.load_last()["step"] == 9  # type: ignore[index]
     assert json.loads((run.folder / "results.json").read_text())["best_step"] in ((9,) if val_too else (3, 6, 9))
-    train(Config(), resume=run.folder, progress=False)
+    train(resume=run.folder, progress=False)
 
 
 def test_going_on_with_changed_data_must_succeed_to_be_remembered(
@@ -443,12 +453,12 @@ def test_going_on_with_changed_data_must_succeed_to_be_remembered(
     with monkeypatch.context() as patch:
         patch.setattr(DualEncoder, "load_saved", lambda self, state: (_ for _ in ()).throw(UserError("will not fit")))
         with pytest.raises(UserError, match="will not fit"):
-            train(Config(), resume=run.folder, changed_data=True, progress=False)
+            train(resume=run.folder, changed_data=True, progress=False)
     with pytest.raises(UserError, match=r"31 now, 32 then; gone: 008.png\)"):
-        train(Config(), resume=run.folder, progress=False)
+        train(resume=run.folder, progress=False)
     (run.folder / "samples.json").unlink()
     with pytest.raises(UserError, match="newest checkpoint .* is of other training pictures.* --changed_data"):
-        train(Config(), resume=run.folder, progress=False)
+        train(resume=run.folder, progress=False)
 
 
 def test_other_weights_and_validation_pictures_are_refused(folder: Path) -> None:
@@ -459,15 +469,15 @@ def test_other_weights_and_validation_pictures_are_refused(folder: Path) -> None
     assert run.load_last()["step"] == 16  # type: ignore[index]
     mix.write_text("- {data: patches, weight: 1}\n- {data: more, weight: 1}\n")
     with pytest.raises(UserError, match="the weights of the mix are not those of before: put back what"):
-        train(Config(), resume=run.folder, progress=False)
-    train(Config(), resume=run.folder, changed_data=True, progress=False)
+        train(resume=run.folder, progress=False)
+    train(resume=run.folder, changed_data=True, progress=False)
     assert run.load_last()["step"] == 12  # type: ignore[index]
     listed = folder / "val.txt"
     listed.write_text(listed.read_text().replace("003.png\n", ""))
     with pytest.raises(
         UserError, match=r"the validation pictures are not .*\(11 now, 12 then; gone: patches/003.png\)"
     ):
-        train(Config(), resume=run.folder, progress=False)
+        train(resume=run.folder, progress=False)
 
 
 def test_captions_that_all_say_the_same_are_refused(folder: Path) -> None:
@@ -482,7 +492,7 @@ def test_captions_that_all_say_the_same_are_refused(folder: Path) -> None:
 def test_resuming_a_finished_run_changes_nothing(folder: Path) -> None:
     run = train(frozen(folder), progress=False)
     before, rows = weights(run), run.metrics()
-    again = train(Config(), resume=run.folder, progress=False)
+    again = train(resume=run.folder, progress=False)
     assert all(torch.equal(v, weights(again)[k]) for k, v in before.items()) and again.metrics() == rows
 
 
@@ -503,7 +513,7 @@ def test_a_disk_that_is_full_keeps_the_checkpoint_before(folder: Path, monkeypat
         train(config, progress=False)
     run = Run.open(Path(config.out))
     assert sorted(p.name for p in run.checkpoints.iterdir()) == ["best.pt", "last.pt", "step-00000004.pt"]
-    assert_same_run(whole, train(Config(), resume=run.folder, progress=False))
+    assert_same_run(whole, train(resume=run.folder, progress=False))
 
 
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -832,11 +842,11 @@ def test_a_folder_in_use_is_refused(folder: Path) -> None:
     with pytest.raises(UserError, match="cannot make the run folder '.*file/run': Not a directory"):
         train(frozen(folder, "file/run"), progress=False)
     with pytest.raises(UserError, match="no run folder"):
-        train(Config(), resume=folder, progress=False)
+        train(resume=folder, progress=False)
 
 
 def test_an_infinite_loss_stops_and_says_so(folder: Path) -> None:
-    with pytest.raises(UserError, match="the loss is not finite at step"):
+    with pytest.raises(UserError, match="the loss is nan at step .*--on_nan skip or rollback"):
         train(config_for(folder, optim=OptimConfig(lr=900.0, name="sgd", clip=0, warmup=0), epochs=9), progress=False)
 
 

@@ -75,6 +75,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _fail(message: str, code: int) -> int:
+    if not message:  # another of several processes has told
+        return code
     # What a name of a file holds must do nothing to the terminal; `amclr.data.rows.printable` takes long to import.
     line = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in " ".join(message.splitlines()))
     print(f"amclr: {line}", file=sys.stderr)
@@ -83,24 +85,23 @@ def _fail(message: str, code: int) -> int:
 
 def _train(arguments: list[str]) -> int:
     resume, arguments = _take(arguments, "--resume")
-    changed = resume is not None and "--changed_data" in arguments
-    if changed:
-        arguments.remove("--changed_data")
-    if resume and not _asks_help(arguments):
-        if arguments:
-            raise UserError(f"--resume goes on with the run's own settings: leave out {' '.join(arguments)}")
-        config = None
-    else:
+    profile, arguments = _flag(arguments, "--profile")
+    changed, arguments = _flag(arguments, "--changed_data") if resume else (False, arguments)
+    config = None
+    if not resume or _asks_help(arguments):
         config = _configure("train", arguments)
+    elif arguments:
+        config = _configure("train", arguments, resume)
     import json
 
     from amclr import engine, measure
-    from amclr.config import Config
 
     try:
-        run = engine.train(config or Config(), resume=Path(resume) if resume else None, changed_data=changed)
+        run = engine.train(config, resume=Path(resume) if resume else None, changed_data=changed, profile=profile)
     except engine.Stopped as stopped:
         return _fail(str(stopped), stopped.code)
+    if not run.speaks:
+        return 0
     print(measure.report(json.loads((run.folder / "results.json").read_text())))
     print(f"\nrun folder: {run.folder}  (curves.png, gallery.png, results.json)")
     print(f"use it:     amclr evaluate {run.folder} --zeroshot CLASS_FOLDERS, or amclr.load('{run.folder}') in Python")
@@ -157,16 +158,16 @@ def _paraphrase(arguments: list[str]) -> int:
 def _inspect(arguments: list[str]) -> int:
     out, arguments = _take(arguments, "--sheet")
     listing, arguments = _take(arguments, "--list")
-    scan_all = "--scan" in arguments
-    config = _configure("inspect", [a for a in arguments if a != "--scan"])
+    scan_all, arguments = _flag(arguments, "--scan")
+    config = _configure("inspect", arguments)
     from amclr import measure
 
     print(measure.inspect(config, Path(out or "contact-sheet.png"), scan_all, Path(listing) if listing else None))
     return 0
 
 
-def _configure(command: str, arguments: list[str]) -> Config:
-    """The recipe's settings, overlaid by a YAML file (--config) and the options given."""
+def _configure(command: str, arguments: list[str], run: str = "") -> Config:
+    """The recipe's settings, or those of a run folder, overlaid by a YAML file (--config) and the options given."""
     from dataclasses import asdict
 
     from amclr.config import Config, from_dict
@@ -183,7 +184,12 @@ def _configure(command: str, arguments: list[str]) -> Config:
     parser.add_class_arguments(Config, as_group=False)
     if command == "inspect":
         _show_help_of(parser, ("config", "data", "seed", "cache", "source", "scenes", "views", "model.image_size"))
-    base = asdict(RECIPES[name]())
+    if run:
+        from amclr.run import Run
+
+        base = asdict(Run.open(Path(run)).config)
+    else:
+        base = asdict(RECIPES[name]())
     parser.set_defaults(_flat(base))
     options = _parse(parser, rest)
     values = options.as_dict()
@@ -221,10 +227,12 @@ def _parser(command: str) -> ArgumentParser:
         epilog = f"recipes, full sets of defaults; without --recipe: scenes or, with --data, frozen\n{summaries}\n"
         usage = f"amclr {command} [--data FOLDER] [--recipe NAME] [--config FILE.yaml] [OPTIONS]"
         if command == "train":
-            usage += "\n       amclr train --resume RUN [--changed_data]"
+            usage += "\n       amclr train --resume RUN [--epochs N] [--changed_data]"
+            usage += "\n       torchrun --nproc-per-node N -m amclr train [OPTIONS]"
             epilog += (
-                "\n--resume RUN goes on with a run that was stopped; --changed_data lets it, where pictures, or "
-                "the weights of a mix, are others since.\n"
+                "\n--resume RUN goes on with a run that was stopped, or further with a larger --epochs; settings that "
+                "change what it learns stay as they are. --changed_data lets it, where pictures, or the weights of a "
+                "mix, are others since.\n--profile leaves a trace of some steps under RUN/profile.\n"
             )
         else:
             epilog += (
@@ -299,6 +307,11 @@ def _take(arguments: list[str], option: str) -> tuple[str | None, list[str]]:
             del rest[k]
             return a.partition("=")[2], rest
     return None, rest
+
+
+def _flag(arguments: list[str], option: str) -> tuple[bool, list[str]]:
+    """Whether an option without a value is among the arguments, and the others."""
+    return option in arguments, [a for a in arguments if a != option]
 
 
 def _peek(arguments: list[str], option: str) -> str | None:

@@ -7,7 +7,7 @@ Imports no torch, so that `amclr --help` is quick. Names on the command line are
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, is_dataclass
+from dataclasses import asdict, dataclass, field, is_dataclass
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -204,24 +204,43 @@ class Config:
     epochs: int = 10
     """Passes over the training pictures."""
     batch_size: int = 128
-    """Pictures per step."""
+    """Pictures per step, over all processes: more of them share the batch, and learn the same."""
     micro_batch: int = 0
-    """Pictures embedded at a time; 0 is the whole batch. The gradient is that of the whole batch all the same,
-    for one more forward pass: a batch of thousands trains in the memory of a small one."""
+    """Pictures embedded at a time by each process; 0 is all of them, halved where memory does not suffice. The
+    gradient is that of the whole batch all the same, for one more forward pass: a batch of thousands trains in
+    the memory of a small one."""
     seed: int = 0
     """Seed of everything random."""
-    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
-    """Arithmetic of the towers; the objective is always in float32."""
+    precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = "auto"
+    """Arithmetic of the towers; the objective is always in float32. auto: bf16-mixed on a GPU that has it, else
+    32-true."""
+    tf32: bool = True
+    """On a GPU, let float32 matrix products of the towers round their factors to TF32."""
+    deterministic: bool = True
+    """On a GPU, use deterministic algorithms, so that a run that is gone on with ends with the same bits."""
     accelerator: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """auto, cpu, cuda or mps."""
+    devices: int = 0
+    """Processes on this machine, one per GPU; 0 is as many as torchrun or SLURM started, else one."""
+    strategy: Literal["auto", "ddp", "fsdp"] = "auto"
+    """How several processes hold the model: ddp, each the whole; fsdp, each a part. auto is ddp."""
+    sync_batchnorm: bool = False
+    """On GPUs, let batch norms take their statistics over all processes; else each takes those of its share."""
+    patience: float = 45.0
+    """Seconds that one of several processes may be silent or stuck before all stop, and say so."""
+    on_nan: Literal["stop", "skip", "rollback"] = "stop"
+    """Where loss or gradient is NaN or infinite: stop; skip the step and count it; or roll back to the last
+    checkpoint and leave the step out. The samples and the batch are saved under faults/ in the run folder."""
+    nan_limit: int = 10
+    """Steps that may be skipped or rolled back before the run stops."""
     workers: int = 0
     """Processes that prepare batches; 0 prepares them in the training process."""
     eval_every: int = 1
     """Epochs between evaluations and checkpoints."""
     keep: int = 2
     """Checkpoints kept besides last and best."""
-    checkpoint_minutes: float = 10.0
-    """Also write the last checkpoint this often."""
+    checkpoint_minutes: float = 0.0
+    """Also write a checkpoint this often; 0 is as often as costs little: every 10 seconds for small models."""
     decoded: Literal["auto", "ram", "disk", "none"] = "auto"
     """Where decoded pictures are kept: ram; disk, in a file that later runs find; none, decoded at each visit.
     auto: the file where it is there already, else memory where they fit, else disk where they fit."""
@@ -290,6 +309,27 @@ class ParaphraseConfig:
     """Show how far it is, with captions per second and the time left."""
 
 
+MAY_CHANGE = frozenset((
+    "out", "epochs", "micro_batch", "deterministic", "accelerator", "devices", "strategy", "patience", "on_nan",
+    "nan_limit", "workers", "eval_every", "keep", "checkpoint_minutes", "decoded", "ram_cache", "disk_cache", "cache",
+    "wandb", "source.max_bad", "source.scan_up_to", "views.where", "loss.storage",
+))  # fmt: skip
+"""Settings that a run may be gone on with otherwise: they change how it runs, or how long, and not what it learns."""
+
+
+def differences(before: Config, now: Config) -> dict[str, tuple[Any, Any]]:
+    """The settings that differ, by their names on the command line: what they were, what they are."""
+
+    def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for key, value in values.items():
+            found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        return found
+
+    then, since = flat(asdict(before)), flat(asdict(now))
+    return {name: (then[name], since[name]) for name in then if then[name] != since[name]}
+
+
 def problems(config: Config) -> list[str]:
     """What is out of range in the settings, each as a sentence that names the option."""
     o, m, v = config.optim, config.model, config.views
@@ -300,6 +340,10 @@ def problems(config: Config) -> list[str]:
         ("workers", config.workers, 0, 1024),
         ("eval_every", config.eval_every, 1, 1e9),
         ("keep", config.keep, 1, 1e9),
+        ("devices", config.devices, 0, 4096),
+        ("patience", config.patience, 3, 1e9),
+        ("nan_limit", config.nan_limit, 0, 1e9),
+        ("checkpoint_minutes", config.checkpoint_minutes, 0, 1e9),
         ("source.val_fraction", config.source.val_fraction, 1e-9, 0.99),
         ("source.max_bad", config.source.max_bad, 0, 1),
         ("ram_cache", config.ram_cache, 0, 1e9),

@@ -19,6 +19,11 @@ def processes() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def process() -> int:
+    """Which of them this is; 0 without torch.distributed."""
+    return dist.get_rank() if processes() > 1 else 0
+
+
 @dataclass(frozen=True)
 class World:
     """A batch of N rows over W processes: process r holds `sizes[r]` of them, in the order of the ranks."""

@@ -1,37 +1,42 @@
-"""`train`: assembly, the loop and the end of a run. The only file that knows the training engine (Lightning Fabric)."""
+"""`train`: assembly, the loop and the end of a run."""
 
 from __future__ import annotations
 
 import json
 import math
+import re
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from lightning.fabric import Fabric
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.profiler import record_function
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from amclr import figures
 from amclr.clock import WAIT_MATTERS, Clock
-from amclr.config import Config, problems
+from amclr.config import MAY_CHANGE, Config, differences, problems
 from amclr.data import manifest as manifests
 from amclr.data.batches import Batch, BatchPlan, PictureBatches
 from amclr.data.duplicates import Duplicates
 from amclr.data.manifest import Manifest, Sample
 from amclr.data.pictures import PictureStore
-from amclr.data.rows import Reject, append_rejects, write_rejects
+from amclr.data.rows import append_rejects, write_rejects
 from amclr.data.views import policies
+from amclr.devices import Fabric, start_processes
+from amclr.distributed import average_statistics
 from amclr.errors import UserError
+from amclr.faults import Undo, keep_fault, out_of_memory
 from amclr.features import FeatureBatches
 from amclr.files import write_text
 from amclr.measure import Evaluator, draw_gallery, measure_classes, model_reads_pictures
@@ -40,8 +45,17 @@ from amclr.objectives import Objective, backward_in_chunks, build
 from amclr.optim import build_optimizer, choose_optimizer, learning_rate, set_lr
 from amclr.randomness import derive
 from amclr.run import Loggers, Pinned, Run
+from amclr.signals import Interrupted, Signals, kept_handler, leave_signals_to_the_trainer
+from amclr.team import Team
+from amclr.training import Training
 
 LOG_EVERY = 10
+RESTARTS = 3
+"""Times that the processes that prepare batches are started again at one step."""
+STUCK = 600.0
+"""Seconds after which a process that prepares batches is held to be stuck, and started again."""
+TRACED = 10
+"""Steps that `--profile` traces."""
 
 
 class Stopped(Exception):
@@ -52,181 +66,103 @@ class Stopped(Exception):
         self.code = 128 + signum
 
 
-@dataclass
-class Training:
-    """Everything that a run is made of, on its device."""
-
-    fabric: Fabric
-    config: Config
-    run: Run
-    manifest: Manifest
-    pinned: Pinned
-    plan: BatchPlan
-    model: DualEncoder
-    """The bare model: for states, evaluation and checkpoints."""
-    wrapped: Any
-    """The model as Fabric wraps it: for the forward pass under its precision."""
-    objective: Objective
-    optimizer: Any
-    batches: Dataset[Batch]
-    evaluator: Evaluator
-    step: int = 0
-    """Steps done."""
-    best: float = -math.inf
-    """Best mean recall so far."""
-    clock: Clock = field(default_factory=Clock)
-    """What this process spent its time on."""
-    lost: set[str] = field(default_factory=set)
-    """Samples whose pictures were found bad while training, since it was last taken up."""
-    listed: set[str] = field(default_factory=set)
-    """Samples whose pictures were found bad while training before that."""
-
-    @property
-    def steps(self) -> int:
-        """Steps of the whole run."""
-        return self.plan.steps_per_epoch * self.config.epochs
-
-    def save(self, *, is_best: bool = False, renumbered: bool = False) -> None:
-        """Write a checkpoint. renumbered: its steps are counted otherwise than in those before it."""
-        state = {
-            "model": self.model.state_to_save(), "optimizer": self.optimizer.state_dict(),
-            "objective": self.objective.state_dict(), "step": self.step, "best": self.best,
-            "samples": torch.from_numpy(self.plan.samples), "steps_per_epoch": self.plan.steps_per_epoch,
-            "held_out": self.pinned.val_digest,
-        }  # fmt: skip
-        self.run.save(state, self.step, best=is_best, keep=self.config.keep, renumbered=renumbered)
-
-    def lose(self, name: str, reason: str) -> None:
-        """List a sample whose picture went bad. Raises UserError beyond the limit on bad pictures."""
-        if name in self.lost:
-            return
-        self.lost.add(name)
-        if name not in self.listed:
-            self.list_lost({name: reason})
-        if len(self.lost) > self.config.source.max_bad * len(self.plan.samples):
-            raise UserError(
-                f"{len(self.lost)} of {len(self.plan.samples)} training pictures can no longer be read, over the limit "
-                f"of {self.config.source.max_bad:.1%}; the last: {name}: {reason}. Mend them, then go on by: "
-                f"amclr train --resume {self.run.folder}"
-            )
-
-    def list_lost(self, reasons: Mapping[str, str]) -> None:
-        """Add samples whose pictures went bad, and why, to rejects.jsonl."""
-        rejects = [Reject("", 0, f"while training: {reason}", name) for name, reason in reasons.items()]
-        append_rejects(rejects, self.run.folder / "rejects.jsonl")
-
-    def restore(self, changed_data: bool = False) -> None:
-        """Take up the run's newest checkpoint, if it has one. Raises UserError where it is of other samples.
-
-        changed_data: take it up even so. As many epochs are done as were, of the samples that there are now.
-        """
-        state = self.run.load_last()
-        if state:
-            before = state.get("samples", torch.from_numpy(self.plan.samples)).numpy()
-            same = np.array_equal(before, self.plan.samples)
-            stretch = self.stretch(state)
-            if not (changed_data or (same and stretch == 1)):
-                raise UserError(
-                    f"the newest checkpoint in '{self.run.checkpoints}' is of other training pictures, or weights of "
-                    f"them: put those back, or go on by: amclr train --resume {self.run.folder} --changed_data"
-                )
-            self.model.load_saved(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            if same:
-                self.objective.load_state_dict(state["objective"])
-            else:
-                self.objective.load_rows(state["objective"], rows_among(before, self.plan.samples))
-            self.step, held_out = round(state["step"] * stretch), self.pinned.val_digest
-            # Recalls on other pictures are no measure of the best.
-            self.best = state["best"] if state.get("held_out", held_out) == held_out else -math.inf
-            if not same or stretch != 1:
-                # Before the metrics are numbered anew: a kill in between may lose some, but never counts twice.
-                self.save(renumbered=True)
-            self.run.forget_metrics_after(state["step"], stretch)
-        else:
-            self.run.forget_metrics_after(0)
-        # What went bad before stays listed, but counts towards the limit only if it is found bad again.
-        found = {row["sample"]: row["reason"] for row in self.run.metrics() if row["kind"] == "replaced"}
-        trained = frozenset(self.pinned.train)
-        self.list_lost({name: reason for name, reason in found.items() if name in trained})
-        self.listed = set(found)
-
-    def stretch(self, state: dict[str, Any]) -> float:
-        """Steps an epoch now, by those that a checkpoint was counted in."""
-        return self.plan.steps_per_epoch / float(state.get("steps_per_epoch", self.plan.steps_per_epoch))
-
-
-def rows_among(before: np.ndarray, now: np.ndarray) -> Tensor:
-    """Where each of the ids `now` stands among the ids `before`: (N,) int64, -1 where it does not."""
-    order = np.argsort(before)
-    place = np.minimum(np.searchsorted(before, now, sorter=order), len(before) - 1)
-    return torch.from_numpy(np.where(before[order[place]] == now, order[place], -1))
-
-
-def train(config: Config, *, resume: Path | None = None, changed_data: bool = False, progress: bool = True) -> Run:
+def train(
+    config: Config | None = None, *, resume: Path | None = None, changed_data: bool = False, profile: bool = False,
+    progress: bool = True,
+) -> Run:  # fmt: skip
     """Train a dual encoder and leave a run folder; the Python form of `amclr train`.
 
-    resume: a run folder to go on with; `config` is then its own. changed_data: go on even where samples
-    were added or removed since; the others keep their estimates. Raises UserError for what the user
-    can put right, and Stopped after a signal (Ctrl-C, SIGTERM), with a checkpoint written.
+    resume: a run folder to go on with, under its own settings; with a config, those of `config.MAY_CHANGE`
+    may differ in it. changed_data: go on even where samples were added or removed since; the others keep
+    their estimates. profile: leave a trace of some steps under profile/ in the run folder. Started by
+    torchrun or SLURM, the processes share every batch. Raises UserError for what the user can put right,
+    and Stopped after a signal (Ctrl-C, SIGTERM, SIGUSR1), with a checkpoint written.
     """
     former = Run.open(resume) if resume else None
-    folder = former.folder if former else Path(config.out or default_folder(config))
+    settings = reconciled(former, config) if former else config or Config()
+    if wrong := problems(settings):
+        raise UserError("; ".join(wrong))
+    fabric = launch(settings)
+    folder = former.folder if former else Path(settings.out)
     try:
-        with kept_random_state():
-            training = assemble(former.config if former else config, folder, former, progress, changed_data)
+        with kept_random_state(), Team(settings.patience) as team, team.telling(Stopped):
+            if not (former or settings.out):
+                folder = Path(team.share(str(default_folder(settings))))
+            team.advice = f"; go on by: amclr train --resume {folder}, started as before"
+            speaks = progress and team.first_rank
+            training = assemble(settings, folder, former, speaks, changed_data, (fabric, team))
             if former:
                 training.restore(changed_data)
             # Not before the checkpoint has been taken up: what could not be must be asked for again.
-            training.run.pin_samples(training.pinned)
-            fit(training, progress)
-            finish(training, progress)
+            if team.first_rank:
+                training.run.pin_samples(training.pinned)
+                training.run.write_config()
+            fit(training, speaks, profile)
+            finish(training, speaks)
     except KeyboardInterrupt:
         if (folder / "config.yaml").is_file():  # features and checkpoints so far are there to go on from
             raise Stopped(signal.SIGINT, folder) from None
         raise
+    finally:
+        if fabric.world_size > 1 and dist.is_initialized():
+            dist.destroy_process_group()
     return training.run
 
 
-def fit(t: Training, progress: bool) -> None:
+def reconciled(former: Run, config: Config | None) -> Config:
+    """The settings to go on with: the run's, or others given. Raises UserError, naming those that may not differ."""
+    if config is None:
+        return former.config
+    changed = differences(former.config, config)
+    fixed = [f"--{name} is {then} in this run, not {now}" for name, (then, now) in changed.items()
+             if name not in MAY_CHANGE]  # fmt: skip
+    if fixed:
+        raise UserError(
+            f"'{former.folder}' goes on with what it began with: {'; '.join(fixed)}. Leave that out, or start another "
+            "run with --out"
+        )
+    return replace(config, out=former.config.out)
+
+
+def fit(t: Training, progress: bool, profile: bool = False) -> None:
     """The loop: from the steps done to the last."""
     config, per_epoch = t.config, t.plan.steps_per_epoch
-    loader = DataLoader(
-        t.batches, batch_size=None, sampler=range(t.step, t.steps), num_workers=config.workers,
-        pin_memory=t.fabric.device.type == "cuda", worker_init_fn=leave_signals_to_the_trainer,
-    )  # fmt: skip
-    written = time.monotonic()
     bar = tqdm(total=t.steps, initial=t.step, desc=config.objective, unit="step", disable=not progress)
-    with bar, Loggers(t.run, config) as logs, stop_on_signals() as signals:
+    with ExitStack() as stack:
+        stack.callback(t.run.wait_saved)
+        logs = stack.enter_context(Loggers(t.run, config, t.step, writes=t.team.first_rank))
+        stack.enter_context(bar)
+        signals = stack.enter_context(Signals())
+        trace = stack.enter_context(traced(t, profile))
+        t.team.before_end = t.run.wait_saved
+        if config.on_nan == "rollback" and t.step == 0:
+            t.save()
         t.clock = Clock()
-        for batch in loader:
-            t.clock.lap("loader")
-            epoch = t.step // per_epoch
-            t.objective.start_epoch(epoch, config.epochs)
-            rate = learning_rate(config.optim, t.step, t.steps)
-            set_lr(t.optimizer, rate)
-            torch.manual_seed(derive(config.seed, "dropout", t.step))
-            t.wrapped.train()
-
-            t.objective.diagnose = t.step % LOG_EVERY == 0
-            loss, metrics = backward(t, batch)
-            if config.optim.clip:
-                t.fabric.clip_gradients(t.wrapped, t.optimizer, max_norm=config.optim.clip)
-            t.optimizer.step()
-            t.optimizer.zero_grad()
-            t.clock.lap("optimiser")
-
+        written = time.monotonic()
+        if not t.measured:
+            t.save(is_best=evaluate(t, logs, signals, bar), wait=True)
+            if not t.measured:
+                raise Stopped(signals.caught, t.run.folder)
+        for batch in stream(t):
+            t.lap("loader", "forward")
+            outcome, metrics, rate = advance(t, batch)
+            if outcome == "rolled back":
+                bar.n = t.step
+                bar.refresh()
+                continue
             t.step += 1
             t.clock.steps += 1
+            t.team.step()
             bar.update()
+            trace()
             for name, reason in batch.replaced.items():
                 t.run.log({"kind": "replaced", "step": t.step, "sample": name, "reason": reason})
                 t.lose(name, reason)
-            due = time.monotonic() - written > 60 * config.checkpoint_minutes
-            measures = t.step == t.steps or t.step % (per_epoch * config.eval_every) == 0
-            if (t.step - 1) % LOG_EVERY == 0 or measures or due or signals:
-                refuse_infinite(loss, t)
-            if (t.step - 1) % LOG_EVERY == 0 or t.step == t.steps:
+            due = time.monotonic() - written > (60 * config.checkpoint_minutes or t.run.pace())
+            if due:
+                written = time.monotonic()
+            stop, saves = t.team.agree(signals.caught, int(due and t.team.first_rank))
+            if outcome == "made" and ((t.step - 1) % LOG_EVERY == 0 or t.step == t.steps):
                 values = {k: float(v) for k, v in metrics.items()}
                 time_spent = t.clock.since_last()
                 values |= {"lr": rate, "gamma": t.objective.gamma, **time_spent}
@@ -235,56 +171,242 @@ def fit(t: Training, progress: bool) -> None:
                 if time_spent["wait_share"] > WAIT_MATTERS:
                     shown["waits"] = f"{time_spent['wait_share']:.0%}"
                 bar.set_postfix(shown, refresh=False)
-            if measures:
-                recalls = t.evaluator()
-                # Where nothing aligns pictures with captions, recall is chance: the last is as good as any.
-                is_best = recalls["r_mean"] > t.best or not t.objective.pairs
-                t.best = max(t.best, recalls["r_mean"])
-                logs.write("eval", t.step, t.step / per_epoch, recalls)
-                t.save(is_best=is_best)
-                if progress:
-                    bar.write(_recall_line(epoch + 1, config.epochs, recalls), file=sys.stderr)
-            elif signals or due:
-                t.save()
-            if measures or due:
+            t.measured = not t.measures
+            is_best = False
+            if t.measures and not stop:
+                t.team.at("evaluation", math.inf)
+                is_best = evaluate(t, logs, signals, bar)
+                stop = signals.caught if t.team.size == 1 else stop
+            if t.measures or stop or saves:
+                if outcome == "made" and not math.isfinite(metrics["loss"].item()):
+                    leave_out(t, batch, metrics["loss"], None)
+                t.save(is_best=is_best, wait=bool(stop) or t.step == t.steps)
                 written = time.monotonic()
-            if signals and t.step < t.steps:
-                raise Stopped(signals[0], t.run.folder)
-            t.clock.lap("evaluation, logs and checkpoints")
+            if stop and not (t.step == t.steps and t.measured):
+                raise Stopped(stop, t.run.folder)
+            t.lap("evaluation, logs and checkpoints", "loader")
     if progress and t.clock.steps:
         store = getattr(t.batches, "store", None)
         advice = t.clock.advice(config.workers, kept=store is None or store.kept != "none")
         print("\n".join([t.clock.report(), *advice]), file=sys.stderr)
 
 
+def evaluate(t: Training, logs: Loggers, signals: Signals, bar: Any) -> bool:
+    """Measure, and log it; whether the weights are the best so far. A signal puts it off to when the run goes on."""
+    try:
+        # Several processes end it together, and then stop.
+        with signals.interrupting(t.team.size == 1):
+            recalls = t.evaluator()
+    except Interrupted:
+        return False
+    t.measured = True
+    if not t.team.first_rank:
+        return False
+    # Where nothing aligns pictures with captions, recall is chance: the last is as good as any.
+    is_best = recalls["r_mean"] > t.best or not t.objective.pairs
+    t.best = max(t.best, recalls["r_mean"])
+    epoch = t.step / t.plan.steps_per_epoch
+    logs.write("eval", t.step, epoch, recalls)
+    if not bar.disable:
+        bar.write(_recall_line(math.ceil(epoch), t.config.epochs, recalls), file=sys.stderr)
+    return is_best
+
+
+def stream(t: Training) -> Iterator[Batch]:
+    """The batches from the step reached on; started anew where the step is set back, or a worker process dies."""
+    restarts = {-1: 0}
+    while t.step < t.steps:
+        loader = DataLoader(
+            t.batches, batch_size=None, sampler=range(t.step, t.steps), num_workers=t.config.workers,
+            pin_memory=t.fabric.device.type == "cuda", worker_init_fn=leave_signals_to_the_trainer,
+            timeout=STUCK if t.config.workers else 0,
+        )  # fmt: skip
+        with kept_handler(signal.SIGCHLD):
+            batches = iter(loader)
+        while t.step < t.steps:
+            step = t.step
+            try:
+                batch = next(batches)
+            except RuntimeError as error:
+                # Not what a worker raised, but that it has gone.
+                if not re.search(r"DataLoader (worker \(pid|timed out)", str(error)):
+                    raise
+                restarts = {step: restarts.get(step, 0) + 1}
+                if restarts[step] > RESTARTS:
+                    raise UserError(
+                        f"the processes that prepare batches die again and again at step {step} ({_first(error)}). If "
+                        "the system ends them because they take too much memory, lower --workers or --ram_cache; go "
+                        f"on by: amclr train --resume {t.run.folder}"
+                    ) from None
+                print(f"a process that prepares batches died ({_first(error)}): started again", file=sys.stderr)
+                t.run.log({"kind": "fault", "step": step, "what": f"worker died: {_first(error)}"})
+                break
+            yield batch
+            if t.step != step + 1:
+                break
+        del batches
+
+
+def _first(error: BaseException) -> str:
+    return " ".join(str(error).split())[:120].rstrip(". ")
+
+
+def advance(t: Training, batch: Batch) -> tuple[str, dict[str, Tensor], float]:
+    """Make a step: "made", "skipped" or "rolled back"; its metrics and learning rate."""
+    config = t.config
+    rate = learning_rate(config.optim, t.step, t.steps)
+    if t.step in t.skipped:
+        return "skipped", {}, rate
+    t.objective.start_epoch(t.step // t.plan.steps_per_epoch, config.epochs)
+    set_lr(t.optimizer, rate)
+    t.wrapped.train()
+    t.objective.diagnose = t.step % LOG_EVERY == 0
+    loss, metrics = gradient(t, batch)
+    # Looking at a number waits for the GPU: where the run is to stop anyway, not at every step.
+    looks = config.on_nan != "stop" or t.fabric.device.type == "cpu" or t.step % LOG_EVERY == 0
+    norm = None
+    if config.optim.clip or config.on_nan != "stop":
+        norm = t.fabric.clip_gradients(
+            t.wrapped, t.optimizer, max_norm=config.optim.clip or math.inf, error_if_nonfinite=False
+        )
+    if looks and not is_finite(t, loss, norm):
+        return leave_out(t, batch, loss, norm), metrics, rate
+    t.optimizer.step()
+    t.optimizer.zero_grad()
+    average_statistics(t.model)
+    t.lap("optimiser", "logs and checkpoints", math.inf)
+    return "made", metrics, rate
+
+
+def is_finite(t: Training, loss: Tensor, norm: Tensor | None) -> bool:
+    """Whether a step may be made. With loss scaling, gradients that are not finite are the scaler's business."""
+    if not math.isfinite(loss.item()):
+        return False
+    return norm is None or t.fabric.strategy.precision.precision == "16-mixed" or math.isfinite(float(norm))
+
+
+def leave_out(t: Training, batch: Batch, loss: Tensor, norm: Tensor | None) -> str:
+    """Deal with a step whose numbers are not finite as the settings say, with the batch kept to look into."""
+    names = [t.pinned.train[i] for i in batch.ids.tolist()]
+    folder = t.run.folder / "faults"
+    what = keep_fault(folder, t.step, t.team.rank, batch.to(t.fabric.device), names, loss, norm, t.model)
+    t.undo.back()
+    t.optimizer.zero_grad()
+    told, kept = f"{what} at step {t.step}", f"samples and batch are in {folder}"
+    hint = "lower --optim.lr or raise --loss.temperature"
+    if t.config.on_nan == "stop":
+        raise UserError(
+            f"{told}: {hint}, or leave such steps out by --on_nan skip or rollback; {kept}, and {t.run.checkpoints} "
+            "holds what was learned before"
+        )
+    row = {"kind": "fault", "step": t.step, "what": what, "done": t.config.on_nan, "samples": names}
+    if len(t.skipped) >= t.config.nan_limit:
+        raise UserError(f"{told}, after {len(t.skipped)} others, which is the limit (--nan_limit): {hint}; {kept}")
+    t.skipped.add(t.step)
+    if t.team.first_rank:
+        print(f"{told}: {t.config.on_nan}; {kept}", file=sys.stderr)
+    if t.config.on_nan == "skip":
+        if t.team.first_rank:
+            t.run.log(row)
+        return "skipped"
+    t.run.wait_saved()
+    t.team.any(False)  # the first process's checkpoint is there for all
+    state = t.run.load_last()
+    if state is None:
+        raise UserError(f"{told}, and there is no checkpoint to roll back to: {hint}; {kept}")
+    t.take_up(state)
+    if t.team.first_rank:
+        t.run.forget_metrics_after(t.step)
+        t.run.log(row)
+    return "rolled back"
+
+
+def gradient(t: Training, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss, metrics and gradient of a batch; in smaller parts, from here on, where memory does not suffice."""
+    rank = (t.team.rank,) if t.team.rank else ()
+    while True:
+        torch.manual_seed(derive(t.config.seed, "dropout", t.step, *rank))
+        t.undo.mark()
+        try:
+            return backward(t, batch)
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            told = _first(error)
+        # Not while the error is at hand: what it came from holds the memory.
+        halve(t, len(batch.ids), told)
+
+
+def halve(t: Training, share: int, told: str) -> None:
+    """Go on with half as many pictures at a time. Raises UserError where that is none, or others wait already."""
+    size = t.micro_batch if 0 < t.micro_batch < share else share
+    half = (size + 1) // 2
+    if t.team.size > 1 or size == 1:
+        hint = f"--micro_batch {half}" if size > 1 else "a smaller --model.image_size or --batch_size"
+        raise UserError(f"out of memory at step {t.step} with {size} pictures at a time ({told}): go on with less by: "
+                        f"amclr train --resume {t.run.folder} {hint}")  # fmt: skip
+    t.undo.back()
+    t.optimizer.zero_grad()
+    if t.fabric.device.type == "cuda":
+        torch.cuda.empty_cache()
+    t.micro_batch = half
+    print(f"out of memory with {size} pictures at a time: {half} from here on (--micro_batch {half} says so from the "
+          "start); the gradient stays that of the whole batch", file=sys.stderr)  # fmt: skip
+    t.run.log({"kind": "fault", "step": t.step, "what": f"out of memory: {told}", "micro_batch": half})
+
+
 def backward(t: Training, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss, metrics and gradient of a batch, embedded at once or in parts."""
-    device, size = t.fabric.device, t.config.micro_batch
+    device, size = t.fabric.device, t.micro_batch
     if 0 < size < len(batch.ids):
-        made = backward_in_chunks(
-            lambda part: embed(t.wrapped, part.to(device)), batch.chunks(size), t.objective, batch.ids.to(device),
-            groups=batch.groups, model=t.model, backward=t.fabric.backward,
-            no_sync=lambda: t.fabric.no_backward_sync(t.wrapped),
-        )  # fmt: skip
-        t.clock.lap("forward and backward")
+        # As many parts on each process: where each holds a part of the weights, all embed at the same time.
+        largest = -(-t.plan.batch_size // t.team.size)
+        parts = batch.chunks(size, 0 if t.team.size == 1 else -(-largest // size))
+        with record_function("amclr: forward and backward"):
+            made = backward_in_chunks(
+                lambda part: embed(t.wrapped, part.to(device)), parts, t.objective, batch.ids.to(device),
+                groups=batch.groups, model=t.model, backward=t.fabric.backward,
+                no_sync=lambda: t.fabric.no_backward_sync(t.wrapped),
+            )  # fmt: skip
+        t.lap("forward and backward", "optimiser")
         return made
-    batch = batch.to(device)
-    views = embed(t.wrapped, batch)
-    t.clock.lap("forward")
-    loss, metrics = t.objective(views, batch.ids, batch.groups)
-    t.clock.lap("objective")
-    t.fabric.backward(loss)
-    t.clock.lap("backward")
+    with record_function("amclr: forward"):
+        batch = batch.to(device)
+        views = embed(t.wrapped, batch)
+    t.lap("forward", "objective")
+    with record_function("amclr: objective"):
+        loss, metrics = t.objective(views, batch.ids, batch.groups)
+    t.lap("objective", "backward")
+    with record_function("amclr: backward"):
+        t.fabric.backward(loss)
+    t.lap("backward", "optimiser")
     return loss, metrics
 
 
-def refuse_infinite(loss: Tensor, t: Training) -> None:
-    """Stop before a checkpoint or a log would record a loss that is NaN or infinite."""
-    if not math.isfinite(loss.item()):
-        raise UserError(
-            f"the loss is not finite at step {t.step}: lower --optim.lr or raise --loss.temperature; "
-            f"{t.run.checkpoints} holds what was learned before"
-        )
+@contextmanager
+def traced(t: Training, wanted: bool) -> Iterator[Callable[[], None]]:
+    """Trace some steps, once things run evenly, where that is wanted; call what it yields after each step."""
+    if not wanted:
+        yield lambda: None
+        return
+    from torch.profiler import ProfilerActivity, profile, schedule
+
+    folder = t.run.folder / "profile"
+    folder.mkdir(exist_ok=True)
+    warm = min(5, max(0, t.steps - t.step - TRACED))
+
+    def write(found: Any) -> None:
+        found.export_chrome_trace(str(folder / f"trace-rank{t.team.rank}.json.gz"))
+        by = "self_cuda_time_total" if t.fabric.device.type == "cuda" else "self_cpu_time_total"
+        table = found.key_averages().table(sort_by=by, row_limit=30, max_name_column_width=60)
+        write_text(folder / f"summary-rank{t.team.rank}.txt", table + "\n")
+        if t.team.first_rank:
+            print(f"trace of {TRACED} steps: {folder} (open trace-rank0.json.gz in ui.perfetto.dev)", file=sys.stderr)
+
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (t.fabric.device.type == "cuda")
+    plan = schedule(wait=max(0, warm - 2), warmup=min(2, warm), active=min(TRACED, max(1, t.steps - t.step)), repeat=1)
+    with profile(activities=activities, schedule=plan, on_trace_ready=write) as running:
+        yield running.step
 
 
 def embed(model: Any, batch: Batch) -> dict[str, Tensor]:
@@ -294,19 +416,27 @@ def embed(model: Any, batch: Batch) -> dict[str, Tensor]:
     return {v: e for views, rows in parts if views for v, e in zip(views, rows.chunk(len(views)), strict=True)}
 
 
-def assemble(config: Config, folder: Path, former: Run | None, progress: bool, changed_data: bool = False) -> Training:
+def launch(config: Config) -> Fabric:
+    """The processes of a run, with their devices and arithmetic."""
+    return start_processes(config, uses_all={"image", "text"} <= set(build_objective(config, 1).required_views))
+
+
+def assemble(
+    config: Config, folder: Path, former: Run | None, progress: bool, changed_data: bool = False,
+    started: tuple[Fabric, Team] | None = None,
+) -> Training:  # fmt: skip
     """Put a run together from its settings. Makes its folder only once all of it fits together."""
-    if wrong := problems(config):
-        raise UserError("; ".join(wrong))
-    try:
-        fabric = Fabric(accelerator=config.accelerator, devices=1, precision=config.precision)
-    except (ValueError, RuntimeError, TypeError, ImportError) as error:
-        what = f"--accelerator {config.accelerator} --precision {config.precision}"
-        raise UserError(f"{what} will not do here: {' '.join(str(error).split())[:200]}") from None
-    build_objective(config, 1)  # a slip in the settings should show before the data is read
-    policies(config)
+    fabric, team = started or (launch(config), Team(config.patience))
+    return together(team.in_turn(lambda: prepare(config, folder, former, progress, changed_data, fabric, team)))
+
+
+def prepare(
+    config: Config, folder: Path, former: Run | None, progress: bool, changed_data: bool, fabric: Fabric, team: Team
+) -> Training:
+    """What each process does by itself, the first before the others: data, model, caches."""
+    policies(config)  # a slip in the settings should show before the data is read
     choose_optimizer(config.optim)
-    if not former:
+    if not former and team.first_rank:
         Run.refuse_used(folder)
     if config.wandb and not find_spec("wandb"):
         raise UserError("--wandb needs the package: pip install 'amclr[wandb]'")
@@ -316,7 +446,7 @@ def assemble(config: Config, folder: Path, former: Run | None, progress: bool, c
     weights = [s.weight for s in samples] if manifest.parts else []
     plan = BatchPlan(
         np.array([s.id for s in samples], dtype=np.int64), config.batch_size, config.seed,
-        np.array(weights) if weights else None,
+        np.array(weights) if weights else None, (team.rank, team.size),
     )  # fmt: skip
     objective = build_objective(config, len(samples))
     if objective.pairs and len({t for s in samples for t in s.captions}) == 1:
@@ -326,18 +456,21 @@ def assemble(config: Config, folder: Path, former: Run | None, progress: bool, c
     tokenizer = build_tokenizer(config.model, [t for s in samples for t in s.texts], folder / "tokenizer")
     torch.manual_seed(derive(config.seed, "weights"))
     model = DualEncoder(config.model, tokenizer)
-    optimizer = build_optimizer(config.optim, model, objective)
     if not held_out:
         raise UserError(f"{manifest.root} has no validation pictures: give it a val.txt or raise --source.val_fraction")
 
     pinned = Pinned([s.name for s in samples], [s.name for s in held_out], weights)
     if former and not changed_data:
         former.refuse_others(pinned)
-    run = former or Run.create(folder, _with_store(config, manifest))
-    if config.model.text_tower == "small" and not (folder / "tokenizer").is_dir():
-        tokenizer.save_pretrained(folder / "tokenizer.part")  # a kill here must leave none, or a whole one
-        (folder / "tokenizer.part").rename(folder / "tokenizer")
-    write_rejects(manifest.rejects, folder / "rejects.jsonl")
+    if team.first_rank:
+        run = former or Run.create(folder, _with_store(config, manifest))
+        if config.model.text_tower == "small" and not (folder / "tokenizer").is_dir():
+            tokenizer.save_pretrained(folder / "tokenizer.part")  # a kill here must leave none, or a whole one
+            (folder / "tokenizer.part").rename(folder / "tokenizer")
+        write_rejects(manifest.rejects, folder / "rejects.jsonl")
+    else:
+        run = Run.open(folder)
+    run.config, run.speaks = replace(config, source=run.config.source), team.first_rank
     if manifest.rejects and progress:
         print(f"{len(manifest.rejects)} rows or pictures left out: {folder / 'rejects.jsonl'}", file=sys.stderr)
     for note in manifest.notes if progress else ():
@@ -356,10 +489,22 @@ def assemble(config: Config, folder: Path, former: Run | None, progress: bool, c
         store = PictureStore(places, config.model.image_size)
         batches = FeatureBatches(model, samples, store, plan, views, config, cache, progress, same)
     evaluator = Evaluator(model, held_out, config, cache, progress, again=True)
-    wrapped, optimizer = fabric.setup(model, optimizer)
+    undo = Undo(model, objective)
     return Training(
-        fabric, config, run, manifest, pinned, plan, model, wrapped, objective, optimizer, batches, evaluator
-    )
+        fabric, team, config, run, manifest, pinned, plan, model, model, objective, None, batches, evaluator, undo,
+        config.micro_batch,
+    )  # fmt: skip
+
+
+def together(t: Training) -> Training:
+    """What the processes do at the same time: wrap the model, and make the optimiser of what it then holds."""
+    if t.config.sync_batchnorm and t.team.size > 1:
+        if t.fabric.device.type != "cuda":
+            raise UserError("--sync_batchnorm is for GPUs: leave it out")
+        nn.SyncBatchNorm.convert_sync_batchnorm(t.model)
+    t.wrapped = t.fabric.setup_module(t.model)
+    t.optimizer = t.fabric.setup_optimizers(build_optimizer(t.config.optim, t.model, t.objective))
+    return t
 
 
 def _with_store(config: Config, manifest: Manifest) -> Config:
@@ -402,13 +547,18 @@ def default_folder(config: Config) -> Path:
 
 def finish(t: Training, progress: bool) -> None:
     """Put the best weights back and leave results.json, curves.png, gallery.png and metrics.csv."""
+    t.team.at("measuring the best weights", math.inf)
     best = t.run.load_best()
-    t.model.load_saved(best["model"])
+    t.load_model(best["model"])
     t.model.eval()
     images, texts = t.evaluator.embeddings()
+    if not t.team.first_rank:
+        return
     results = {"split": "val", "best_step": round(best["step"] * t.stretch(best)), **t.evaluator.figures(images, texts)}
     if t.manifest.zeroshot:
-        results |= measure_classes(t.model, t.manifest.zeroshot, t.config, progress=progress)
+        # Where the model is spread over the processes, the others would have to take part.
+        alone = t.run.load_model().to(t.fabric.device) if t.config.strategy == "fsdp" else t.model
+        results |= measure_classes(alone, t.manifest.zeroshot, t.config, progress=progress)
     write_text(t.run.folder / "results.json", json.dumps(results, indent=2) + "\n")
     title = f"{t.config.objective} on {manifests.label(t.config.data)}"
     figures.curves(t.run.metrics(), t.run.folder / "curves.png", title, t.evaluator.chance())
@@ -424,38 +574,6 @@ def kept_random_state() -> Iterator[None]:
         yield
     finally:
         torch.set_rng_state(state)
-
-
-def leave_signals_to_the_trainer(worker: int) -> None:
-    """Let processes that prepare batches go on until the loop ends: Ctrl-C and schedulers reach every process."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-
-
-@contextmanager
-def stop_on_signals() -> Iterator[list[int]]:
-    """Collect the first SIGINT or SIGTERM in a list instead of dying at once; a second acts as usual."""
-    caught: list[int] = []
-    former: dict[int, Any] = {}
-
-    def put_back() -> None:
-        for number, handler in former.items():
-            signal.signal(number, handler)
-
-    def handle(signum: int, frame: Any) -> None:
-        caught.append(signum)
-        print("\nstopping after this step, with a checkpoint (once more: at once)", file=sys.stderr)
-        put_back()
-
-    try:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            former[number] = signal.signal(number, handle)
-    except ValueError:  # not in the main thread: leave signals alone
-        pass
-    try:
-        yield caught
-    finally:
-        put_back()
 
 
 def _recall_line(epoch: int, epochs: int, recalls: dict[str, float]) -> str:

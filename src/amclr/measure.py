@@ -6,7 +6,7 @@ import json
 import re
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -25,6 +25,7 @@ from amclr.data.pictures import BadPicture, Location, Picture, PictureStore, sca
 from amclr.data.rows import Reject, printable, write_rejects
 from amclr.data.texts import TextPolicy
 from amclr.data.views import policies, title, whole
+from amclr.distributed import World, process, processes, share_of
 from amclr.errors import UserError
 from amclr.features import caption_features, image_features
 from amclr.files import write_text
@@ -32,6 +33,7 @@ from amclr.model import DualEncoder, build_tokenizer
 from amclr.run import Run
 
 GALLERY_QUERIES, GALLERY_PLACES = 6, 6
+CAPTIONS_AT_ONCE = 256
 
 
 def model_reads_pictures(model: DualEncoder) -> bool:
@@ -98,22 +100,45 @@ class Evaluator:
         )  # fmt: skip
 
     def embeddings(self) -> tuple[Tensor, Tensor]:
-        """Unit rows of the pictures (N, D) and of all their captions (T, D), on the CPU."""
-        if self.features is None:
-            try:
-                pictures = self.model.encode_image(self.pictures, progress=self.progress)
-            except BadPicture:
-                places = [s.picture for s in self.samples]
-                verdicts = scan(places, self.model.config.image_size, progress=self.progress)
-                self._take(self.samples, [not verdicts[p].reason for p in places])
-                self.pictures = [s.picture for s in self.samples]
-                pictures = self.model.encode_image(self.pictures, progress=self.progress)
-            return pictures, self.model.encode_text(self.captions, progress=self.progress)
-        return self.model.project(self.features[0], None), self.model.project(None, self.features[1])
+        """Unit rows of the pictures (N, D) and of all their captions (T, D), on the CPU.
+
+        Of several processes each embeds a share, and all get all: they call it together.
+        """
+        if self.features is not None:
+            return self.model.project(self.features[0], None), self.model.project(None, self.features[1])
+        try:
+            own = self._own_share(self.pictures, self.model.pictures_at_once, self.model.encode_image)
+        except BadPicture:
+            own = None
+        if World.of(0 if own is None else 1, self.model.device).sizes.count(0):
+            places = [s.picture for s in self.samples]
+            verdicts = scan(places, self.model.config.image_size, progress=self.progress)
+            self._take(self.samples, [not verdicts[p].reason for p in places])
+            self.pictures = [s.picture for s in self.samples]
+            own = self._own_share(self.pictures, self.model.pictures_at_once, self.model.encode_image)
+        assert own is not None
+        captions = self._own_share(self.captions, CAPTIONS_AT_ONCE, self.model.encode_text)
+        return self._together(own), self._together(captions)
+
+    def _own_share(self, items: Sequence[Any], size: int, encode: Callable[..., Tensor]) -> Tensor:
+        """This process's share of the embeddings: of whole chunks, so that no row depends on how many share them."""
+        chunks, count = -(-len(items) // size), processes()
+        own = share_of(chunks, process(), count)
+        rows = encode(items[own.start * size : own.stop * size], batch_size=size, progress=self.progress)
+        for _ in range(own.stop - own.start, -(-chunks // count)):
+            # Where each process holds a part of the weights, all take part in every forward pass.
+            encode(items[:size], batch_size=size)
+        return rows
+
+    def _together(self, own: Tensor) -> Tensor:
+        """All rows, of this process's own."""
+        own = own.to(self.model.device)
+        return World.of(len(own), own.device).gather(own).cpu()
 
     def __call__(self) -> dict[str, float]:
-        """Recalls in percent, as `amclr.evaluate.retrieval` names them."""
-        return evaluate.retrieval(*self.embeddings(), self.image_of_text)
+        """Recalls in percent, as `amclr.evaluate.retrieval` names them; of several processes the first one's alone."""
+        images, texts = self.embeddings()
+        return evaluate.retrieval(images, texts, self.image_of_text) if process() == 0 else {}
 
     def figures(self, images: Tensor, texts: Tensor) -> dict[str, Any]:
         """Recalls of given embeddings, with the sizes that they belong to."""

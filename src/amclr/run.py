@@ -101,6 +101,8 @@ class Run:
         self.folder = folder
         self.config = config
         self.checkpoints = folder / "checkpoints"
+        self.speaks = True
+        """Whether this process is the one of a run's that tells of it."""
 
     @classmethod
     def create(cls, folder: Path, config: Config) -> Run:
@@ -132,6 +134,12 @@ class Run:
             return cls(folder, from_dict(yaml.safe_load(file.read_text(encoding="utf-8"))))
         except (ValueError, TypeError, yaml.YAMLError) as error:
             raise UserError(f"cannot read '{file}': {error}") from None
+
+    def write_config(self) -> None:
+        """Write the settings anew, for a run that is gone on with under others."""
+        text = yaml.safe_dump(asdict(self.config), sort_keys=False)
+        if (self.folder / "config.yaml").read_text(encoding="utf-8") != text:
+            write_text(self.folder / "config.yaml", text)
 
     def pin_samples(self, samples: Pinned) -> None:
         """Record the pictures of a run, which one that goes on is held to."""
@@ -183,7 +191,18 @@ class Run:
 
     # -- checkpoints ------------------------------------------------------------------------------
 
-    def save(self, state: dict[str, Any], step: int, *, best: bool, keep: int, renumbered: bool = False) -> None:
+    def wait_saved(self) -> None:
+        pass
+
+    def best_is_sound(self) -> bool:
+        return True
+
+    def pace(self) -> float:
+        return 600.0
+
+    def save(
+        self, state: dict[str, Any], step: int, *, best: bool, keep: int, renumbered: bool = False, wait: bool = False
+    ) -> None:
         """Write a checkpoint of a step; `last.pt` (and `best.pt`) become it, older ones beyond `keep` go.
 
         renumbered: steps are no longer counted as they were, so that all those before it go.
@@ -262,12 +281,16 @@ class Run:
 class Loggers:
     """metrics.jsonl, TensorBoard and, where asked for, Weights & Biases."""
 
-    def __init__(self, run: Run, config: Config) -> None:
+    def __init__(self, run: Run, config: Config, step: int = 0, writes: bool = True) -> None:
+        """step: those done before. writes: false on a process that leaves it to another."""
+        self.run, self.writes = run, writes
+        self.wandb: Any = None
+        if not writes:
+            return
         from torch.utils.tensorboard import SummaryWriter  # slow to import
 
-        self.run = run
-        self.board = SummaryWriter(str(run.folder / "tensorboard"))
-        self.wandb: Any = None
+        # What a killed run drew of later steps is to be hidden.
+        self.board = SummaryWriter(str(run.folder / "tensorboard"), purge_step=step + 1 if step else None)
         if config.wandb:
             import wandb
 
@@ -276,6 +299,8 @@ class Loggers:
 
     def write(self, kind: str, step: int, epoch: float, values: dict[str, float]) -> None:
         """Log values of a step everywhere."""
+        if not self.writes:
+            return
         self.run.log({"kind": kind, "step": step, "epoch": round(epoch, 4), **values})
         for name, value in values.items():
             self.board.add_scalar(f"{kind}/{name}", value, step)
@@ -286,6 +311,8 @@ class Loggers:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if not self.writes:
+            return
         self.board.close()
         self.run.write_csv()
         if self.wandb is not None:

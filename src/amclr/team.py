@@ -11,12 +11,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
-from amclr.distributed import processes
+from amclr.distributed import process, processes
 from amclr.errors import UserError
 
 T = TypeVar("T")
@@ -44,7 +44,7 @@ class Team:
 
     def __init__(self, patience: float) -> None:
         self.size = processes()
-        self.rank = dist.get_rank() if self.size > 1 else 0
+        self.rank = process()
         self.patience = patience
         self.before_end: Callable[[], None] = lambda: None
         self.advice = ""
@@ -55,7 +55,7 @@ class Team:
         if self.size == 1:
             return
         # Its own channel: the main one may be of GPUs, whose collectives wait for the device.
-        self._control = dist.new_group(backend="gloo", timeout=LONG)
+        self._control = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=LONG))
         port = [0]
         if self.rank == 0:
             self._server = dist.TCPStore("0.0.0.0", 0, is_master=True, wait_for_workers=False, timeout=LONG)
@@ -68,6 +68,11 @@ class Team:
         )
         self._beat(self._store, 0)
         dist.barrier(group=self._control)
+
+    @property
+    def first_rank(self) -> bool:
+        """Whether this process is the one that writes, and speaks for all."""
+        return self.rank == 0
 
     # -- doing things together ----------------------------------------------------------------------
 

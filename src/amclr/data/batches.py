@@ -19,6 +19,7 @@ from amclr.data.manifest import Sample
 from amclr.data.pictures import BadPicture, PictureStore
 from amclr.data.texts import TextPolicy
 from amclr.data.views import policies
+from amclr.distributed import share_of
 from amclr.errors import UserError
 from amclr.randomness import mixed
 
@@ -30,6 +31,7 @@ class BatchPlan:
     """Which samples make up each step: an order per epoch, cut into whole batches.
 
     samples: their ids (N,) int64. weights: visits of each an epoch (N,), on average; 1 if None.
+    process: (rank, how many): of several processes, each has its share of every batch; B is then that share.
     `plan[step]` is (epoch, rows (B,) of the samples); a pure function, so that step k needs no step
     before it. Each epoch's order sorts the samples by a hash of their ids, so that of two samples the
     same comes first whatever others there are. Up to B - 1 visits are left out of an epoch, others
@@ -40,6 +42,7 @@ class BatchPlan:
     batch_size: int
     seed: int
     weights: np.ndarray | None = None
+    process: tuple[int, int] = (0, 1)
     _orders: dict[int, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -48,6 +51,16 @@ class BatchPlan:
                 f"{self._visits} training pictures are fewer than one batch of {self.batch_size}: "
                 f"lower --batch_size (at most {self._visits})"
             )
+        if self.batch_size < self.process[1]:
+            raise UserError(
+                f"a batch of {self.batch_size} is too small for {self.process[1]} processes: raise --batch_size, "
+                "which counts the pictures of all of them"
+            )
+
+    @property
+    def share(self) -> slice:
+        """Which places of a batch this process has."""
+        return share_of(self.batch_size, *self.process)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -71,7 +84,7 @@ class BatchPlan:
         if epoch not in self._orders:
             self._orders.clear()
             self._orders[epoch] = self._order(epoch)
-        rows, copies = (of[k * self.batch_size : (k + 1) * self.batch_size] for of in self._orders[epoch])
+        rows, copies = (of[k * self.batch_size : (k + 1) * self.batch_size][self.share] for of in self._orders[epoch])
         return epoch, rows, copies
 
     def _order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
@@ -119,28 +132,30 @@ class Batch:
     groups: dict[str, Tensor] = field(default_factory=dict)
     edits: Edits | None = None
 
-    def chunks(self, size: int) -> list[Batch]:
-        """The batch in parts of at most `size` samples, each with all its views."""
+    def chunks(self, size: int, count: int = 0) -> list[Batch]:
+        """The batch in parts of at most `size` samples, each with all its views; of like size if `count` is given."""
 
-        def part(value: Any, views: int, start: int) -> Any:
+        def part(value: Any, views: int, own: slice) -> Any:
             if isinstance(value, dict):
-                return {k: part(v, views, start) for k, v in value.items()}
+                return {k: part(v, views, own) for k, v in value.items()}
             if value is None:
                 return None
-            return value.unflatten(0, (views, -1))[:, start : start + size].flatten(0, 1)
+            return value.unflatten(0, (views, -1))[:, own].flatten(0, 1)
 
+        shares = [share_of(len(self.ids), k, count) for k in range(count)]
+        shares = shares or [slice(start, start + size) for start in range(0, len(self.ids), size)]
         rows = np.arange(len(self.image_views) * len(self.ids)).reshape(len(self.image_views), -1)
         return [
             replace(
                 self,
-                images=part(self.images, len(self.image_views), start),
-                tokens=part(self.tokens, len(self.text_views), start),
-                ids=self.ids[start : start + size],
+                images=part(self.images, len(self.image_views), own),
+                tokens=part(self.tokens, len(self.text_views), own),
+                ids=self.ids[own],
                 replaced={},
-                groups={v: g[start : start + size] for v, g in self.groups.items()},
-                edits=self.edits[rows[:, start : start + size].ravel()] if self.edits else None,
+                groups={v: g[own] for v, g in self.groups.items()},
+                edits=self.edits[rows[:, own].ravel()] if self.edits else None,
             )
-            for start in range(0, len(self.ids), size)
+            for own in shares
         ]
 
     def to(self, device: torch.device) -> Batch:

@@ -1,0 +1,75 @@
+"""Processes, devices and arithmetic of a run: the only file that knows the training engine (Lightning Fabric)."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+from typing import Any
+
+import torch
+from lightning.fabric import Fabric
+from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.fabric.strategies import DDPStrategy, ModelParallelStrategy
+from torch import nn
+
+from amclr.config import Config
+from amclr.errors import UserError
+
+__all__ = ["Fabric", "processes_started", "start_processes"]
+
+
+def start_processes(config: Config, uses_all: bool) -> Fabric:
+    """Fabric for what the launcher started, or `--devices` asks for, with the processes joined together.
+
+    uses_all: whether every step uses all that is trained. Raises UserError for what will not do here.
+    """
+    local, machines = processes_started() or (config.devices or 1, 1)
+    strategy: Any = "auto"
+    if local * machines > 1:
+        if config.strategy == "fsdp":
+            strategy = ModelParallelStrategy(shard, local * machines, 1, timeout=timedelta(days=1))
+        else:  # norms' statistics are averaged by `average_statistics`
+            strategy = DDPStrategy(
+                timeout=timedelta(days=1), broadcast_buffers=False, find_unused_parameters=not uses_all
+            )
+    elif config.strategy == "fsdp":
+        raise UserError("--strategy fsdp spreads the model over several processes: start them by --devices or torchrun")
+    try:
+        precision: Any = config.precision
+        if precision == "auto":
+            on_gpu = config.accelerator in ("auto", "cuda") and torch.cuda.is_available()
+            precision = "bf16-mixed" if on_gpu and torch.cuda.is_bf16_supported(False) else "32-true"
+        fabric = Fabric(
+            accelerator=config.accelerator, devices=local, num_nodes=machines, strategy=strategy, precision=precision
+        )
+    except (ValueError, RuntimeError, TypeError, ImportError) as error:
+        what = f"--accelerator {config.accelerator} --precision {config.precision} with {local} processes"
+        raise UserError(f"{what} will not do here: {' '.join(str(error).split())[:200]}") from None
+    fabric.launch()
+    return fabric
+
+
+def processes_started() -> tuple[int, int] | None:
+    """How many processes torchrun or SLURM started on this machine, and on how many machines; None if they did not."""
+    env = os.environ
+    if "TORCHELASTIC_RUN_ID" in env:
+        local = int(env["LOCAL_WORLD_SIZE"])
+        return local, int(env["WORLD_SIZE"]) // local
+    if SLURMEnvironment.detect():
+        machines = int(env.get("SLURM_NNODES", "1"))
+        return int(env["SLURM_NTASKS"]) // machines, machines
+    return None
+
+
+def shard(model: Any, mesh: Any) -> nn.Module:
+    """Spread a model's weights over the processes (FSDP2): each block of a tower by itself, then the rest."""
+    from torch.distributed.fsdp import fully_shard
+
+    own = mesh["data_parallel"]
+    for tower in (model.image_tower, model.text_tower):
+        for block in (m for stack in tower.modules() if isinstance(stack, nn.ModuleList) for m in stack):
+            if not any(isinstance(m, nn.ModuleList) for m in block.modules()):
+                fully_shard(block, mesh=own)
+        fully_shard(tower, mesh=own)
+    fully_shard(model, mesh=own)
+    return model

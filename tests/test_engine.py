@@ -331,7 +331,7 @@ def test_pictures_that_go_bad_while_training_are_listed_up_to_the_limit(
     def spoiled(training: engine.Training, progress: bool) -> None:
         for file in bad:
             file.write_bytes(b"")
-        fit(training, progress)
+        fit(training, progress, profile)
 
     monkeypatch.setattr(engine, "fit", spoiled)
     run = train(config, progress=False)

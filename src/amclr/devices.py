@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from datetime import timedelta
 from typing import Any
@@ -14,6 +15,9 @@ from torch import nn
 
 from amclr.config import Config
 from amclr.errors import UserError
+
+# How the processes meet says nothing that a user of ours can act on.
+logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
 
 __all__ = ["Fabric", "processes_started", "start_processes"]
 
@@ -66,6 +70,8 @@ def shard(model: Any, mesh: Any) -> nn.Module:
     from torch.distributed.fsdp import fully_shard
 
     own = mesh["data_parallel"]
+    for parameter in model.parameters():  # weights in channels-last order cannot be cut
+        parameter.data = parameter.data.contiguous()
     for tower in (model.image_tower, model.text_tower):
         for block in (m for stack in tower.modules() if isinstance(stack, nn.ModuleList) for m in stack):
             if not any(isinstance(m, nn.ModuleList) for m in block.modules()):

@@ -358,10 +358,10 @@ def halve(t: Training, share: int, told: str) -> None:
 def backward(t: Training, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss, metrics and gradient of a batch, embedded at once or in parts."""
     device, size = t.fabric.device, t.micro_batch
-    if 0 < size < len(batch.ids):
-        # As many parts on each process: where each holds a part of the weights, all embed at the same time.
-        largest = -(-t.plan.batch_size // t.team.size)
-        parts = batch.chunks(size, 0 if t.team.size == 1 else -(-largest // size))
+    smallest, largest = t.plan.batch_size // t.team.size, -(-t.plan.batch_size // t.team.size)
+    if 0 < size < largest:
+        # As many parts on each process, since all wait for each other in the passes through a model they share.
+        parts = batch.chunks(size, 0 if t.team.size == 1 else min(smallest, -(-largest // size)))
         with record_function("amclr: forward and backward"):
             made = backward_in_chunks(
                 lambda part: embed(t.wrapped, part.to(device)), parts, t.objective, batch.ids.to(device),

@@ -122,9 +122,10 @@ class Team:
 
     @contextmanager
     def telling(self, *expected: type[BaseException]) -> Iterator[None]:
-        """A block whose errors, but for expected ones, end the others too; the process that met one first reports it.
+        """A block whose errors, but for expected ones, end the others too.
 
-        On the others UserError without a message is raised.
+        The process that met one first reports it; on the others UserError says so, without a message where no step
+        has been made yet: then all have met the same.
         """
         try:
             yield
@@ -132,24 +133,26 @@ class Team:
             if self.size == 1 or isinstance(error, expected):
                 raise
             lost = isinstance(error, RuntimeError) and re.search(LOST, str(error))
-            if lost and self._failed(within=3 * BEAT):
-                raise UserError("") from None
             message = " ".join((str(error) or type(error).__name__).split())[:300]
             if lost:
+                self._failed(within=3 * BEAT)
                 message = f"the connection to another process is lost ({message}){self.advice}"
-            if not self.fail(message):
-                raise UserError("") from None
+            rank, said = self.fail(message)
+            if rank != self.rank:
+                told = f"process {rank} of {self.size} has stopped: {said}" if self._steps else ""
+                raise UserError(told) from None
             if lost:
                 raise UserError(message) from None
             raise
 
-    def fail(self, message: str) -> bool:
-        """Tell the others why this process ends. False if another has told that before."""
+    def fail(self, message: str) -> tuple[int, str]:
+        """Tell the others why this process ends; which process told that first, and what."""
+        own = self.rank, message
         try:
-            said = self._store.compare_set("failed", "", json.dumps([self.rank, message]))
+            rank, said = json.loads(self._store.compare_set("failed", "", json.dumps(own)))
         except RuntimeError:  # the process that keeps the store has gone
-            return True
-        return bool(json.loads(said)[0] == self.rank)
+            return own
+        return rank, said
 
     def _failed(self, within: float) -> bool:
         """Whether a process has told why it ends, or does so soon."""

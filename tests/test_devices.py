@@ -1,0 +1,223 @@
+"""Runs on several processes: the same as on one, and none waits for ever for another."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from amclr import engine
+from amclr.config import Config, LossConfig, OptimConfig
+from amclr.engine import Stopped, train
+from amclr.objectives import METHODS
+from amclr.run import Run
+from tests.processes import Processes
+from tests.test_engine import config_for, frozen
+
+
+def on_two(folder: Path, out: str, **changes: Any) -> Config:
+    """Frozen towers without dropout and plain gradient steps: what differs then is rounding alone."""
+    base = frozen(folder, out, optim=OptimConfig(name="sgd", lr=0.1, clip=0.0), patience=20.0, **changes)
+    return replace(base, model=replace(base.model, dropout=0.0))
+
+
+def trained(rank: int, config: Config, resume: Path | None = None) -> None:
+    try:
+        train(None if resume else config, resume=resume, progress=True)
+    except Stopped as stopped:
+        raise SystemExit(stopped.code) from None
+
+
+def assert_alike(a: Run, b: Run, exact: bool = False) -> None:
+    """Weights, tables and logged losses are the same but for rounding."""
+    first, second = a.load_last(), b.load_last()
+    assert first is not None and second is not None and first["step"] == second["step"]
+    tolerance = {"rtol": 0.0, "atol": 0.0} if exact else {"rtol": 1e-5, "atol": 1e-5}
+    for part in ("model", "objective"):
+        for name, tensor in first[part].items():
+            torch.testing.assert_close(tensor, second[part][name], msg=lambda m, n=name: f"{n}: {m}", **tolerance)
+    rows = [[r for r in run.metrics() if r["kind"] != "fault"] for run in (a, b)]
+    assert [(r["kind"], r["step"]) for r in rows[0]] == [(r["kind"], r["step"]) for r in rows[1]]
+    for x, y in zip(*rows, strict=True):
+        for key in {"loss", "margin", "r_mean"} & x.keys():
+            assert x[key] == pytest.approx(y[key], rel=1e-5, abs=1e-5)
+
+
+@pytest.mark.parametrize("objective", ["xamclr", *(pytest.param(m, marks=pytest.mark.slow) for m in METHODS)])
+def test_two_processes_train_what_one_does(objective: str, folder: Path, tmp_path: Path) -> None:
+    """Fifty steps, each process with its half of every batch: weights, tables, losses and recalls are the same."""
+    changes: dict[str, Any] = {"objective": objective, "epochs": 13, "eval_every": 4}
+    one = train(on_two(folder, "one", **changes), progress=False)
+    Processes(2, trained, on_two(folder, "two", **changes), logs=tmp_path / "logs").succeed()
+    assert one.load_last()["step"] == 52  # type: ignore[index]
+    assert_alike(one, Run.open(tmp_path / "two"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("size", "micro_batch"), [(3, 0), (1, 3), (2, 3), (3, 2)])
+def test_unequal_shares_and_parts_of_them_train_the_same(
+    size: int, micro_batch: int, folder: Path, tmp_path: Path
+) -> None:
+    """Of a batch of 8, three processes have 2, 3 and 3; with parts of at most 3 or 2 on top."""
+    changes: dict[str, Any] = {"objective": "ixamclr", "epochs": 4}
+    one = train(on_two(folder, "one", **changes), progress=False)
+    Processes(
+        size, trained, on_two(folder, "more", micro_batch=micro_batch, **changes), logs=tmp_path / "logs"
+    ).succeed()
+    assert_alike(one, Run.open(tmp_path / "more"))
+
+
+def towers(folder: Path, out: str, **changes: Any) -> Config:
+    """Both towers trained, with batch norms and dropout, in parts."""
+    return config_for(folder, out, patience=20.0, micro_batch=2, objective="iamclr", **changes)
+
+
+@pytest.mark.slow
+def test_a_model_spread_over_the_processes_trains_the_same(folder: Path, tmp_path: Path) -> None:
+    """FSDP against DDP; its checkpoint is whole: one process goes on with it, and evaluates it."""
+    runs = {}
+    for strategy in ("ddp", "fsdp"):
+        config = towers(folder, strategy, strategy=strategy)
+        Processes(2, trained, config, logs=tmp_path / f"logs-{strategy}").succeed()
+        runs[strategy] = Run.open(tmp_path / strategy)
+    assert_alike(runs["ddp"], runs["fsdp"])
+    further = replace(runs["fsdp"].config, epochs=3, strategy="auto")
+    train(further, resume=runs["fsdp"].folder, progress=False)
+    Processes(
+        2, trained_further, replace(runs["ddp"].config, epochs=3, strategy="fsdp"), runs["ddp"].folder,
+        logs=tmp_path / "logs-further",
+    ).succeed()  # fmt: skip
+    for run in runs.values():
+        assert run.load_last()["step"] == 12  # type: ignore[index]
+
+
+def trained_further(rank: int, config: Config, run: Path) -> None:
+    train(config, resume=run, progress=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("others", [1, 2, 4])
+def test_a_checkpoint_of_two_processes_is_taken_up_by_any_number(others: int, folder: Path, tmp_path: Path) -> None:
+    """Stopped by a signal to one of them, both stop at the same step; tables and weights go on as on one process."""
+    one = train(on_two(folder, "one", objective="xamclr", epochs=6), progress=False)
+    config = on_two(folder, "two", objective="xamclr", epochs=6)
+    Processes(2, stopped_by_a_signal, config, logs=tmp_path / "logs").succeed()
+    run = Run.open(tmp_path / "two")
+    state = run.load_last()
+    assert state is not None and state["step"] == 12, "one step after the signal, which is when both know of it"
+    if others == 1:
+        train(resume=run.folder, progress=False)
+    else:
+        Processes(others, trained, config, run.folder, logs=tmp_path / "logs-again").succeed()
+    assert_alike(one, run, exact=False)
+
+
+def stopped_by_a_signal(rank: int, config: Config) -> None:
+    taken, step = engine.embed, iter(range(10_000))
+
+    def embed(model: Any, batch: Any) -> Any:
+        if next(step) == 10 and rank == 1:
+            signal.raise_signal(signal.SIGTERM)
+        return taken(model, batch)
+
+    engine.embed = embed
+    with pytest.raises(Stopped, match="go on by: amclr train --resume") as stopped:
+        train(config, progress=True)
+    assert stopped.value.code == 143
+
+
+@pytest.mark.slow
+def test_two_processes_resume_bit_by_bit(folder: Path, tmp_path: Path) -> None:
+    """With towers, batch norms and dropout, the same number of processes ends with the same bits."""
+    Processes(2, trained, towers(folder, "whole", epochs=4), logs=tmp_path / "logs").succeed()
+    config = towers(folder, "parts", epochs=4)
+    Processes(2, stopped_by_a_signal, replace(config, micro_batch=0), logs=tmp_path / "logs-parts")
+    Processes(2, trained, towers(folder, "again", epochs=4), logs=tmp_path / "logs-again").succeed()
+    assert_alike(Run.open(tmp_path / "whole"), Run.open(tmp_path / "again"), exact=True)
+
+
+# -- faults ---------------------------------------------------------------------------------------
+
+
+def steps_slowly(rank: int, config: Config, where: str) -> None:
+    """Train, marking each step in a file; process 1 does something to itself at step 6."""
+    taken, step = engine.embed, iter(range(10_000))
+
+    def embed(model: Any, batch: Any) -> Any:
+        k = next(step)
+        if k == 6 and rank == 1:
+            if where == "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if where == "frozen":
+                os.kill(os.getpid(), signal.SIGSTOP)
+            if where == "stuck":
+                time.sleep(1000)
+            if where == "raises":
+                raise ArithmeticError("the sum does not add up")
+        return taken(model, batch)
+
+    engine.embed = embed
+    from amclr import cli
+
+    cli._configure = lambda command, arguments: config  # type: ignore[assignment]
+    raise SystemExit(cli.main(["train"]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [
+        ("killed", "the connection to another process is lost|nothing has been heard of process 1"),
+        ("frozen", "nothing has been heard of process 1 of 2 for"),
+        ("stuck", "process 1( of 2 has been)? in 'forward' for"),
+        ("raises", "ArithmeticError|the sum does not add up"),
+    ],
+)
+def test_one_process_of_two_is_lost(where: str, message: str, folder: Path, tmp_path: Path) -> None:
+    """The other says so, and ends, soon; and the run goes on from its last checkpoint, on one process too."""
+    one = train(on_two(folder, "one", epochs=4), progress=False)
+    config = replace(on_two(folder, "two", epochs=4), patience=8.0)
+    began = time.monotonic()
+    both = Processes(2, steps_slowly, config, where, logs=tmp_path / "logs")
+    both.every[0].join(60)
+    assert both.every[0].exitcode == 1, both.said(0)[-2000:]
+    assert time.monotonic() - began < 60
+    both.wait(20)
+    said = both.said(0) + (both.said(1) if where == "raises" else "")
+    assert re.search(message, said), said
+    assert "amclr train --resume" in said or where == "raises"
+    assert "Traceback" not in both.said(0)
+    assert_alike(one, train(resume=tmp_path / "two", progress=False))
+
+
+@pytest.mark.slow
+def test_a_slip_is_reported_by_one_process(folder: Path, tmp_path: Path) -> None:
+    both = Processes(2, steps_slowly, on_two(folder, "run", batch_size=64), "", logs=tmp_path / "logs")
+    assert both.wait(60) == [1, 1]
+    said = [both.said(k) for k in range(2)]
+    assert sum("32 training pictures are fewer than one batch of 64" in s for s in said) == 1, said
+    assert not (tmp_path / "run").exists()
+    few = Processes(3, steps_slowly, on_two(folder, "run", batch_size=2), "", logs=tmp_path / "logs-few")
+    assert few.wait(60) == [1, 1, 1]
+    assert "a batch of 2 is too small for 3 processes: raise --batch_size" in few.said(0) + few.said(1) + few.said(2)
+
+
+@pytest.mark.slow
+def test_pictures_that_one_process_cannot_read(folder: Path, tmp_path: Path) -> None:
+    """Validation pictures that go bad are left out by all, and training ones listed, whoever met them."""
+    for name in ("001.png", "020.png"):
+        (folder / "Images" / name).write_bytes(b"bad")
+    changes: dict[str, Any] = {"source": replace(Config().source, max_bad=0.2, scan_up_to=1), "decoded": "none"}
+    changes["batch_size"] = 4
+    Processes(2, trained, config_for(folder, "run", **changes), logs=tmp_path / "logs").succeed()
+    run = Run.open(tmp_path / "run")
+    assert {r["sample"] for r in run.metrics() if r["kind"] == "replaced"} == {"020.png"}
+    rejects = (run.folder / "rejects.jsonl").read_text()
+    assert "001.png" in rejects and "020.png" in rejects

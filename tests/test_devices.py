@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from amclr import engine
-from amclr.config import Config, LossConfig, OptimConfig
+from amclr.config import Config, OptimConfig
 from amclr.engine import Stopped, train
 from amclr.objectives import METHODS
 from amclr.run import Run

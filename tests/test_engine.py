@@ -215,7 +215,7 @@ def test_a_signal_during_evaluation_puts_it_off(again: bool, folder: Path, monke
     for when, epochs in enumerate(rounds):
         count = iter(range(100))
 
-        def interrupted(self: Evaluator) -> dict[str, float]:
+        def interrupted(self: Evaluator, epochs: int = epochs, count: Any = count) -> dict[str, float]:
             found = measure(self)
             done = [r["epoch"] for r in run.metrics() if r["kind"] == "eval"]
             if len(done) == epochs - 1 and next(count) == 0:
@@ -328,7 +328,7 @@ def test_pictures_that_go_bad_while_training_are_listed_up_to_the_limit(
     whole = [file.read_bytes() for file in bad]
     fit = engine.fit
 
-    def spoiled(training: engine.Training, progress: bool) -> None:
+    def spoiled(training: engine.Training, progress: bool, profile: bool) -> None:
         for file in bad:
             file.write_bytes(b"")
         fit(training, progress, profile)

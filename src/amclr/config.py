@@ -317,8 +317,8 @@ MAY_CHANGE = frozenset((
 """Settings that a run may be gone on with otherwise: they change how it runs, or how long, and not what it learns."""
 
 
-def differences(before: Config, now: Config) -> dict[str, tuple[Any, Any]]:
-    """The settings that differ, by their names on the command line: what they were, what they are."""
+def fixed_differences(before: Config, now: Config) -> dict[str, tuple[Any, Any]]:
+    """The settings that differ and may not, by their names on the command line: what they were, what they are."""
 
     def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         found: dict[str, Any] = {}
@@ -327,7 +327,7 @@ def differences(before: Config, now: Config) -> dict[str, tuple[Any, Any]]:
         return found
 
     then, since = flat(asdict(before)), flat(asdict(now))
-    return {name: (then[name], since[name]) for name in then if then[name] != since[name]}
+    return {name: (then[name], since[name]) for name in then if name not in MAY_CHANGE and then[name] != since[name]}
 
 
 def problems(config: Config) -> list[str]:

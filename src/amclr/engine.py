@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from amclr import figures
 from amclr.clock import WAIT_MATTERS, Clock
-from amclr.config import MAY_CHANGE, Config, differences, problems
+from amclr.config import Config, fixed_differences, problems
 from amclr.data import manifest as manifests
 from amclr.data.batches import Batch, BatchPlan, PictureBatches
 from amclr.data.duplicates import Duplicates
@@ -113,13 +113,12 @@ def reconciled(former: Run, config: Config | None) -> Config:
     """The settings to go on with: the run's, or others given. Raises UserError, naming those that may not differ."""
     if config is None:
         return former.config
-    changed = differences(former.config, config)
-    fixed = [f"--{name} is {then} in this run, not {now}" for name, (then, now) in changed.items()
-             if name not in MAY_CHANGE]  # fmt: skip
-    if fixed:
+    kept = former.config.source.paraphrases
+    config = replace(config, source=replace(config.source, paraphrases=config.source.paraphrases or kept))
+    if fixed := fixed_differences(former.config, config):
+        told = "; ".join(f"--{name} is {then} in this run, not {now}" for name, (then, now) in fixed.items())
         raise UserError(
-            f"'{former.folder}' goes on with what it began with: {'; '.join(fixed)}. Leave that out, or start another "
-            "run with --out"
+            f"'{former.folder}' goes on with what it began with: {told}. Leave that out, or start another run by --out"
         )
     return replace(config, out=former.config.out)
 
@@ -223,28 +222,29 @@ def stream(t: Training) -> Iterator[Batch]:
         )  # fmt: skip
         with kept_handler(signal.SIGCHLD):
             batches = iter(loader)
-        while t.step < t.steps:
-            step = t.step
-            try:
-                batch = next(batches)
-            except RuntimeError as error:
-                # Not what a worker raised, but that it has gone.
-                if not re.search(r"DataLoader (worker \(pid|timed out)", str(error)):
-                    raise
-                restarts = {step: restarts.get(step, 0) + 1}
-                if restarts[step] > RESTARTS:
-                    raise UserError(
-                        f"the processes that prepare batches die again and again at step {step} ({_first(error)}). If "
-                        "the system ends them because they take too much memory, lower --workers or --ram_cache; go "
-                        f"on by: amclr train --resume {t.run.folder}"
-                    ) from None
-                print(f"a process that prepares batches died ({_first(error)}): started again", file=sys.stderr)
-                t.run.log({"kind": "fault", "step": step, "what": f"worker died: {_first(error)}"})
-                break
-            yield batch
-            if t.step != step + 1:
-                break
-        del batches
+        try:
+            while t.step < t.steps:
+                step = t.step
+                yield next(batches)
+                if t.step != step + 1:
+                    break
+        except RuntimeError as error:
+            # Not what a worker raised, but that it has gone.
+            if not re.search(r"DataLoader (worker \(pid|timed out)", str(error)):
+                raise
+            restarts = {step: restarts.get(step, 0) + 1}
+            if restarts[step] > RESTARTS:
+                raise UserError(
+                    f"the processes that prepare batches die again and again at step {step} ({_first(error)}). If "
+                    "the system ends them because they take too much memory, lower --workers or --ram_cache; go "
+                    f"on by: amclr train --resume {t.run.folder}"
+                ) from None
+            print(f"a process that prepares batches died ({_first(error)}): started again", file=sys.stderr)
+            t.run.log({"kind": "fault", "step": step, "what": f"worker died: {_first(error)}"})
+        finally:
+            # They have nothing to finish, and one that is stuck would be waited for; SIGTERM they do not heed.
+            for worker in getattr(batches, "_workers", ()):
+                worker.kill()
 
 
 def _first(error: BaseException) -> str:
@@ -470,7 +470,8 @@ def prepare(
         write_rejects(manifest.rejects, folder / "rejects.jsonl")
     else:
         run = Run.open(folder)
-    run.config, run.speaks = replace(config, source=run.config.source), team.first_rank
+    config = run.config = replace(config, source=run.config.source)
+    run.speaks = team.first_rank
     if manifest.rejects and progress:
         print(f"{len(manifest.rejects)} rows or pictures left out: {folder / 'rejects.jsonl'}", file=sys.stderr)
     for note in manifest.notes if progress else ():

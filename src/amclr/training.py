@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from amclr.clock import Clock
-from amclr.config import Config
+from amclr.config import Config, fixed_differences, from_dict
 from amclr.data.batches import Batch, BatchPlan
 from amclr.data.manifest import Manifest
 from amclr.data.rows import Reject, append_rejects
@@ -127,6 +127,7 @@ class Training:
         """
         state = self.run.load_last()
         if state:
+            self.refuse_other_settings(state)
             before = state.get("samples", torch.from_numpy(self.plan.samples)).numpy()
             same = np.array_equal(before, self.plan.samples)
             stretch = self.stretch(state)
@@ -160,6 +161,22 @@ class Training:
         """Put weights into the model, spread over the processes as its own are."""
         own = self.model.state_dict()
         self.model.load_saved({k: spread(v, own[k]) if k in own else v for k, v in state.items()})
+
+    def refuse_other_settings(self, state: Mapping[str, Any]) -> None:
+        """Raise UserError where config.yaml is not what a checkpoint was made with, as after an edit by hand."""
+        then = from_dict(json.loads(state["config"])) if "config" in state else self.config
+        fixed = fixed_differences(then, self.config)
+        if fixed:
+            told = "; ".join(f"--{name} is {was} there, {now} here" for name, (was, now) in fixed.items())
+            raise UserError(
+                f"'{self.run.folder / 'config.yaml'}' is not what the newest checkpoint was made with: {told}. Put it "
+                "back, or start another run with --out"
+            )
+        done = state["step"] / float(state.get("steps_per_epoch", self.plan.steps_per_epoch))
+        if done > self.config.epochs:
+            raise UserError(
+                f"'{self.run.folder}' has made {done:g} epochs: --epochs {self.config.epochs} would be fewer"
+            )
 
     def take_up(self, state: Mapping[str, Any], rows: Tensor | None = None) -> None:
         """Put everything as it was when a checkpoint was written. rows: as of `Objective.load_rows`."""

@@ -152,6 +152,10 @@ class Objective(nn.Module):
         """Put back what the last call overwrote in the tables, if it was to be remembered; once."""
         for table, ids, former in self._former:
             table.write(ids, 0, table.values.shape[1], former)
+        self.forget()
+
+    def forget(self) -> None:
+        """Let the last call stand: `undo` puts back what later ones overwrite."""
         self._former = []
 
     # -- one step ---------------------------------------------------------------------------------

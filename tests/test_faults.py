@@ -1,0 +1,344 @@
+"""What goes wrong in the middle of a run: numbers, memory, worker processes, signals. Each is caused, not imagined."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from amclr import engine
+from amclr.config import Config, LossConfig, OptimConfig
+from amclr.data.batches import PictureBatches
+from amclr.engine import train
+from amclr.errors import UserError
+from amclr.run import Run
+from tests.conftest import SMALL, Command
+from tests.test_engine import config_for, frozen, untimed
+
+Embed = Callable[[Any, Any], dict[str, torch.Tensor]]
+
+
+def poisoned(monkeypatch: pytest.MonkeyPatch, steps: set[int], t: list[Any] | None = None) -> None:
+    """Let the embeddings of some samples come out as NaN, in all batches of the given steps."""
+    real = engine.advance
+
+    def advance(training: engine.Training, batch: Any) -> Any:
+        if training.step in steps:
+            # The pictures themselves are what is wrong, as they would be in life: with every view of them.
+            batch.images = batch.images * torch.nan
+        return real(training, batch)
+
+    monkeypatch.setattr(engine, "advance", advance)
+
+
+# -- numbers --------------------------------------------------------------------------------------
+
+
+def test_nan_stops_and_is_kept_to_look_into(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    poisoned(monkeypatch, {5})
+    config = frozen(folder, epochs=3)
+    with pytest.raises(UserError, match=r"the loss is nan at step 5: lower --optim.lr .*; samples and batch are in"):
+        train(config, progress=False)
+    run = Run.open(Path(config.out))
+    told = json.loads((run.folder / "faults" / "step-00000005.json").read_text())
+    assert told["step"] == 5 and len(told["samples"]) == 8 and told["loss"] == "nan"
+    assert set(told["samples"]) <= set((folder / "train.txt").read_text().split())
+    kept = torch.load(run.folder / "faults" / "step-00000005.pt", weights_only=True)
+    assert kept["images"].isnan().all() and kept["ids"].shape == (8,)
+    state = run.load_last()
+    assert state is not None and state["step"] == 4
+    assert all(bool(v.isfinite().all()) for v in state["model"].values())
+
+
+@pytest.mark.parametrize("make", [frozen, config_for])
+def test_a_skipped_step_leaves_no_trace(
+    make: Callable[..., Config], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights, batch norms and tables after it are as if that step had been passed over; it is counted and resumed."""
+    if make is config_for:
+        real = engine.embed
+        monkeypatch.setattr(engine, "embed", lambda m, b: {v: x * blot(v) for v, x in real(m, b).items()})
+        where = {"step": -1}
+
+        def blot(view: str) -> float:
+            return float("nan") if where["step"] in (2, 5) and view == "image" else 1.0
+
+        taken = engine.advance
+        monkeypatch.setattr(engine, "advance", lambda t, b: where.update(step=t.step) or taken(t, b))
+    else:
+        poisoned(monkeypatch, {2, 5})
+    config = make(folder, objective="iamclr", epochs=3, on_nan="skip")
+    training = engine.assemble(
+        replace(config, out=str(folder.parent / "looked")), folder.parent / "looked", None, False
+    )
+    for step in range(3):
+        before = {k: v.clone() for k, v in {**training.model.state_dict(), **training.objective.state_dict()}.items()}
+        outcome, _, _ = engine.advance(training, training.batches[step])
+        assert outcome == ("skipped" if step == 2 else "made")
+        training.step += 1
+    after = {**training.model.state_dict(), **training.objective.state_dict()}
+    assert all(torch.equal(v, after[k]) for k, v in before.items())
+    run = train(config, progress=False)
+    faults = [r for r in run.metrics() if r["kind"] == "fault"]
+    assert [r["step"] for r in faults] == [2, 5] and all(r["done"] == "skip" for r in faults)
+    assert run.load_last()["skipped"] == [2, 5]  # type: ignore[index]
+    with pytest.raises(UserError, match=r"at step 5, after 1 others, which is the limit \(--nan_limit\)"):
+        train(replace(config, out=str(folder.parent / "limited"), nan_limit=1), progress=False)
+
+
+def test_rolled_back_is_as_if_the_step_were_not_there(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same run as one that was told beforehand to leave the step out; also where it is killed in between."""
+    config = frozen(folder, objective="xamclr", epochs=3)
+    real = engine.advance
+    with monkeypatch.context() as patch:
+
+        def told(t: engine.Training, batch: Any) -> Any:
+            t.skipped.add(6)
+            return real(t, batch)
+
+        patch.setattr(engine, "advance", told)
+        known = train(replace(config, out=str(folder.parent / "known")), progress=False)
+    poisoned(monkeypatch, {6})
+    run = train(replace(config, on_nan="rollback"), progress=False)
+    assert_same_run_but_for_faults(known, run)
+    assert [(r["step"], r["done"]) for r in run.metrics() if r["kind"] == "fault"] == [(6, "rollback")]
+    first = train(replace(config, on_nan="rollback", out=str(folder.parent / "first"), checkpoint_minutes=60),
+                  progress=False)  # fmt: skip
+    assert_same_run_but_for_faults(known, first)
+
+
+def assert_same_run_but_for_faults(a: Run, b: Run) -> None:
+    first, second = a.load_last(), b.load_last()
+    assert first is not None and second is not None
+    for part in ("model", "objective"):
+        assert all(torch.equal(v, second[part][k]) for k, v in first[part].items())
+    assert untimed(a) == [r for r in untimed(b) if r["kind"] != "fault"]
+
+
+# -- memory ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("when", ["forward", "backward"])
+def test_out_of_memory_halves_the_parts_and_goes_on(
+    when: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As a device that holds three pictures' activations: the run equals one with --micro_batch 2 from that step on."""
+    config = frozen(folder, objective="ixamclr", epochs=3, optim=OptimConfig(name="sgd", lr=0.1))
+    config = replace(config, model=replace(config.model, dropout=0.0))
+    whole = train(replace(config, out=str(folder.parent / "whole")), progress=False)
+    real, count = engine.embed, iter(range(1000))
+
+    class Full(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    def embed(model: Any, batch: Any) -> dict[str, torch.Tensor]:
+        views = real(model, batch)
+        if next(count) < 5 or len(batch.ids) <= 3:
+            return views
+        if when == "forward":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return {v: Full.apply(x) for v, x in views.items()}
+
+    monkeypatch.setattr(engine, "embed", embed)
+    run = train(config, progress=False)
+    said = capsys.readouterr().err
+    assert "out of memory with 8 pictures at a time: 4 from here on" in said and "with 4 pictures at a time: 2" in said
+    first, second = whole.load_last(), run.load_last()
+    assert first is not None and second is not None and second["micro_batch"] == [0, 2]
+    for part in ("model", "objective"):
+        for name, tensor in first[part].items():
+            torch.testing.assert_close(second[part][name], tensor, rtol=1e-4, atol=1e-5, msg=name)
+    assert [r["micro_batch"] for r in run.metrics() if r["kind"] == "fault"] == [4, 2]
+    # Gone on with, it does not try again what did not fit.
+    further = train(replace(config, epochs=4), resume=run.folder, progress=False)
+    assert "out of memory" not in capsys.readouterr().err and further.load_last()["micro_batch"] == [0, 2]  # type: ignore[index]
+
+
+def test_out_of_memory_for_a_single_picture(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def embed(model: Any, batch: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(engine, "embed", embed)
+    with pytest.raises(UserError, match="out of memory at step 0 with 1 pictures at a time .* a smaller"):
+        train(frozen(folder), progress=False)
+
+
+MEMORY = """
+import resource, sys
+from amclr import engine
+from amclr.config import Config, ModelConfig
+config = Config(
+    data=sys.argv[1], out="run", epochs=1, batch_size=32, accelerator="cpu", seed=1,
+    model=ModelConfig(image_size=96, dim=16),
+)
+real = engine.fit
+def fit(*arguments):
+    with open("/proc/self/statm") as handle:
+        size = int(handle.read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (size + int(sys.argv[2]) * 2**20,) * 2)
+    real(*arguments)
+    resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY,) * 2)
+engine.fit = fit
+engine.train(config, progress=False)
+"""
+
+
+@pytest.mark.slow
+def test_memory_that_really_runs_out(folder: Path, tmp_path: Path) -> None:
+    """A limit on the address space, under which a batch of 32 does not fit and smaller parts do."""
+    for room in (300, 240, 190, 150, 120):
+        done = subprocess.run(
+            [sys.executable, "-c", MEMORY, str(folder), str(room)], cwd=tmp_path, capture_output=True, text=True,
+            timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        if "out of memory with 32 pictures at a time: 16 from here on" in done.stderr:
+            assert done.returncode == 0, done.stderr[-2000:]
+            return
+        assert done.returncode == 0, done.stderr[-2000:]
+        subprocess.run(["rm", "-r", str(tmp_path / "run")], check=True)
+    pytest.fail("no limit was tight enough to be met")
+
+
+# -- processes that prepare batches ---------------------------------------------------------------
+
+
+def test_a_worker_that_dies_is_replaced(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Killed while it prepares a batch: the run ends with the same bits, and says what happened."""
+    whole = train(config_for(folder, "whole", workers=2), progress=False)
+    real, trainer, marker = PictureBatches.__getitem__, os.getpid(), folder.parent / "died"
+
+    def dies(self: PictureBatches, step: int) -> Any:
+        if step == 5 and os.getpid() != trainer and not marker.exists():
+            marker.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(self, step)
+
+    monkeypatch.setattr(PictureBatches, "__getitem__", dies)
+    run = train(config_for(folder, "parts", workers=2), progress=False)
+    assert marker.exists()
+    assert re.search(
+        r"a process that prepares batches died \(DataLoader worker .*\): started again", capsys.readouterr().err
+    )
+    assert_same_run_but_for_faults(whole, run)
+
+
+@pytest.mark.slow
+def test_workers_that_die_again_and_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, trainer = PictureBatches.__getitem__, os.getpid()
+
+    def dies(self: PictureBatches, step: int) -> Any:
+        if step == 3 and os.getpid() != trainer:
+            os._exit(9)
+        return real(self, step)
+
+    monkeypatch.setattr(PictureBatches, "__getitem__", dies)
+    with pytest.raises(UserError, match="die again and again at step 3 .*lower --workers or --ram_cache"):
+        train(config_for(folder, workers=2), progress=False)
+
+
+def test_a_worker_that_is_stuck_is_replaced(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = train(config_for(folder, "whole"), progress=False)
+    real, trainer, marker = PictureBatches.__getitem__, os.getpid(), folder.parent / "stuck"
+
+    def stuck(self: PictureBatches, step: int) -> Any:
+        if step == 2 and os.getpid() != trainer and not marker.exists():
+            marker.touch()
+            time.sleep(1000)
+        return real(self, step)
+
+    monkeypatch.setattr(engine, "STUCK", 2)
+    monkeypatch.setattr(PictureBatches, "__getitem__", stuck)
+    assert_same_run_but_for_faults(whole, train(config_for(folder, "parts", workers=2), progress=False))
+
+
+# -- going on with a run --------------------------------------------------------------------------
+
+
+def test_going_on_under_other_settings(folder: Path) -> None:
+    """What changes what is learned is refused, by name; more epochs, and how it runs, are taken up."""
+    run = train(frozen(folder), progress=False)
+    other = replace(run.config, batch_size=4, loss=LossConfig(temperature=0.2), workers=1)
+    with pytest.raises(
+        UserError,
+        match=r"goes on with what it began with: --batch_size is 8 in this run, not 4; --loss.temperature is 0.1",
+    ):
+        train(other, resume=run.folder, progress=False)
+    assert Run.open(run.folder).config == run.config
+    longer = train(replace(run.config, epochs=3, workers=1, keep=5), resume=run.folder, progress=False)
+    assert longer.load_last()["step"] == 12  # type: ignore[index]
+    assert (Run.open(run.folder).config.epochs, Run.open(run.folder).config.keep) == (3, 5)
+    assert [r["epoch"] for r in longer.metrics() if r["kind"] == "eval"] == [1.0, 2.0, 3.0]
+    with pytest.raises(UserError, match="has made 3 epochs: --epochs 2 would be fewer"):
+        train(replace(run.config, epochs=2), resume=run.folder, progress=False)
+
+
+def test_settings_that_were_edited_by_hand(folder: Path) -> None:
+    run = train(frozen(folder), progress=False)
+    file = run.folder / "config.yaml"
+    before = file.read_text()
+    file.write_text(before.replace("seed: 0", "seed: 7", 1))
+    with pytest.raises(
+        UserError, match=r"config.yaml' is not what the newest checkpoint was made with: --seed is 0 there, 7"
+    ):
+        train(resume=run.folder, progress=False)
+    file.write_text(before.replace("epochs: 2", "epochs: 3"))
+    assert train(resume=run.folder, progress=False).load_last()["step"] == 12  # type: ignore[index]
+
+
+def test_resume_with_options(amclr: Command, folder: Path, tmp_path: Path) -> None:
+    done = amclr("train", "--data", folder, *SMALL, "--out", "run")
+    assert done.returncode == 0, done.stderr[-2000:]
+    refused = amclr("train", "--resume", "run", "--epochs", "3", "--objective", "clip")
+    assert refused.returncode == 1 and "--objective is amclr in this run, not clip" in refused.stderr
+    longer = amclr("train", "--resume", "run", "--epochs=3", "--profile")
+    assert longer.returncode == 0, longer.stderr[-2000:]
+    assert "epoch 3/3" in longer.stderr and Run.open(tmp_path / "run").config.epochs == 3
+    import gzip
+
+    with gzip.open(tmp_path / "run/profile/trace-rank0.json.gz") as handle:
+        names = {e.get("name") for e in json.load(handle)["traceEvents"]}
+    assert {"amclr: forward", "amclr: objective", "amclr: backward"} <= names
+    assert "Self CPU" in (tmp_path / "run/profile/summary-rank0.txt").read_text()
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_signals_leave_a_checkpoint(signum: int, folder: Path, tmp_path: Path) -> None:
+    """As a scheduler sends it, to a process of its own: within seconds, with the conventional code."""
+    command = [sys.executable, "-m", "amclr", "train", "--data", str(folder), *SMALL, "--epochs", "400", "--out", "run"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, env=environment)
+    wait_for_a_step(tmp_path / "run", process)
+    process.send_signal(signum)
+    began = time.monotonic()
+    _, said = process.communicate(timeout=60)
+    assert time.monotonic() - began < 10
+    assert process.returncode == 128 + signum and "stopped; go on by: amclr train --resume run" in said
+    run = Run.open(tmp_path / "run")
+    state = run.load_last()
+    assert state is not None and state["step"] >= max(r["step"] for r in run.metrics())
+
+
+def wait_for_a_step(run: Path, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 120
+    while not (run / "metrics.jsonl").is_file() or not (run / "metrics.jsonl").stat().st_size:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)

@@ -128,7 +128,8 @@ def fit(t: Training, progress: bool, profile: bool = False) -> None:
     config, per_epoch = t.config, t.plan.steps_per_epoch
     bar = tqdm(total=t.steps, initial=t.step, desc=config.objective, unit="step", disable=not progress)
     with ExitStack() as stack:
-        stack.callback(t.run.wait_saved)
+        # Whatever ends the loop, a checkpoint under way is finished; what ended it is not hidden by that failing.
+        stack.push(lambda kind, *_: t.run.wait_saved(raises=kind is None))
         logs = stack.enter_context(Loggers(t.run, config, t.step, writes=t.team.first_rank))
         stack.enter_context(bar)
         signals = stack.enter_context(Signals())
@@ -309,7 +310,7 @@ def leave_out(t: Training, batch: Batch, loss: Tensor, norm: Tensor | None) -> s
         if t.team.first_rank:
             t.run.log(row)
         return "skipped"
-    t.run.wait_saved()
+    t.run.wait_saved(raises=False)
     t.team.any(False)  # the first process's checkpoint is there for all
     state = t.run.load_last()
     if state is None:
@@ -549,6 +550,7 @@ def default_folder(config: Config) -> Path:
 def finish(t: Training, progress: bool) -> None:
     """Put the best weights back and leave results.json, curves.png, gallery.png and metrics.csv."""
     t.team.at("measuring the best weights", math.inf)
+    t.team.any(False)  # the first process's checkpoint is there for all
     best = t.run.load_best()
     t.load_model(best["model"])
     t.model.eval()

@@ -1,13 +1,14 @@
-"""Files that are whole or absent at any moment, whatever stops the writing."""
+"""Files that are whole or absent at any moment, whatever stops the writing; how much memory there is for them."""
 
 from __future__ import annotations
 
 import gzip
 import json
 import os
+import re
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -26,8 +27,19 @@ def written(file: Path, *, shared: bool = False) -> Iterator[BinaryIO]:
             os.fsync(handle.fileno())
         os.replace(part, file)
     except Exception:  # a disk that is full should not stay so because of it
+        with suppress(OSError):  # a process forked meanwhile holds the file open, and its room with it
+            os.truncate(part, 0)
         part.unlink(missing_ok=True)
         raise
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def write_text(file: Path, text: str) -> None:
@@ -48,3 +60,28 @@ def read_packed(file: Path) -> Any:
         return json.loads(gzip.decompress(file.read_bytes()))
     except (OSError, EOFError, ValueError, zlib.error):
         return None
+
+
+def free_memory() -> int:
+    """Bytes of memory that this process could still take, as far as the system says."""
+    try:
+        found = re.search(r"MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text())
+        free = int(found[1]) << 10 if found else os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):  # a system that does not say
+        return 1 << 33
+    return min(free, *_limits())
+
+
+def _limits() -> Iterator[int]:
+    """What is left of the limits on the memory of this process's group and those around it (Linux, version 2)."""
+    yield 1 << 62
+    with suppress(OSError, StopIteration):
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+        group = Path("/sys/fs/cgroup") / next(line[3:] for line in lines if line.startswith("0::")).lstrip("/")
+        for folder in (group, *group.parents):
+            with suppress(OSError, ValueError):  # without a limit it is "max"
+                limit = int((folder / "memory.max").read_text())
+                used = int((folder / "memory.current").read_text())
+                # Pages of files are given up where memory is wanted.
+                cached = re.search(r"^inactive_file (\d+)", (folder / "memory.stat").read_text(), re.MULTILINE)
+                yield max(0, limit - used + (int(cached[1]) if cached else 0))

@@ -27,9 +27,10 @@ from typing import Any
 import torch
 import yaml
 
+from amclr.checkpoints import Checkpoints
 from amclr.config import Config, from_dict
 from amclr.errors import UserError
-from amclr.files import write_text, written
+from amclr.files import write_text
 from amclr.model import DualEncoder, build_tokenizer
 from amclr.randomness import derive
 
@@ -101,6 +102,7 @@ class Run:
         self.folder = folder
         self.config = config
         self.checkpoints = folder / "checkpoints"
+        self.saved = Checkpoints(self.checkpoints, before=folder / "metrics.jsonl")
         self.speaks = True
         """Whether this process is the one of a run's that tells of it."""
 
@@ -191,79 +193,31 @@ class Run:
 
     # -- checkpoints ------------------------------------------------------------------------------
 
-    def wait_saved(self) -> None:
-        pass
-
-    def best_is_sound(self) -> bool:
-        return True
-
-    def pace(self) -> float:
-        return 600.0
-
     def save(
         self, state: dict[str, Any], step: int, *, best: bool, keep: int, renumbered: bool = False, wait: bool = False
     ) -> None:
-        """Write a checkpoint of a step; `last.pt` (and `best.pt`) become it, older ones beyond `keep` go.
+        """Write a checkpoint of a step while the caller goes on, or with `wait` at once: `Checkpoints.save`."""
+        self.saved.save(state, step, best=best, keep=keep, renumbered=renumbered, wait=wait)
 
-        renumbered: steps are no longer counted as they were, so that all those before it go.
-        Each file is complete or absent at any moment: written beside, synced, then renamed. Raises
-        UserError where it cannot be written; those before it are still there.
-        """
-        file = self.checkpoints / f"step-{step:08d}.pt"
-        try:
-            self.checkpoints.mkdir(exist_ok=True)
-            with written(file) as handle:
-                torch.save(state, handle)
-        except (OSError, RuntimeError) as error:  # torch's writer has errors of its own for a disk that is full
-            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-            raise UserError(
-                f"cannot write a checkpoint in '{self.checkpoints}' ({reason}): make room, then go on by: "
-                f"amclr train --resume {self.folder}"
-            ) from None
-        for name in ("last.pt", "best.pt") if best else ("last.pt",):
-            fresh = self.checkpoints / f"{name}.part"
-            fresh.unlink(missing_ok=True)
-            try:
-                os.link(file, fresh)
-            except OSError:  # a file system without hard links
-                fresh.write_bytes(file.read_bytes())
-            os.replace(fresh, self.checkpoints / name)
-        _sync_folder(self.checkpoints)
-        others = [old for old in self._steps() if old != file]
-        for old in others if renumbered else others[: len(others) + 1 - max(keep, 1)]:
-            old.unlink(missing_ok=True)
+    def wait_saved(self, raises: bool = True) -> None:
+        """Wait for the checkpoint that is being written. Raises UserError if it could not be, unless that is enough."""
+        self.saved.wait(raises)
+
+    def pace(self) -> float:
+        """Seconds that should lie between two checkpoints, so that writing them costs little."""
+        return self.saved.pace()
 
     def load_last(self) -> dict[str, Any] | None:
         """The newest checkpoint that can be read, or None where there is none yet."""
-        candidates = [self.checkpoints / "last.pt", *reversed(self._steps()), self.checkpoints / "best.pt"]
-        damaged: list[str] = []
-        for file in (f for f in candidates if f.is_file()):
-            try:
-                state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
-            except Exception as error:  # a damaged file raises almost anything
-                damaged.append(file.name)
-                print(f"checkpoint {file} is damaged ({type(error).__name__}): trying the one before", file=sys.stderr)
-                continue
-            return state
-        if damaged:
-            raise UserError(f"every checkpoint in '{self.checkpoints}' is damaged: {', '.join(damaged)}")
-        return None
-
-    def _steps(self) -> list[Path]:
-        return sorted(f for f in self.checkpoints.glob("step-*.pt") if re.fullmatch(r"step-\d+\.pt", f.name))
+        return self.saved.load_last()
 
     def load_best(self) -> dict[str, Any]:
         """The checkpoint with the best recall, or the last one where no evaluation has been made."""
-        file = next((f for f in (self.checkpoints / "best.pt", self.checkpoints / "last.pt") if f.is_file()), None)
-        if file is None:
-            raise UserError(
-                f"'{self.folder}' has no checkpoint yet: go on with it by: amclr train --resume {self.folder}"
-            )
-        try:
-            state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
-        except Exception as error:  # a damaged file raises almost anything
-            raise UserError(f"checkpoint '{file}' is damaged ({type(error).__name__})") from None
-        return state
+        return self.saved.load_best()
+
+    def best_is_sound(self) -> bool:
+        """Whether the checkpoint with the best recall is there, and what was written."""
+        return self.saved.best_is_sound()
 
     def load_model(self) -> DualEncoder:
         """The model with its best weights, in evaluation mode."""
@@ -326,14 +280,6 @@ def load(path: str | Path) -> DualEncoder:
     """
     model = Run.open(Path(path).expanduser()).load_model()
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _environment() -> dict[str, Any]:

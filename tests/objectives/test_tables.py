@@ -101,7 +101,7 @@ def test_a_state_of_another_size_is_refused() -> None:
 
 def test_automatic_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(tables, "_free_memory", lambda: 10_000)
+    monkeypatch.setattr(tables, "free_memory", lambda: 10_000)
     assert build("amclr", 100).log_u_image.storage == "device"  # 2 x 100 x 4 x 4 bytes
     assert build("amclr", 1000).log_u_image.storage == "disk"
     assert build("clip", 10**9).temperature_mode == "learnable", "a mini-batch objective has no tables to find room for"

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from amclr.files import write_text, written
+from amclr.files import free_memory, write_text, written
 
 STORAGES = ("auto", "device", "host", "disk")
 PIECE_BYTES = 1 << 28
@@ -24,17 +24,10 @@ PIECE_BYTES = 1 << 28
 def choose_storage(size: int) -> str:
     """Where tables of `size` bytes go: the device if they take at most an eighth of it, else memory, else disk."""
     if torch.cuda.is_available() and size > torch.cuda.get_device_properties(0).total_memory // 8:
-        return "host" if size <= _free_memory() // 2 else "disk"
-    if not torch.cuda.is_available() and size > _free_memory() // 2:
+        return "host" if size <= free_memory() // 2 else "disk"
+    if not torch.cuda.is_available() and size > free_memory() // 2:
         return "disk"
     return "device"
-
-
-def _free_memory() -> int:
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):  # a system that does not say
-        return 1 << 33
 
 
 class Table(nn.Module):

@@ -12,6 +12,7 @@ import hashlib
 import os
 import re
 import shutil
+import struct
 import sys
 import threading
 import time
@@ -20,6 +21,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -159,11 +161,11 @@ class Checkpoints:
     def _write(self, job: Job) -> int:
         """Write one and name it; the bytes that it takes. Raises what files and torch's writer raise."""
         self.folder.mkdir(exist_ok=True)
-        steps = self._steps()
-        if self._last is None and steps:
+        if self._last is None and (steps := self._steps()):
             self._last = _step_of(steps[-1])
         for part in self.folder.glob("*.part"):  # of a process that was killed
             part.unlink()
+        self._prune(job.step, job.keep)  # one that was killed before it came to that
         content = {**job.state, "format": FORMAT}
         file = self.folder / f"step-{job.step:08d}.pt"
         with written(file) as handle:
@@ -174,16 +176,15 @@ class Checkpoints:
         for name in job.to:
             self._name(file, name)
         sync(self.folder)
+        taken = file.stat().st_size
+        self._prune(job.step if "last.pt" in job.to else self._last or 0, 1 if job.renumbered else job.keep)
+        return taken
+
+    def _prune(self, newest: int, keep: int) -> None:
         # Those of later steps are of before a step back: the first to go.
-        newest = job.step if "last.pt" in job.to else self._last or job.step
-        others = sorted(
-            (old for old in self._steps() if old != file and _step_of(old) != newest),
-            key=lambda old: (_step_of(old) < newest, _step_of(old)),
-        )
-        taken = 1 if newest == job.step else 2
-        for old in others if job.renumbered else others[: max(0, len(others) + taken - max(job.keep, 1))]:
+        steps = sorted(self._steps(), key=lambda file: (_step_of(file) <= newest, _step_of(file)))
+        for old in steps[: max(0, len(steps) - max(keep, 1))]:
             old.unlink(missing_ok=True)
-        return file.stat().st_size
 
     def _name(self, file: Path, name: str) -> None:
         fresh = self.folder / f"{name}.part"
@@ -291,9 +292,10 @@ def read(file: Path) -> dict[str, Any]:
         # Not mapped into memory: what is looked at here could then still change before it is used.
         state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file raises almost anything
-        why = r"(Unsupported (?:global|class)|Trying to (?:call|instantiate))(.*?)(?: was not |\. |$)"
-        refused = re.search(why, str(error), re.MULTILINE)
-        raise Damaged(f"refused: {refused[1]}{refused[2]}" if refused else type(error).__name__) from None
+        # Around it, torch tells how to load the file all the same.
+        inner = error.__context__ if isinstance(error.__context__, UnpicklingError) else None
+        told = re.split(r" was not | whose |\. |\n", str(inner))[0]
+        raise Damaged(f"refused: {told}" if inner else type(error).__name__) from None
     if type(state) is not dict:
         raise Damaged("it holds no state")
     if not {"format", "sha256"} & state.keys():
@@ -382,7 +384,7 @@ def _walk(value: Any, where: str = "") -> Iterator[tuple[str, str, Tensor | None
     elif kind in (type(None), bool, int, str, bytes):
         yield where, f"{kind.__name__} {value!r}", None
     elif kind is float:
-        yield where, f"float {value.hex()}", None
+        yield where, f"float {struct.pack('<d', value).hex()}", None
     else:
         raise TypeError(f"a checkpoint cannot hold a {kind.__module__}.{kind.__qualname__} (at '{where}')")
 
@@ -393,7 +395,9 @@ def _pieces(tensor: Tensor) -> Iterator[memoryview]:
     held = tensor.device.type == "cpu" and tensor.is_contiguous()
     total = tensor.numel() * tensor.element_size()
     if held or total <= PIECE_BYTES:
-        yield tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+        # A dimension of size 1 may have any stride in a contiguous tensor, which `view` minds.
+        flat = tensor.cpu().contiguous().as_strided((tensor.numel(),), (1,))
+        yield flat.view(torch.uint8).numpy().data
     elif len(tensor) == 1:
         yield from _pieces(tensor[0])
     else:

@@ -191,6 +191,19 @@ def test_tensors_that_stand_in_a_state_twice_are_copied_once(saved: Checkpoints)
     assert loaded is not None and loaded["a"].data_ptr() == loaded["b"].data_ptr()
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("wait", [False, True])
+def test_a_state_on_a_gpu(wait: bool, saved: Checkpoints) -> None:
+    state = {"x": torch.randn(300, 300, device="cuda"), "half": torch.randn(5, device="cuda").bfloat16(), "step": 1}
+    wanted = {k: v.cpu() if isinstance(v, Tensor) else v for k, v in state.items()}
+    assert digest(state) == digest(wanted)
+    saved.save(state, 1, best=False, keep=1, wait=wait)
+    state["x"].zero_()
+    state["half"].zero_()
+    saved.wait()
+    assert same(saved.load_last(), wanted)
+
+
 # -- damage ---------------------------------------------------------------------------------------
 
 

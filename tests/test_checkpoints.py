@@ -359,6 +359,18 @@ def test_a_state_too_large_to_copy_is_written_at_once(
     assert "the checkpoint of step 2 (File too large): the one of step 1 stays" in capsys.readouterr().err
 
 
+def test_a_system_without_room_for_a_thread(saved: Checkpoints) -> None:
+    former = threading.stack_size(1 << 46)
+    try:
+        with pytest.raises(RuntimeError, match="start new thread"):
+            threading.Thread(target=print).start()
+        saved.save(state_of(1), 1, best=False, keep=1)
+    finally:
+        threading.stack_size(former)
+    assert same(read(saved.folder / "last.pt"), state_of(1))
+    saved.wait()
+
+
 def test_several_saves_in_quick_succession(saved: Checkpoints) -> None:
     for step in range(1, 21):
         saved.save(state_of(step), step, best=step == 7, keep=3)
@@ -381,6 +393,15 @@ def test_what_is_kept(saved: Checkpoints) -> None:
     saved.save(state_of(2), 2, best=False, keep=2, renumbered=True, wait=True)
     assert names(saved) == ["best.pt", "last.pt", "step-00000002.pt"]
     assert same(saved.load_best(), state_of(1)) and same(saved.load_last(), state_of(2))
+
+
+def test_older_ones_go_also_after_one_that_was_killed_before_that(saved: Checkpoints) -> None:
+    for step in (1, 2, 3, 4):
+        saved.save(state_of(step), step, best=False, keep=4, wait=True)
+    with full_disk():
+        saved.save(state_of(5), 5, best=False, keep=2)
+        saved.wait(raises=False)
+    assert names(saved) == ["last.pt", "step-00000003.pt", "step-00000004.pt"], "they make room"
 
 
 def test_without_hard_links(saved: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:

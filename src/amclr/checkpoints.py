@@ -19,7 +19,7 @@ import time
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -70,8 +70,8 @@ class Checkpoints:
 
     def __init__(self, folder: Path, before: Path | None = None) -> None:
         self.folder, self.before = folder, before
-        self._thread: threading.Thread | None = None
-        self._writing = threading.RLock()
+        self._done: threading.Event | None = None
+        """Of the newest one: set once it has been written, or could not be."""
         self._process = os.getpid()
         self._failure = ""
         """Why the newest checkpoint could not be written; empty where it could."""
@@ -103,55 +103,62 @@ class Checkpoints:
         if wait or size(state) > free_memory() // SHARE:
             for _ in _walk(state):  # what cannot be kept is a mistake, and no matter of the disk
                 pass
-            self._do(Job(state, step, to, keep, renumbered), begun, tells=not wait)
+            self._done = threading.Event()
+            self._do(Job(state, step, to, keep, renumbered), begun, self._done, tells=not wait)
             if wait:
                 self.wait()
             return
         job = Job(copied(state), step, to, keep, renumbered, owns=True)
-        # The process may end without it: at worst that leaves a file of which nobody takes note.
-        self._thread = threading.Thread(target=self._do, args=(job, begun), name="checkpoint", daemon=True)
-        self._thread.start()
+        self._done = threading.Event()
+        # Where the disk hangs, the process may end without it: that leaves a part of which nobody takes note.
+        thread = threading.Thread(target=self._do, args=(job, begun, self._done), name="checkpoint", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:  # the system has no room for a thread
+            self._do(job, begun, self._done)
 
     def wait(self, raises: bool = True) -> None:
         """Wait for what is being written, on any thread; raises UserError if it could not be written."""
-        if self._process != os.getpid():  # forked: the thread is the other process's, and the lock may be for ever
-            self._process, self._thread, self._failure = os.getpid(), None, ""
-            self._writing = threading.RLock()
-        if self._thread is not None:
-            self._thread.join()
-        with self._writing:
-            failure = self._failure
-        if raises and failure:
+        self._wait()
+        if raises and self._failure:
             raise UserError(
-                f"cannot write a checkpoint in '{self.folder}' ({failure}): make room, then go on by: "
+                f"cannot write a checkpoint in '{self.folder}' ({self._failure}): make room, then go on by: "
                 f"amclr train --resume {self.folder.parent}"
             )
+
+    def _wait(self, seconds: float | None = None) -> None:
+        if self._process != os.getpid():  # forked: what was being written is the other process's
+            self._process, self._done, self._failure = os.getpid(), None, ""
+        # Not `Thread.join`: once Ctrl-C has interrupted that, Python 3.11 takes the thread for ended.
+        if self._done is not None:
+            self._done.wait(seconds)
 
     def pace(self) -> float:
         """Seconds that should lie between two checkpoints, so that writing them costs little."""
         return max(SHORTEST, WORTH * self._seconds, self._bytes / RATE)
 
-    def _do(self, job: Job, begun: float, tells: bool = True) -> None:
+    def _do(self, job: Job, begun: float, done: threading.Event, tells: bool = True) -> None:
         """Write a checkpoint, and the best one if that is still to be written; `_failure` says how that went."""
-        with self._writing:
-            owed = None if self._owed is None or job.renumbered or "best.pt" in job.to else self._owed
-            self._owed = owed
-            for each in (job, owed) if owed else (job,):
+        try:
+            self._owed = None if job.renumbered or "best.pt" in job.to else self._owed
+            for each in (job, self._owed) if self._owed else (job,):
                 try:
                     self._bytes = self._write(each)
                 except Exception as error:  # torch's writer has errors of its own for a disk that is full
                     self._failure = _reason(error)
                     if "best.pt" in each.to and each.owns:
-                        self._owed = Job(each.state, each.step, ("best.pt",), each.keep, owns=True)
+                        self._owed = replace(each, to=("best.pt",))
                     if tells:
                         self._tell(each.step)
                     return
                 self._failure = ""
-                if each is owed:
+                if each is self._owed:
                     self._owed = None
                 else:
                     self._last = each.step
             self._seconds = time.monotonic() - begun
+        finally:
+            done.set()
 
     def _tell(self, step: int) -> None:
         before = "there is none before it" if self._last is None else f"the one of step {self._last} stays"
@@ -262,8 +269,7 @@ _OPEN: weakref.WeakSet[Checkpoints] = weakref.WeakSet()
 @atexit.register
 def _end() -> None:
     for each in _OPEN:
-        if each._thread is not None:  # in a forked process, threads of the other one count as ended
-            each._thread.join(AT_EXIT)
+        each._wait(AT_EXIT)
 
 
 def _step_of(file: Path) -> int:

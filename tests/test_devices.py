@@ -221,3 +221,34 @@ def test_pictures_that_one_process_cannot_read(folder: Path, tmp_path: Path) -> 
     assert {r["sample"] for r in run.metrics() if r["kind"] == "replaced"} == {"020.png"}
     rejects = (run.folder / "rejects.jsonl").read_text()
     assert "001.png" in rejects and "020.png" in rejects
+
+
+def bytes_gathered(rank: int, objective: str, out: Path) -> None:
+    import torch.distributed as dist
+
+    from amclr.distributed import World
+    from amclr.objectives import build
+
+    dist.init_process_group("gloo")
+    sent, gather = [], World.gather
+
+    def counted(self: World, part: torch.Tensor, dim: int = 0) -> torch.Tensor:
+        sent.append(part.numel() * part.element_size())
+        return gather(self, part, dim)
+
+    World.gather = counted  # type: ignore[method-assign]
+    made = build(objective, 64, backend="eager")
+    views = {v: torch.nn.functional.normalize(torch.randn(16, 32), dim=1) for v in made.required_views}
+    made(views, torch.arange(16) + 16 * rank)[0]
+    if rank == 0:
+        out.write_text(str(sum(sent)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", ["sogclr", "amclr", "xamclr"])
+def test_what_is_sent_is_what_the_docs_compute(objective: str, tmp_path: Path) -> None:
+    from benchmarks.communication import step
+
+    Processes(2, bytes_gathered, objective, tmp_path / "sent", logs=tmp_path / "logs").succeed()
+    told = step(objective, 0, 32, 32, 2)
+    assert int((tmp_path / "sent").read_text()) == pytest.approx(told.features + told.scalars, rel=0.01)

@@ -865,7 +865,7 @@ def _together(
 ) -> tuple[dict[str, Tensor], Positives]:
     """Ids of the whole batch by modality, and who are positives of each other in it."""
     if not world.alone:
-        gathered = {id(i): world.gather(i.to(device)) for i in ids.values()}
+        gathered = {k: world.gather(i.to(device)) for k, i in {id(i): i for i in ids.values()}.items()}
         ids = {of: gathered[id(i)] for of, i in ids.items()}
         groups = {v: world.gather(g.to(device)) for v, g in groups.items()}
     views = ([g for v, g in groups.items() if modality(v) == of] for of in ids)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -16,10 +18,12 @@ import torch
 from amclr import engine
 from amclr.config import Config, OptimConfig
 from amclr.engine import Stopped, train
+from amclr.errors import UserError
 from amclr.objectives import METHODS
 from amclr.run import Run
+from tests.conftest import SMALL
 from tests.processes import Processes
-from tests.test_engine import config_for, frozen
+from tests.test_engine import assert_same_run, config_for, frozen
 
 
 def on_two(folder: Path, out: str, **changes: Any) -> Config:
@@ -136,11 +140,11 @@ def stopped_by_a_signal(rank: int, config: Config) -> None:
 @pytest.mark.slow
 def test_two_processes_resume_bit_by_bit(folder: Path, tmp_path: Path) -> None:
     """With towers, batch norms and dropout, the same number of processes ends with the same bits."""
-    Processes(2, trained, towers(folder, "whole", epochs=4), logs=tmp_path / "logs").succeed()
-    config = towers(folder, "parts", epochs=4)
-    Processes(2, stopped_by_a_signal, replace(config, micro_batch=0), logs=tmp_path / "logs-parts")
-    Processes(2, trained, towers(folder, "again", epochs=4), logs=tmp_path / "logs-again").succeed()
-    assert_alike(Run.open(tmp_path / "whole"), Run.open(tmp_path / "again"), exact=True)
+    Processes(2, trained, towers(folder, "whole", epochs=6), logs=tmp_path / "logs").succeed()
+    config = towers(folder, "parts", epochs=6)
+    Processes(2, stopped_by_a_signal, config, logs=tmp_path / "logs-parts").succeed()
+    Processes(2, trained, config, tmp_path / "parts", logs=tmp_path / "logs-again").succeed()
+    assert_alike(Run.open(tmp_path / "whole"), Run.open(tmp_path / "parts"), exact=True)
 
 
 # -- faults ---------------------------------------------------------------------------------------
@@ -252,3 +256,96 @@ def test_what_is_sent_is_what_the_docs_compute(objective: str, tmp_path: Path) -
     Processes(2, bytes_gathered, objective, tmp_path / "sent", logs=tmp_path / "logs").succeed()
     told = step(objective, 0, 32, 32, 2)
     assert int((tmp_path / "sent").read_text()) == pytest.approx(told.features + told.scalars, rel=0.01)
+
+
+# -- as users start them --------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_torchrun_and_devices(folder: Path, tmp_path: Path) -> None:
+    """Real launchers: the first process alone speaks, and both ways end with the same weights."""
+    common = ["train", "--data", str(folder), *SMALL, "--objective", "sogclr"]
+    launchers = {
+        "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "amclr",
+                     *common],
+        "devices": [sys.executable, "-m", "amclr", *common, "--devices", "2"],
+    }  # fmt: skip
+    for name, command in launchers.items():
+        done = subprocess.run(
+            [*command, "--out", name], cwd=tmp_path, capture_output=True, text=True, timeout=300,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.stdout.count("text retrieval") == 1 and done.stdout.count("run folder:") == 1
+        assert done.stderr.count("epoch 2/2") == 1
+    assert_alike(*(Run.open(tmp_path / name) for name in launchers), exact=True)
+
+
+def test_slurm_is_understood(monkeypatch: pytest.MonkeyPatch) -> None:
+    from amclr.devices import processes_started
+
+    assert processes_started() is None
+    for name, value in {"NTASKS": "16", "NNODES": "2", "JOB_NAME": "train", "PROCID": "3", "LOCALID": "3"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    assert processes_started() == (8, 2)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    monkeypatch.setenv("WORLD_SIZE", "12")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert processes_started() == (4, 3)
+
+
+def test_a_gpus_arithmetic_is_set_and_put_back() -> None:
+    from amclr.devices import arithmetic
+
+    def now() -> tuple[Any, ...]:
+        return (
+            torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark,
+            torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory,
+        )  # fmt: skip
+
+    before = now()
+    with arithmetic(Config(), torch.device("cpu")):
+        assert now() == before
+    with arithmetic(Config(), torch.device("cuda")):
+        assert now() == ("high", False, True, False)
+    with arithmetic(Config(tf32=False, deterministic=False), torch.device("cuda")):
+        assert now() == ("highest", True, False, False)
+    assert now() == before
+
+
+def test_what_will_not_do_is_said(folder: Path) -> None:
+    with pytest.raises(UserError, match="--strategy fsdp spreads the model over several processes: start them by"):
+        train(frozen(folder, strategy="fsdp"), progress=False)
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match="--accelerator cuda .* will not do here"):
+            train(replace(frozen(folder), accelerator="cuda"), progress=False)
+
+
+def test_loss_scaling_resumes_bit_by_bit(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In float16, scaled: the first steps overflow, and the scale they come down to is part of the run."""
+    from lightning.fabric.plugins.precision import MixedPrecision
+
+    from amclr import devices
+
+    real = devices.Fabric
+
+    def scaled(**settings: Any) -> Any:
+        settings.pop("precision")
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40, growth_interval=4)
+        return real(**settings, plugins=MixedPrecision("16-mixed", "cpu", scaler))
+
+    monkeypatch.setattr(devices, "Fabric", scaled)
+    whole = train(frozen(folder, "whole", epochs=9, objective="amclr"), progress=False)
+    state = whole.load_last()
+    assert state is not None and 1 < state["precision"]["scale"] < 2.0**40
+    taken, count = engine.embed, iter(range(1000))
+
+    def interrupt(model: Any, batch: Any) -> Any:
+        if next(count) == 5:
+            signal.raise_signal(signal.SIGTERM)
+        return taken(model, batch)
+
+    monkeypatch.setattr(engine, "embed", interrupt)
+    with pytest.raises(Stopped):
+        train(frozen(folder, "parts", epochs=9, objective="amclr"), progress=False)
+    assert_same_run(whole, train(resume=folder.parent / "parts", progress=False))

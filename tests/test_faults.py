@@ -304,6 +304,21 @@ def test_settings_that_were_edited_by_hand(folder: Path) -> None:
     assert train(resume=run.folder, progress=False).load_last()["step"] == 12  # type: ignore[index]
 
 
+def test_a_damaged_best_is_measured_again(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a run that is done, and of one that is not: the weights that are kept are the newest that are sound."""
+    run = train(frozen(folder), progress=False)
+    rows = untimed(run)
+    assert json.loads((run.folder / "results.json").read_text())["best_step"] == 4
+    for name in ("best.pt", "step-00000004.pt"):
+        file = run.checkpoints / name
+        file.unlink()
+        file.write_bytes(b"damaged")
+    train(resume=run.folder, progress=False)
+    assert untimed(run) == rows
+    assert run.load_best()["step"] == 8 == json.loads((run.folder / "results.json").read_text())["best_step"]
+
+
+@pytest.mark.slow
 def test_resume_with_options(amclr: Command, folder: Path, tmp_path: Path) -> None:
     done = amclr("train", "--data", folder, *SMALL, "--out", "run")
     assert done.returncode == 0, done.stderr[-2000:]
@@ -320,7 +335,9 @@ def test_resume_with_options(amclr: Command, folder: Path, tmp_path: Path) -> No
     assert "Self CPU" in (tmp_path / "run/profile/summary-rank0.txt").read_text()
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+@pytest.mark.parametrize(
+    "signum", [signal.SIGUSR1, *(pytest.param(s, marks=pytest.mark.slow) for s in (signal.SIGTERM, signal.SIGINT))]
+)
 def test_signals_leave_a_checkpoint(signum: int, folder: Path, tmp_path: Path) -> None:
     """As a scheduler sends it, to a process of its own: within seconds, with the conventional code."""
     command = [sys.executable, "-m", "amclr", "train", "--data", str(folder), *SMALL, "--epochs", "400", "--out", "run"]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -12,6 +14,7 @@ from lightning.fabric import Fabric
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.fabric.strategies import DDPStrategy, ModelParallelStrategy
 from torch import nn
+from torch.utils import deterministic
 
 from amclr.config import Config
 from amclr.errors import UserError
@@ -19,7 +22,7 @@ from amclr.errors import UserError
 # How the processes meet says nothing that a user of ours can act on.
 logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
 
-__all__ = ["Fabric", "processes_started", "start_processes"]
+__all__ = ["Fabric", "arithmetic", "processes_started", "start_processes"]
 
 
 def start_processes(config: Config, uses_all: bool) -> Fabric:
@@ -51,6 +54,34 @@ def start_processes(config: Config, uses_all: bool) -> Fabric:
         raise UserError(f"{what} will not do here: {' '.join(str(error).split())[:200]}") from None
     fabric.launch()
     return fabric
+
+
+@contextmanager
+def arithmetic(config: Config, device: torch.device) -> Iterator[None]:
+    """How a GPU computes while a block runs: with or without TF32, with algorithms that give the same bits again."""
+    if device.type != "cuda":
+        yield
+        return
+    # Only read when cuBLAS is first used; without it, its results may differ from call to call.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    fill: Any = deterministic  # its setting is made when it is imported
+    before = (
+        torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark,
+        torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled(),
+        fill.fill_uninitialized_memory,
+    )  # fmt: skip
+
+    def put(products: str, convolutions: bool, benchmark: bool, deterministic: bool, warns: bool, fills: bool) -> None:
+        torch.set_float32_matmul_precision(products)
+        torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark = convolutions, benchmark
+        torch.use_deterministic_algorithms(deterministic, warn_only=warns)
+        fill.fill_uninitialized_memory = fills
+
+    put("high" if config.tf32 else "highest", config.tf32, not config.deterministic, config.deterministic, True, False)
+    try:
+        yield
+    finally:
+        put(*before)
 
 
 def processes_started() -> tuple[int, int] | None:

@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from timm.layers import convert_sync_batchnorm
+from torch import Tensor
 from torch.profiler import record_function
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -33,7 +34,7 @@ from amclr.data.manifest import Manifest, Sample
 from amclr.data.pictures import PictureStore
 from amclr.data.rows import append_rejects, write_rejects
 from amclr.data.views import policies
-from amclr.devices import Fabric, start_processes
+from amclr.devices import Fabric, arithmetic, start_processes
 from amclr.distributed import average_statistics
 from amclr.errors import UserError
 from amclr.faults import Undo, keep_fault, out_of_memory
@@ -85,7 +86,10 @@ def train(
     fabric = launch(settings)
     folder = former.folder if former else Path(settings.out)
     try:
-        with kept_random_state(), Team(settings.patience) as team, team.telling(Stopped):
+        with (
+            kept_random_state(), arithmetic(settings, fabric.device), Team(settings.patience) as team,
+            team.telling(Stopped),
+        ):  # fmt: skip
             if not (former or settings.out):
                 folder = Path(team.share(str(default_folder(settings))))
             team.advice = f"; go on by: amclr train --resume {folder}, started as before"
@@ -503,7 +507,7 @@ def together(t: Training) -> Training:
     if t.config.sync_batchnorm and t.team.size > 1:
         if t.fabric.device.type != "cuda":
             raise UserError("--sync_batchnorm is for GPUs: leave it out")
-        nn.SyncBatchNorm.convert_sync_batchnorm(t.model)
+        convert_sync_batchnorm(t.model)
     t.wrapped = t.fabric.setup_module(t.model)
     t.optimizer = t.fabric.setup_optimizers(build_optimizer(t.config.optim, t.model, t.objective))
     return t

@@ -174,12 +174,16 @@ class Run:
                 continue
         return rows
 
-    def forget_metrics_after(self, step: int, stretch: float = 1.0) -> None:
+    def forget_metrics_after(self, step: int, stretch: float = 1.0, measured: bool = True) -> None:
         """Drop the rows of steps that a resumed run will do again.
 
         stretch: steps an epoch now, by those that the rows were counted in; the others are numbered anew.
+        measured: false where the evaluation at that step will be done again too.
         """
-        kept = [{**row, "step": round(row["step"] * stretch)} for row in self.metrics() if row["step"] <= step]
+        kept = [
+            {**row, "step": round(row["step"] * stretch)} for row in self.metrics()
+            if row["step"] < step or (row["step"] == step and (measured or row["kind"] != "eval"))
+        ]  # fmt: skip
         write_text(self.folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
 
     def write_csv(self) -> None:

@@ -138,15 +138,17 @@ class Training:
                 )
             self.take_up(state, None if same else rows_among(before, self.plan.samples))
             self.step, held_out = round(state["step"] * stretch), self.pinned.val_digest
-            # Recalls on other pictures are no measure of the best; nor are those of a file that is damaged.
-            if state.get("held_out", held_out) != held_out or not self.run.best_is_sound():
+            if state.get("held_out", held_out) != held_out:  # recalls on other pictures are no measure of the best
                 self.best = -math.inf
+            elif self.best > -math.inf and not self.run.best_is_sound():
+                # What is damaged is not the best any more; where the run would end without another, measure again.
+                self.best, self.measured = -math.inf, not self.measures
             if not same or stretch != 1:
                 self.skipped = set()
                 # Before the metrics are numbered anew: a kill in between may lose some, but never counts twice.
                 self.save(renumbered=True, wait=True)
             if self.team.first_rank:
-                self.run.forget_metrics_after(state["step"], stretch)
+                self.run.forget_metrics_after(state["step"], stretch, self.measured)
         elif self.team.first_rank:
             self.run.forget_metrics_after(0)
         if not self.team.first_rank:

@@ -395,6 +395,28 @@ def test_what_is_kept(saved: Checkpoints) -> None:
     assert same(saved.load_best(), state_of(1)) and same(saved.load_last(), state_of(2))
 
 
+def test_passing_ones_take_no_place_of_those_that_are_kept(saved: Checkpoints) -> None:
+    """Two at most, and none once newer ones that stay are there; the newest is the last one whatever it is."""
+
+    def names() -> list[str]:
+        return sorted(f.name for f in saved.folder.iterdir() if f.name[0] in "ps")
+
+    for step in (10, 20):
+        saved.save(state_of(step), step, best=False, keep=2, wait=True)
+    for step in (21, 22, 23):
+        saved.save(state_of(step), step, best=False, keep=2, passing=True, wait=True)
+    assert names() == ["passing-00000022.pt", "passing-00000023.pt", "step-00000010.pt", "step-00000020.pt"]
+    loaded = saved.load_last()
+    assert loaded is not None and loaded["step"] == 23
+    (saved.folder / "last.pt").unlink()
+    (saved.folder / "passing-00000023.pt").write_bytes(b"damaged")
+    loaded = Checkpoints(saved.folder).load_last()
+    assert loaded is not None and loaded["step"] == 22
+    for step in (30, 40):
+        saved.save(state_of(step), step, best=False, keep=2, wait=True)
+    assert names() == ["step-00000030.pt", "step-00000040.pt"]
+
+
 def test_older_ones_go_also_after_one_that_was_killed_before_that(saved: Checkpoints) -> None:
     for step in (1, 2, 3, 4):
         saved.save(state_of(step), step, best=False, keep=4, wait=True)

@@ -1,6 +1,8 @@
 """Checkpoints of a run: written beside the training, whole or absent, and known to be what was written.
 
-step-00000008.pt  the newest ones, as many as are kept     last.pt, best.pt  two of them, by hard links
+step-00000008.pt     the newest ones, as many as are kept
+passing-00000011.pt  the newest ones that were written for the case that something happens; they do not stay
+last.pt, best.pt     two of these, by hard links
 
 A file is a dict as `torch.save` writes it: the state, the number of its format, and a digest of both.
 """
@@ -40,6 +42,8 @@ SHORTEST = 10.0
 """Seconds between two checkpoints written by time, at least."""
 WORTH = 50.0
 """So many times as long as writing took, the training then goes on: that costs 2 % if nothing runs beside it."""
+PASSING = 2
+"""Passing checkpoints that are there at once: where the newest is damaged, the one before is seconds older."""
 RATE = 20e6
 """Bytes per second that checkpoints may write on average: disks and those who share them have other uses."""
 AT_EXIT = 60.0
@@ -58,6 +62,7 @@ class Job:
     step: int
     to: tuple[str, ...]
     keep: int
+    passing: bool = False
     renumbered: bool = False
     owns: bool = False
 
@@ -87,15 +92,17 @@ class Checkpoints:
     # -- writing ----------------------------------------------------------------------------------
 
     def save(
-        self, state: dict[str, Any], step: int, *, best: bool, keep: int, renumbered: bool = False, wait: bool = False
-    ) -> None:
+        self, state: dict[str, Any], step: int, *, best: bool, keep: int, renumbered: bool = False, wait: bool = False,
+        passing: bool = False,
+    ) -> None:  # fmt: skip
         """Write a checkpoint of a step; `last.pt` (and `best.pt`) become it, older ones beyond `keep` go.
 
         The state is copied, and written while the caller goes on; where it is too large for that, or with `wait`,
         it is on the disk when this returns. renumbered: steps are no longer counted as they were, so that all
-        those before it go. Each file is complete or absent at any moment. Where it cannot be written, those
-        before it are still there: this is told, or with `wait` raised as UserError. Raises TypeError for a state
-        with anything but tensors, numbers, texts and containers of them.
+        those before it go. passing: it takes no place of those that are kept, and goes soon. Each file is complete
+        or absent at any moment. Where it cannot be written, those before it are still there: this is told, or with
+        `wait` raised as UserError. Raises TypeError for a state with anything but tensors, numbers, texts and
+        containers of them.
         """
         self.wait(raises=False)
         begun = time.monotonic()
@@ -104,11 +111,11 @@ class Checkpoints:
             for _ in _walk(state):  # what cannot be kept is a mistake, and no matter of the disk
                 pass
             self._done = threading.Event()
-            self._do(Job(state, step, to, keep, renumbered), begun, self._done, tells=not wait)
+            self._do(Job(state, step, to, keep, passing, renumbered), begun, self._done, tells=not wait)
             if wait:
                 self.wait()
             return
-        job = Job(copied(state), step, to, keep, renumbered, owns=True)
+        job = Job(copied(state), step, to, keep, passing, renumbered, owns=True)
         self._done = threading.Event()
         # Where the disk hangs, the process may end without it: that leaves a part of which nobody takes note.
         thread = threading.Thread(target=self._do, args=(job, begun, self._done), name="checkpoint", daemon=True)
@@ -168,13 +175,13 @@ class Checkpoints:
     def _write(self, job: Job) -> int:
         """Write one and name it; the bytes that it takes. Raises what files and torch's writer raise."""
         self.folder.mkdir(exist_ok=True)
-        if self._last is None and (steps := self._steps()):
-            self._last = _step_of(steps[-1])
+        if self._last is None and (written_before := self._all()):
+            self._last = _step_of(written_before[-1])
         for part in self.folder.glob("*.part"):  # of a process that was killed
             part.unlink()
         self._prune(job.step, job.keep)  # one that was killed before it came to that
         content = {**job.state, "format": FORMAT}
-        file = self.folder / f"step-{job.step:08d}.pt"
+        file = self.folder / f"{'passing' if job.passing else 'step'}-{job.step:08d}.pt"
         with written(file) as handle:
             torch.save({**content, "sha256": digest(content)}, handle)
             if self.before is not None and self.before.exists():
@@ -188,10 +195,16 @@ class Checkpoints:
         return taken
 
     def _prune(self, newest: int, keep: int) -> None:
-        # Those of later steps are of before a step back: the first to go.
-        steps = sorted(self._steps(), key=lambda file: (_step_of(file) <= newest, _step_of(file)))
+        def oldest(files: list[Path]) -> list[Path]:
+            # Those of later steps are of before a step back: the first to go.
+            return sorted(files, key=lambda file: (_step_of(file) <= newest, _step_of(file)))
+
+        steps, every = oldest(self._found("step")), oldest(self._all())
         for old in steps[: max(0, len(steps) - max(keep, 1))]:
             old.unlink(missing_ok=True)
+        for old in every[: max(0, len(every) - PASSING)]:
+            if old.name.startswith("passing"):
+                old.unlink(missing_ok=True)
 
     def _name(self, file: Path, name: str) -> None:
         fresh = self.folder / f"{name}.part"
@@ -213,7 +226,7 @@ class Checkpoints:
         Raises UserError where all of them are.
         """
         damaged: list[Path] = []
-        for file in (self.folder / "last.pt", *reversed(self._steps()), self.folder / "best.pt"):
+        for file in (self.folder / "last.pt", *reversed(self._all()), self.folder / "best.pt"):
             if not file.is_file() or any(file.samefile(other) for other in damaged):
                 continue
             try:
@@ -258,8 +271,11 @@ class Checkpoints:
         self._sound.add(_mark(file))
         return state
 
-    def _steps(self) -> list[Path]:
-        found = (f for f in self.folder.glob("step-*.pt") if re.fullmatch(r"step-\d+\.pt", f.name))
+    def _all(self) -> list[Path]:
+        return sorted([*self._found("step"), *self._found("passing")], key=_step_of)
+
+    def _found(self, kind: str) -> list[Path]:
+        found = (f for f in self.folder.glob(f"{kind}-*.pt") if re.fullmatch(rf"{kind}-\d+\.pt", f.name))
         return sorted(found, key=_step_of)
 
 
@@ -273,7 +289,7 @@ def _end() -> None:
 
 
 def _step_of(file: Path) -> int:
-    return int(file.stem.removeprefix("step-"))
+    return int(file.stem.rpartition("-")[2])
 
 
 def _mark(file: Path) -> tuple[int, ...]:

@@ -184,7 +184,8 @@ def fit(t: Training, progress: bool, profile: bool = False) -> None:
             if t.measures or stop or saves:
                 if outcome == "made" and not math.isfinite(metrics["loss"].item()):
                     leave_out(t, batch, metrics["loss"], None)
-                t.save(is_best=is_best, wait=bool(stop) or t.step == t.steps)
+                passing = not (t.measures or stop)
+                t.save(is_best=is_best, wait=bool(stop) or t.step == t.steps, passing=passing)
                 written = time.monotonic()
             if stop and not (t.step == t.steps and t.measured):
                 raise Stopped(stop, t.run.folder)

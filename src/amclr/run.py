@@ -198,10 +198,11 @@ class Run:
     # -- checkpoints ------------------------------------------------------------------------------
 
     def save(
-        self, state: dict[str, Any], step: int, *, best: bool, keep: int, renumbered: bool = False, wait: bool = False
-    ) -> None:
+        self, state: dict[str, Any], step: int, *, best: bool, keep: int, renumbered: bool = False, wait: bool = False,
+        passing: bool = False,
+    ) -> None:  # fmt: skip
         """Write a checkpoint of a step while the caller goes on, or with `wait` at once: `Checkpoints.save`."""
-        self.saved.save(state, step, best=best, keep=keep, renumbered=renumbered, wait=wait)
+        self.saved.save(state, step, best=best, keep=keep, renumbered=renumbered, wait=wait, passing=passing)
 
     def wait_saved(self, raises: bool = True) -> None:
         """Wait for the checkpoint that is being written. Raises UserError if it could not be, unless that is enough."""

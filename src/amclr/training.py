@@ -81,10 +81,13 @@ class Training:
         self.clock.lap(done)
         self.team.at(then, limit)
 
-    def save(self, *, is_best: bool = False, renumbered: bool = False, wait: bool = False) -> None:
+    def save(
+        self, *, is_best: bool = False, renumbered: bool = False, wait: bool = False, passing: bool = False
+    ) -> None:
         """Write a checkpoint; all processes call it, and the first writes.
 
         renumbered: its steps are counted otherwise than in those before it. wait: until it is on the disk.
+        passing: it is only for the case that something happens.
         """
         writes = self.team.first_rank
         precision = self.fabric.strategy.precision.state_dict()
@@ -99,7 +102,7 @@ class Training:
         }  # fmt: skip
         if writes:
             keep = self.config.keep
-            self.run.save(state, self.step, best=is_best, keep=keep, renumbered=renumbered, wait=wait)
+            self.run.save(state, self.step, best=is_best, keep=keep, renumbered=renumbered, wait=wait, passing=passing)
 
     def lose(self, name: str, reason: str) -> None:
         """List a sample whose picture went bad. Raises UserError beyond the limit on bad pictures."""

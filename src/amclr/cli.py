@@ -124,12 +124,22 @@ def _evaluate(arguments: list[str]) -> int:
         help="file with one prompt per line, {} for the class name; empty finds templates.txt in the folder",
     )
     parser.add_argument("--retrieval", type=bool, default=True, help="measure retrieval")
+    parser.add_argument(
+        "--wise", type=str, default="", metavar="SHARES",
+        help="measure between the weights that the run began with (0) and the trained ones (1): 0,0.25,0.5,0.75,1",
+    )  # fmt: skip
     options = _parse(parser, arguments)
+    try:
+        wise = [float(share) for share in options.wise.split(",")] if options.wise else []
+    except ValueError:
+        wise = [-1.0]
+    if not all(0 <= share <= 1 for share in wise):
+        raise UserError(f"--wise must be numbers between 0 and 1 with commas, as 0,0.5,1, got '{options.wise}'")
     from amclr import measure
 
     results = measure.evaluate_run(
         Path(options.run), data=options.data, split=options.split, zeroshot=options.zeroshot,
-        classnames=options.classnames, templates=options.templates, retrieval=options.retrieval,
+        classnames=options.classnames, templates=options.templates, retrieval=options.retrieval, wise=wise,
     )  # fmt: skip
     print(measure.report(results))
     return 0

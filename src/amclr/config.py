@@ -115,6 +115,9 @@ class ModelConfig:
     """Side in pixels of the pictures that the image tower sees."""
     image_lr: float = 1.0
     """Learning-rate factor of the image tower; 0 freezes it."""
+    image_adapters: int = 0
+    """Rank of low-rank adapters (LoRA) through which alone the image tower is trained; 0 trains all its weights.
+    Needs amclr[adapters]."""
     text_tower: str = "small"
     """`small` (from scratch, own tokenizer), `minilm` (needs amclr[pretrained]), a transformers model
     name or a folder."""
@@ -124,6 +127,9 @@ class ModelConfig:
     """How token states become one vector: their mean, or the first token."""
     text_lr: float = 1.0
     """Learning-rate factor of the text tower; 0 freezes it."""
+    text_adapters: int = 0
+    """Rank of low-rank adapters (LoRA) through which alone the text tower is trained; 0 trains all its weights.
+    Needs amclr[adapters]."""
     max_tokens: int = 32
     """Captions are cut to this many tokens."""
     head: Literal["linear", "residual"] = "linear"
@@ -134,6 +140,11 @@ class ModelConfig:
     """Dropout in the residual head."""
     dim: int = 256
     """Dimension of the shared space."""
+    compile: bool = False
+    """Compile the towers (torch.compile): minutes at the start of a run, for faster steps."""
+    recompute: bool = False
+    """Keep few activations of the towers that are trained, and compute the others again in the backward pass: less
+    memory, for about a third more time. The gradient is the same."""
 
 
 @dataclass(frozen=True)
@@ -235,6 +246,17 @@ class Config:
     """Steps that may be skipped or rolled back before the run stops."""
     workers: int = 0
     """Processes that prepare batches; 0 prepares them in the training process."""
+    start: str = ""
+    """A run folder whose best weights, heads and tokenizer included, this run begins with."""
+    ema: float = 0.0
+    """Decay per step of an exponential moving average of the weights, which is then what is evaluated and kept;
+    0 keeps none. It starts small: min(ema, (1 + step) / (10 + step))."""
+    wise: float = 1.0
+    """Evaluate and keep (1 - wise) * start + wise * trained weights (WiSE-FT). Start: pretrained towers; with --start,
+    all of that run."""
+    monitor: str = ""
+    """A folder of pictures by class: zero-shot accuracy on (at most 2000 of) them at every evaluation, beside that
+    of the model at the start."""
     eval_every: int = 1
     """Epochs between evaluations and checkpoints."""
     keep: int = 2
@@ -312,7 +334,8 @@ class ParaphraseConfig:
 MAY_CHANGE = frozenset((
     "out", "epochs", "micro_batch", "deterministic", "accelerator", "devices", "strategy", "patience", "on_nan",
     "nan_limit", "workers", "eval_every", "keep", "checkpoint_minutes", "decoded", "ram_cache", "disk_cache", "cache",
-    "wandb", "source.max_bad", "source.scan_up_to", "views.where", "loss.storage",
+    "wandb", "source.max_bad", "source.scan_up_to", "views.where", "loss.storage", "monitor", "model.compile",
+    "model.recompute",
 ))  # fmt: skip
 """Settings that a run may be gone on with otherwise: they change how it runs, or how long, and not what it learns."""
 
@@ -361,6 +384,10 @@ def problems(config: Config) -> list[str]:
         ("model.dropout", m.dropout, 0, 0.99),
         ("model.image_lr", m.image_lr, 0, 1e3),
         ("model.text_lr", m.text_lr, 0, 1e3),
+        ("model.image_adapters", m.image_adapters, 0, 65536),
+        ("model.text_adapters", m.text_adapters, 0, 65536),
+        ("ema", config.ema, 0, 1 - 1e-9),
+        ("wise", config.wise, 0, 1),
         ("optim.lr", o.lr, 1e-12, 1e3),
         ("optim.warmup", o.warmup, 0, 1),
         ("optim.weight_decay", o.weight_decay, 0, 1e3),
@@ -372,7 +399,16 @@ def problems(config: Config) -> list[str]:
         ("scenes.size", config.scenes.size, 16, 1024),
         ("scenes.captions", config.scenes.captions, 1, 32),
     ]
-    return _outside(bounds)
+    found = _outside(bounds)
+    for tower, lr, rank in (("image", m.image_lr, m.image_adapters), ("text", m.text_lr, m.text_adapters)):
+        if rank and not lr:
+            found.append(
+                f"--model.{tower}_adapters {rank} trains the {tower} tower, and --model.{tower}_lr 0 does not: "
+                f"give --model.{tower}_lr 1"
+            )
+    if m.compile and m.recompute:
+        found.append("--model.compile plans by itself what to compute again: leave out --model.recompute")
+    return found
 
 
 def paraphrase_problems(config: ParaphraseConfig) -> list[str]:

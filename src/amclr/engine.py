@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from amclr import figures
+from amclr.averaging import Averaging, kept_weights
 from amclr.clock import WAIT_MATTERS, Clock
 from amclr.config import Config, fixed_differences, problems
 from amclr.data import manifest as manifests
@@ -40,12 +41,11 @@ from amclr.errors import UserError
 from amclr.faults import Undo, keep_fault, out_of_memory
 from amclr.features import FeatureBatches
 from amclr.files import write_text
-from amclr.measure import Evaluator, draw_gallery, measure_classes, model_reads_pictures
-from amclr.model import DualEncoder, build_tokenizer
+from amclr.measure import Evaluator, Monitor, draw_gallery, measure_classes, model_reads_pictures
 from amclr.objectives import Objective, backward_in_chunks, build
 from amclr.optim import build_optimizer, choose_optimizer, learning_rate, set_lr
 from amclr.randomness import derive
-from amclr.run import Loggers, Pinned, Run
+from amclr.run import Loggers, Pinned, Run, begin
 from amclr.signals import Interrupted, Signals, kept_handler, leave_signals_to_the_trainer
 from amclr.team import Team
 from amclr.training import Training
@@ -200,8 +200,8 @@ def evaluate(t: Training, logs: Loggers, signals: Signals, bar: Any) -> bool:
     """Measure, and log it; whether the weights are the best so far. A signal puts it off to when the run goes on."""
     try:
         # Several processes end it together, and then stop.
-        with signals.interrupting(t.team.size == 1):
-            recalls = t.evaluator()
+        with signals.interrupting(t.team.size == 1), t.averaging.kept_in_model():
+            recalls = t.evaluator() | (t.monitor() if t.monitor else {})
     except Interrupted:
         return False
     t.measured = True
@@ -280,6 +280,7 @@ def advance(t: Training, batch: Batch) -> tuple[str, dict[str, Tensor], float]:
     t.optimizer.step()
     t.optimizer.zero_grad()
     average_statistics(t.model)
+    t.averaging.update()
     t.lap("optimiser", "logs and checkpoints", math.inf)
     return "made", metrics, rate
 
@@ -459,9 +460,7 @@ def prepare(
         raise UserError(
             f"every training caption of '{config.data}' is '{samples[0].captions[0][:60]}': none tells pictures apart"
         )
-    tokenizer = build_tokenizer(config.model, [t for s in samples for t in s.texts], folder / "tokenizer")
-    torch.manual_seed(derive(config.seed, "weights"))
-    model = DualEncoder(config.model, tokenizer)
+    model = begin(config, [t for s in samples for t in s.texts], folder)
     if not held_out:
         raise UserError(f"{manifest.root} has no validation pictures: give it a val.txt or raise --source.val_fraction")
 
@@ -471,7 +470,7 @@ def prepare(
     if team.first_rank:
         run = former or Run.create(folder, _with_store(config, manifest))
         if config.model.text_tower == "small" and not (folder / "tokenizer").is_dir():
-            tokenizer.save_pretrained(folder / "tokenizer.part")  # a kill here must leave none, or a whole one
+            model.tokenizer.save_pretrained(folder / "tokenizer.part")  # a kill here must leave none, or a whole one
             (folder / "tokenizer.part").rename(folder / "tokenizer")
         write_rejects(manifest.rejects, folder / "rejects.jsonl")
     else:
@@ -496,10 +495,11 @@ def prepare(
         store = PictureStore(places, config.model.image_size)
         batches = FeatureBatches(model, samples, store, plan, views, config, cache, progress, same)
     evaluator = Evaluator(model, held_out, config, cache, progress, again=True)
+    monitor = Monitor.of_run(model, run, config, progress) if config.monitor else None
     undo = Undo(model, objective)
     return Training(
         fabric, team, config, run, manifest, pinned, plan, model, model, objective, None, batches, evaluator, undo,
-        config.micro_batch,
+        config.micro_batch, monitor,
     )  # fmt: skip
 
 
@@ -510,6 +510,7 @@ def together(t: Training) -> Training:
             raise UserError("--sync_batchnorm is for GPUs: leave it out")
         convert_sync_batchnorm(t.model)
     t.wrapped = t.fabric.setup_module(t.model)
+    t.averaging = Averaging(t.model, t.config)
     t.optimizer = t.fabric.setup_optimizers(build_optimizer(t.config.optim, t.model, t.objective))
     return t
 
@@ -557,7 +558,7 @@ def finish(t: Training, progress: bool) -> None:
     t.team.at("measuring the best weights", math.inf)
     t.team.any(False)  # the first process's checkpoint is there for all
     best = t.run.load_best()
-    t.load_model(best["model"])
+    t.load_model(kept_weights(best))
     t.model.eval()
     images, texts = t.evaluator.embeddings()
     if not t.team.first_rank:
@@ -587,5 +588,5 @@ def kept_random_state() -> Iterator[None]:
 def _recall_line(epoch: int, epochs: int, recalls: dict[str, float]) -> str:
     return (
         f"epoch {epoch}/{epochs}: text retrieval {recalls['txt_r_mean']:.1f}, "
-        f"image retrieval {recalls['img_r_mean']:.1f}, mean {recalls['r_mean']:.1f}"
+        f"image retrieval {recalls['img_r_mean']:.1f}, mean {recalls['r_mean']:.1f}{Monitor.told(recalls)}"
     )

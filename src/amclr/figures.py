@@ -28,11 +28,21 @@ STYLE: Any = {
 
 
 def curves(rows: Sequence[dict[str, Any]], file: Path, title: str, chance: float) -> None:
-    """Draw the loss and the validation recall of a run against its epochs."""
+    """Draw the loss and the validation recall of a run against its epochs; zero-shot accuracy, where it was watched."""
     steps = [r for r in rows if r["kind"] == "train"]
     evals = [r for r in rows if r["kind"] == "eval"]
+    watched = [r for r in evals if "zeroshot_top1" in r]
     with plt.rc_context(STYLE):
-        figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.6), layout="constrained")
+        panels = 3 if watched else 2
+        figure, (left, right, *more) = plt.subplots(1, panels, figsize=(4.75 * panels, 3.6), layout="constrained")
+        for panel in more:
+            start = watched[-1]["zeroshot_top1_start"]
+            epochs, tops = zip((0.0, start), *((r["epoch"], r["zeroshot_top1"]) for r in watched), strict=True)
+            panel.plot(epochs, tops, marker="D", markersize=4, color=PURPLE, label="weights kept")
+            panel.axhline(start, color="0.5", linestyle="--", linewidth=1, label=f"at the start {start:.1f} %")
+            panel.set(xlabel="epoch", ylabel="top-1 (%)", title="Zero-shot accuracy")
+            panel.set_ylim(bottom=0)
+            panel.legend(frameon=False)
         if steps:
             x = np.array([r["epoch"] for r in steps])
             y = np.array([r["loss"] for r in steps])
@@ -54,6 +64,48 @@ def curves(rows: Sequence[dict[str, Any]], file: Path, title: str, chance: float
             right.set_ylim(bottom=0)
             right.legend(frameon=False)
         right.set(xlabel="epoch", ylabel="mean of R@1, R@5, R@10 (%)", title="Validation recall")
+        figure.suptitle(title)
+        figure.savefig(file, dpi=110)
+        plt.close(figure)
+
+
+def wise(rows: Sequence[dict[str, Any]], file: Path, title: str) -> None:
+    """Draw measures along the line from the weights at the start to the trained ones (WiSE-FT).
+
+    rows: `wise` and r_mean, zeroshot_top1 or both, in percent. With both, a second panel sets one
+    against the other.
+    """
+    rows = sorted(rows, key=lambda row: float(row["wise"]))
+    x = [row["wise"] for row in rows]
+    shown = [
+        (key, label, colour, marker)
+        for key, label, colour, marker in (
+            ("txt_r_mean", "text retrieval", ORANGE, "o"), ("img_r_mean", "image retrieval", GREEN, "s"),
+            ("zeroshot_top1", "zero-shot top-1", PURPLE, "D"),
+        )
+        if key in rows[0]
+    ]  # fmt: skip
+    both = len(shown) == 3
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(
+            1, 1 + both, figsize=(5.2 + 4.4 * both, 3.8), layout="constrained", squeeze=False
+        )  # fmt: skip
+        panel = axes[0, 0]
+        for key, label, colour, marker in shown:
+            panel.plot(x, [row[key] for row in rows], marker=marker, markersize=5, color=colour, label=label)
+        panel.set(xlabel="share of the way (0 start, 1 trained)", ylabel="%", title="Along the line")
+        panel.set_ylim(bottom=0)
+        panel.legend(frameon=False)
+        if both:
+            other = axes[0, 1]
+            points = [(row["r_mean"], row["zeroshot_top1"]) for row in rows]
+            other.plot(*zip(*points, strict=True), marker="o", markersize=5, color=BLUE)
+            for share, point in zip(x, points, strict=True):
+                other.annotate(f"{share:g}", point, xytext=(5, 5), textcoords="offset points", fontsize=9)
+            other.margins(0.12)
+            other.set(
+                xlabel="retrieval: mean recall (%)", ylabel="zero-shot top-1 (%)", title="What one costs the other"
+            )
         figure.suptitle(title)
         figure.savefig(file, dpi=110)
         plt.close(figure)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -17,6 +19,7 @@ import torch
 from torch import Tensor
 
 from amclr import evaluate, figures
+from amclr.averaging import check_start, digest, end_of_line, line_names, mixed
 from amclr.config import Config, SourceConfig, problems
 from amclr.data import duplicates, tables
 from amclr.data import manifest as manifests
@@ -30,10 +33,12 @@ from amclr.errors import UserError
 from amclr.features import caption_features, image_features
 from amclr.files import write_text
 from amclr.model import DualEncoder, build_tokenizer
-from amclr.run import Run
+from amclr.run import Run, begin
 
 GALLERY_QUERIES, GALLERY_PLACES = 6, 6
 CAPTIONS_AT_ONCE = 256
+MONITORED = 2000
+"""Pictures of the zero-shot monitor, at most; one of each class where there are more classes."""
 
 
 def model_reads_pictures(model: DualEncoder) -> bool:
@@ -195,17 +200,22 @@ def draw_gallery(
 
 def evaluate_run(
     folder: Path, *, data: str = "", split: str = "val", zeroshot: str = "", classnames: str = "", templates: str = "",
-    retrieval: bool = True, progress: bool = True,
+    retrieval: bool = True, wise: Sequence[float] = (), progress: bool = True,
 ) -> dict[str, Any]:  # fmt: skip
     """Measure a run's best weights on a split of a data set and, where asked for, on a folder of classes.
 
-    Returns the figures, and writes them (with a gallery of a data set) under `evaluations/` in the
-    run folder. Raises UserError for a folder, split or file that is not there.
+    wise: measure at these shares of the way from the weights that the run began with to the trained ones
+    instead (WiSE-FT), and draw the curves. Returns the figures, and writes them (with a gallery of a data
+    set) under `evaluations/` in the run folder. Raises UserError for a folder, split or file that is not there.
     """
     if (classnames or templates) and not zeroshot:
         raise UserError("--classnames and --templates belong to --zeroshot FOLDER: give it too")
+    if not (retrieval or zeroshot):
+        raise UserError("nothing to measure: leave out --retrieval false, or give --zeroshot FOLDER")
     run = Run.open(folder)
-    model = run.load_model().to("cuda" if torch.cuda.is_available() else "cpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    line = Line(run, device) if wise else None
+    model = line.model if line else run.load_model().to(device)
     config = run.config
     if data:  # columns and folders of the run's own data mean nothing in another set
         kept = {k: getattr(config.source, k) for k in ("captions", "val_fraction", "max_bad", "scan_up_to")}
@@ -215,40 +225,166 @@ def evaluate_run(
     results: dict[str, Any] = {"run": str(folder), "objective": config.objective}
     out = folder / "evaluations"
     out.mkdir(exist_ok=True)
-    name = f"{manifests.label(config.data)}-{split}"
-    if zeroshot:
-        results |= measure_classes(model, Path(zeroshot), config, classnames, templates, progress)
+    name = f"{manifests.label(config.data)}-{split}" if retrieval else f"zeroshot-{Path(zeroshot).resolve().name}"
+    classes, evaluator = Path(zeroshot) if zeroshot else None, None
     if retrieval:
         cache = manifests.cache_folder(config)
         manifest = manifests.prepare(config, cache, progress)
         samples = manifest.split(split)
         if not samples:
             raise UserError(f"split '{split}' of {config.data} is empty")
-        evaluator = Evaluator(model, samples, config, cache, progress)
-        images, texts = evaluator.embeddings()
-        results |= {"data": config.data, "split": split} | evaluator.figures(images, texts)
-        if manifest.zeroshot and not zeroshot:
-            results |= measure_classes(model, manifest.zeroshot, config, progress=progress)
-        draw_gallery(model, evaluator, images, texts, out / f"{name}.png", f"{config.objective} on {name}")
+        evaluator = Evaluator(model, samples, config, cache, progress, again=bool(wise))
+        classes = classes or manifest.zeroshot
+        results |= {"data": config.data, "split": split}
+
+    def measured() -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        if evaluator:
+            images, texts = evaluator.embeddings()
+            found |= evaluator.figures(images, texts)
+            if not line:
+                draw_gallery(model, evaluator, images, texts, out / f"{name}.png", f"{config.objective} on {name}")
+        return found | (measure_classes(model, classes, config, classnames, templates, progress) if classes else {})
+
+    if line:
+        results["wise"] = [{"wise": share, **measured()} for share in line.visit(wise)]
+        name += "-wise"
+        figures.wise(results["wise"], out / f"{name}.png", f"{manifests.label(config.data)}: from start to trained")
+        results["curves"] = str(out / f"{name}.png")
     else:
-        name = f"zeroshot-{Path(zeroshot).resolve().name}"
-    if len(results) == 2:
-        raise UserError("nothing to measure: leave out --retrieval false, or give --zeroshot FOLDER")
+        results |= measured()
     write_text(out / f"{name}.json", json.dumps(results, indent=2) + "\n")
     return results
+
+
+class Line:
+    """The weights between those that a run began with and those that it ended with (WiSE-FT).
+
+    Raises UserError where the start was random, or is no longer to be had.
+    """
+
+    def __init__(self, run: Run, device: str) -> None:
+        state = run.load_best()
+        run.refuse_without_tokenizer()
+        config = replace(run.config, model=replace(run.config.model, compile=False))
+        self.model = begin(config, [], run.folder).to(device).eval()
+        own = self.model.state_dict()
+        self.start = {k: own[k].cpu().clone() for k in line_names(self.model, config)}
+        if not self.start:
+            raise UserError(
+                f"--wise measures between the weights that a run starts from and those it ends with; '{run.folder}' "
+                "trained nothing but what began at random: leave --wise out"
+            )
+        check_start(digest(self.start.values()), state, config)
+        self.end = end_of_line(state)
+        self.model.load_saved(self.end)
+
+    def visit(self, shares: Sequence[float]) -> Iterator[float]:
+        """Each share of the way in turn, the model having the weights there."""
+        for share in shares:
+            self.model.load_state_dict(mixed(self.start, self.end, share), strict=False)
+            yield share
+
+
+class Monitor:
+    """Zero-shot accuracy of a model that is being trained, on pictures by class that are decoded once and kept.
+
+    At most `MONITORED` pictures, as many of each class as can be, evenly spaced in the order of their
+    names. Where the image tower is frozen, its features are kept instead. Pictures that cannot be decoded
+    are left out and counted in `rejects`. Raises UserError for a folder without pictures by class.
+    """
+
+    start: float
+    """Top-1 accuracy, in percent, of the model that the run began with."""
+
+    def __init__(self, model: DualEncoder, root: Path, progress: bool = False) -> None:
+        self.model, self.root = model, root
+        paths, labels, self.names, self.prompts = _classes(root)
+        chosen = evenly(labels, MONITORED)
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            found = list(pool.map(self._prepared, (paths[i] for i in chosen)))
+        pictures = [p for p in found if p is not None]
+        self.labels = [labels[i] for i, p in zip(chosen, found, strict=True) if p is not None]
+        self.rejects = len(found) - len(pictures)
+        if not pictures:
+            raise UserError(f"no picture of --monitor '{root}' can be decoded; the first: {paths[chosen[0]]}")
+        self.pictures: list[Tensor] | Tensor = pictures
+        self.features: Tensor | None = None
+        if model.image_tower in model.frozen_towers:
+            with torch.inference_mode():
+                parts = torch.stack(pictures).split(model.pictures_at_once)
+                self.features = torch.cat([model.image_tower(p.to(model.device)).float().cpu() for p in parts])
+            self.pictures = []
+        if progress:
+            print(
+                f"zero-shot monitor: {len(pictures)} of {len(paths)} pictures in {len(self.names)} classes, "
+                f"{self.rejects} left out as they cannot be decoded: {root}", file=sys.stderr,
+            )  # fmt: skip
+
+    @classmethod
+    def of_run(cls, model: DualEncoder, run: Run, config: Config, progress: bool) -> Monitor:
+        """The monitor of a run, while the model has the weights that the run begins with.
+
+        They are measured once: a run that is gone on with finds the figure among its metrics.
+        """
+        monitor = cls(model, Path(config.monitor), progress)
+        rows = [r for r in run.metrics() if r["kind"] == "start" and r["monitor"] == config.monitor]
+        monitor.start = rows[-1]["zeroshot_top1"] if rows else monitor.top1()
+        if not rows and run.speaks:
+            run.log({"kind": "start", "step": 0, "epoch": 0.0, "monitor": config.monitor,
+                     "zeroshot_top1": monitor.start})  # fmt: skip
+        return monitor
+
+    def _prepared(self, path: Path) -> Tensor | None:
+        try:
+            return self.model.prepare(path)
+        except BadPicture:
+            return None
+
+    def top1(self) -> float:
+        """Accuracy in percent of the model as it is."""
+        images = self.pictures if self.features is None else self.model.project(self.features, None)
+        try:
+            return evaluate.zeroshot(self.model, images, self.labels, self.names, self.prompts)["zeroshot_top1"]
+        except ValueError as error:
+            raise UserError(f"{self.root}: {error}") from None
+
+    def __call__(self) -> dict[str, float]:
+        """Accuracy in percent of the model as it is, and of the one at the start."""
+        return {"zeroshot_top1": self.top1(), "zeroshot_top1_start": self.start}
+
+    @staticmethod
+    def told(row: dict[str, float]) -> str:
+        """The figures of an evaluation, for its line on the terminal; empty where there are none."""
+        if "zeroshot_top1_start" not in row:
+            return ""
+        return f", zero-shot {row['zeroshot_top1']:.1f} (start {row['zeroshot_top1_start']:.1f})"
+
+
+def evenly(labels: Sequence[int], most: int) -> list[int]:
+    """Places of at most `most` samples, as many of each class as can be, evenly spaced; one of each class at least."""
+    classes = [np.flatnonzero(np.array(labels) == y) for y in sorted(set(labels))]
+    sizes = np.array([len(c) for c in classes])
+    each = max((k for k in range(1, sizes.max() + 1) if np.minimum(sizes, k).sum() <= most), default=1)
+    return [int(c[i * len(c) // k]) for c in classes for k in [min(len(c), each)] for i in range(k)]
+
+
+def _classes(
+    root: Path, classnames: str = "", templates: str = ""
+) -> tuple[list[Path], list[int], list[str], Sequence[str]]:
+    """Pictures by class: paths, labels, names of classes, and prompts."""
+    paths, labels, names = tables.class_folders(root, Path(classnames) if classnames else None)
+    file = Path(templates) if templates else root / "templates.txt"
+    if templates and not file.is_file():
+        raise UserError(f"no templates file '{file}': one prompt per line, with {{}} for the class name")
+    return paths, labels, names, tables.read_lines(file) if file.is_file() else evaluate.TEMPLATES
 
 
 def measure_classes(
     model: DualEncoder, root: Path, config: Config, classnames: str = "", templates: str = "", progress: bool = True
 ) -> dict[str, Any]:
     """Zero-shot accuracy on a folder of pictures by class. Pictures that cannot be decoded are left out and counted."""
-    paths, labels, names = tables.class_folders(root, Path(classnames) if classnames else None)
-    prompts: Sequence[str] = evaluate.TEMPLATES
-    file = Path(templates) if templates else root / "templates.txt"
-    if file.is_file():
-        prompts = tables.read_lines(file)
-    elif templates:
-        raise UserError(f"no templates file '{file}': one prompt per line, with {{}} for the class name")
+    paths, labels, names, prompts = _classes(root, classnames, templates)
     places = [Location(str(p)) for p in paths]
     verdicts = scan(places, model.config.image_size, progress=progress)
     bad = {place: v.reason for place, v in verdicts.items() if v.reason}
@@ -270,6 +406,8 @@ def measure_classes(
 
 def report(results: dict[str, Any]) -> str:
     """The figures of a measurement as tables for the terminal."""
+    if "wise" in results:
+        return _wise_table(results)
     parts = [_retrieval_table(results)] if "r_mean" in results else []
     parts += [_zeroshot_table(results)] if "zeroshot_top1" in results else []
     return "\n\n".join(parts)
@@ -286,6 +424,20 @@ def _retrieval_table(results: dict[str, Any]) -> str:
     lines.append(f"{'chance (image)':18}" + "".join(f"{v:8.1f}" for v in (*chances, float(np.mean(chances))))
                  + f"{(results['pictures'] + 1) / 2:14.0f}")  # fmt: skip
     return "\n".join(lines)
+
+
+def _wise_table(results: dict[str, Any]) -> str:
+    shown = [
+        ("txt_r_mean", "text retr."),
+        ("img_r_mean", "image retr."),
+        ("r_mean", "mean"),
+        ("zeroshot_top1", "top-1"),
+    ]
+    columns = [(key, name) for key, name in shown if key in results["wise"][0]]
+    lines = [f"{'wise (0 start, 1 trained)':26}" + "".join(f"{name:>13}" for _, name in columns)]
+    for row in results["wise"]:
+        lines.append(f"{row['wise']:<26g}" + "".join(f"{row[key]:13.1f}" for key, _ in columns))
+    return "\n".join([*lines, "", f"curves: {results['curves']}"])
 
 
 def _zeroshot_table(results: dict[str, Any]) -> str:

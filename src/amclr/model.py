@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ from timm.models.resnet import BasicBlock, ResNet
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _NormBase
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModel, AutoTokenizer, BertConfig, BertModel, PreTrainedTokenizerFast
 from transformers import logging as transformers_logging
@@ -33,14 +37,21 @@ transformers_logging.set_verbosity_error()
 
 
 class ImageTower(nn.Module):
-    """A picture encoder: uint8 pictures (B, 3, S, S) -> features (B, F). Normalises by itself."""
+    """A picture encoder: uint8 pictures (B, 3, S, S) -> features (B, F). Normalises by itself.
+
+    layout: how weights and pictures lie in memory; trunks with convolutions take channels last, their
+    kernels' own order.
+    """
 
     mean: Tensor
     std: Tensor
 
     def __init__(self, trunk: nn.Module, size: int, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
-        self.trunk = trunk
+        convolutions = any(isinstance(m, nn.Conv2d) for m in trunk.modules())
+        self.layout = torch.channels_last if convolutions else torch.contiguous_format
+        self.trunk = trunk.to(memory_format=self.layout)
+        self.recomputes = False
         # Asked of the trunk itself: for some timm models `num_features` is not what comes out.
         with torch.inference_mode():
             self.width = int(trunk.eval()(torch.zeros(1, 3, size, size)).shape[-1])
@@ -51,8 +62,30 @@ class ImageTower(nn.Module):
     def forward(self, pictures: Tensor) -> Tensor:
         """pictures: (B, 3, S, S) uint8 -> (B, F)."""
         x = (pictures.to(self.mean.dtype) - self.mean) / self.std
-        out: Tensor = self.trunk(x.contiguous(memory_format=torch.channels_last))
+        out: Tensor = self.trunk(x.contiguous(memory_format=self.layout))
+        if self.recomputes and out.requires_grad:
+            out.register_hook(self._keep_statistics)
         return out
+
+    def recompute(self) -> None:
+        """Compute activations again in the backward pass. Raises UserError where the trunk cannot."""
+        try:
+            self.trunk.set_grad_checkpointing(True)  # type: ignore[operator]
+        except (AttributeError, AssertionError):
+            raise UserError(_NO_RECOMPUTE.format("image", type(self.trunk).__name__)) from None
+        self.recomputes = True
+
+    def _keep_statistics(self, gradient: Tensor) -> None:
+        """Let the norms' statistics count a batch once, though its forward pass is made once more during backward."""
+        norms = [m for m in self.trunk.modules() if isinstance(m, _NormBase) and m.training]
+        buffers = [b for m in norms for b in m.buffers(recurse=False)]
+        if buffers:
+            before = [b.clone() for b in buffers]
+            engine: Any = torch.autograd.Variable._execution_engine
+            engine.queue_callback(lambda: torch._foreach_copy_(buffers, before))
+
+
+_NO_RECOMPUTE = "--model.recompute: the {} tower ({}) has no way to compute activations again; leave it out"
 
 
 class TextTower(nn.Module):
@@ -71,6 +104,13 @@ class TextTower(nn.Module):
             return states[:, 0]
         weights = attention_mask[..., None].to(states.dtype)
         return (states * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
+
+    def recompute(self) -> None:
+        """Compute activations again in the backward pass. Raises UserError where the trunk cannot."""
+        trunk: Any = self.trunk
+        if not getattr(trunk, "supports_gradient_checkpointing", False):
+            raise UserError(_NO_RECOMPUTE.format("text", type(trunk).__name__))
+        trunk.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 class ResidualHead(nn.Module):
@@ -94,22 +134,56 @@ class ResidualHead(nn.Module):
 class DualEncoder(nn.Module):
     """Two towers and two projections; `forward` gives unit rows for whatever views it is handed.
 
-    A tower with learning-rate factor 0 is frozen: it has no gradient, and its norm layers stay in
-    evaluation mode whatever `train()` says. from_checkpoint: `load_saved` follows, so that trained
-    towers need not fetch the published weights that they started from.
+    A tower with learning-rate factor 0 is frozen: it has no gradient, keeps no activations, and stays in
+    evaluation mode whatever `train()` says. One with adapters (LoRA, arXiv 2106.09685) is trained through
+    them alone, and its norms keep their statistics. from_checkpoint: `load_saved` follows, so that trained
+    towers need not fetch the published weights that they started from, and nothing is compiled.
     """
 
     def __init__(self, config: ModelConfig, tokenizer: Any, from_checkpoint: bool = False) -> None:
         super().__init__()
         self.config = config
         self.tokenizer = tokenizer
-        self.image_tower = build_image_tower(config, weights=not (from_checkpoint and config.image_lr))
-        self.text_tower = build_text_tower(config, tokenizer, weights=not (from_checkpoint and config.text_lr))
+        c, fresh = config, not from_checkpoint
+        # Of these the base weights are a published file's, and need not be stored.
+        self.published = {
+            name
+            for name, tower, loaded, lr, rank in (
+                ("image_tower", c.image_tower, c.image_pretrained, c.image_lr, c.image_adapters),
+                ("text_tower", c.text_tower, c.text_pretrained, c.text_lr, c.text_adapters),
+            )
+            if tower != "small" and loaded and (lr == 0 or rank)
+        }
+        self.image_tower = build_image_tower(config, weights=fresh or "image_tower" in self.published)
+        self.text_tower = build_text_tower(config, tokenizer, weights=fresh or "text_tower" in self.published)
         self.image_head = self._head(self.image_tower.width)
         self.text_head = self._head(self.text_tower.width)
         for tower in self.frozen_towers:
             tower.requires_grad_(False)
+        self._adapters: list[Any] = []
+        for kind, tower, rank in self._ranks():
+            if rank:
+                self._adapters.append(adapt(tower.trunk, rank, kind))  # type: ignore[arg-type]
+        if fresh:
+            self._speed_up()
         self.train()
+
+    def _ranks(self) -> list[tuple[str, nn.Module, int]]:
+        c = self.config
+        return [("image", self.image_tower, c.image_adapters), ("text", self.text_tower, c.text_adapters)]
+
+    def _speed_up(self) -> None:
+        """Have towers that are trained compute activations again, and towers compiled, where that is asked for."""
+        frozen = self.frozen_towers
+        for tower in (self.image_tower, self.text_tower):
+            if self.config.recompute and tower not in frozen:
+                tower.recompute()
+        if self.config.compile:
+            if not any(map(shutil.which, (os.environ.get("CXX") or "g++", "c++", "clang++"))):
+                raise UserError("--model.compile needs a C++ compiler: install g++, or leave it out")
+            for tower in (self.image_tower, self.text_tower):
+                # In place, so that names of weights stay; for any size, as captions have any length.
+                tower.compile(dynamic=True)
 
     def _head(self, width: int) -> nn.Module:
         c = self.config
@@ -124,10 +198,14 @@ class DualEncoder(nn.Module):
         return [tower for tower, factor in factors if factor == 0]
 
     def train(self, mode: bool = True) -> DualEncoder:
-        """Switch to training mode, but for frozen towers."""
+        """Switch to training mode, but for frozen towers, and norms of towers that adapters train."""
         super().train(mode)
         for tower in self.frozen_towers:
             tower.eval()
+        for _, tower, rank in self._ranks():
+            for module in tower.modules() if rank else ():
+                if isinstance(module, _NormBase):
+                    module.eval()
         return self
 
     def forward(
@@ -141,35 +219,67 @@ class DualEncoder(nn.Module):
         """
         image = text = None
         if images is not None:
-            features = self.image_tower(images) if images.dtype == torch.uint8 else images
+            features = self._features(self.image_tower, images) if images.dtype == torch.uint8 else images
             image = F.normalize(self.image_head(features).float(), dim=-1)
         if tokens is not None:
-            features = tokens if isinstance(tokens, Tensor) else self.text_tower(**tokens)
+            features = tokens if isinstance(tokens, Tensor) else self._features(self.text_tower, **tokens)
             text = F.normalize(self.text_head(features).float(), dim=-1)
         return image, text
 
+    def _features(self, tower: nn.Module, *args: Tensor, **tokens: Tensor) -> Tensor:
+        """What a tower gives; a frozen one without a graph."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and tower not in self.frozen_towers):
+            out: Tensor = tower(*args, **tokens)
+        return out
+
     def state_to_save(self) -> dict[str, Tensor]:
-        """The weights that are not simply a published file again: all but those of frozen pretrained towers."""
-        skip = tuple(f"{p}." for p in self._reloadable())
-        return {k: v for k, v in self.state_dict().items() if not k.startswith(skip)}
+        """The weights that are not simply a published file again.
+
+        Of pretrained towers that are frozen those are none; of such that are trained through adapters, the adapters.
+        """
+        return {k: v for k, v in self.state_dict().items() if not self._is_published(k)}
 
     def load_saved(self, state: Mapping[str, Tensor]) -> None:
         """Load what `state_to_save` gave. Raises UserError where it was given by another model."""
         own = self.state_dict()
+        if self._adapters:  # weights of towers without adapters do too: they become the base
+            under = {k.replace(".base_layer.", "."): k for k in own}
+            state = {under.get(k, k): v for k, v in state.items()}
+        self.published -= {k.partition(".")[0] for k in state if self._is_published(k)}
         sized = [k for k, v in state.items() if k in own and own[k].shape != v.shape]
         if sized:
             raise UserError(f"these weights belong to another model: {', '.join(sized[:3])} are of another size")
         missing, unexpected = self.load_state_dict(state, strict=False)
-        skip = tuple(f"{p}." for p in self._reloadable())
-        wrong = [k for k in missing if not k.startswith(skip)] + unexpected
+        wrong = [k for k in missing if not self._is_published(k)] + unexpected
         if wrong:
             raise UserError(f"these weights belong to another model: {', '.join(wrong[:3])} do not fit")
 
-    def _reloadable(self) -> list[str]:
-        c = self.config
-        image = c.image_lr == 0 and c.image_tower != "small" and c.image_pretrained
-        text = c.text_lr == 0 and c.text_tower != "small" and c.text_pretrained
-        return ["image_tower"] * image + ["text_tower"] * text
+    def trained_names(self) -> list[str]:
+        """Names in the state of what training changes: all but frozen towers, and what adapters adapt."""
+        frozen, adapted = self.frozen_towers, {f"{kind}_tower" for kind, _, rank in self._ranks() if rank}
+        still = {name for name, module in self.named_children() if module in frozen}
+        tower_of = {k: k.partition(".")[0] for k in self.state_dict()}
+        return [k for k, part in tower_of.items() if part not in still and (part not in adapted or ".lora_" in k)]
+
+    def begin_with(self, state: Mapping[str, Tensor]) -> None:
+        """Load what `state_to_save` gave of a model without adapters, to train it on, into one that is fresh.
+
+        Adapters of this model stay as they are, which is to say without effect. Raises UserError where the
+        weights do not fit.
+        """
+        self.load_saved({**self.state_to_save(), **state})
+
+    def _is_published(self, key: str) -> bool:
+        return key.partition(".")[0] in self.published and ".lora_" not in key
+
+    def merge_adapters(self) -> DualEncoder:
+        """Put the adapters into the weights that they adapt, which gives a model without adapters."""
+        for adapters in self._adapters:
+            adapters.merge_and_unload()
+        self.published -= {f"{kind}_tower" for kind, _, rank in self._ranks() if rank}
+        self._adapters = []
+        self.config = replace(self.config, image_adapters=0, text_adapters=0)
+        return self
 
     # -- use --------------------------------------------------------------------------------------
 
@@ -252,6 +362,31 @@ class DualEncoder(nn.Module):
         return torch.cat(rows) if rows else torch.empty(0, self.config.dim)
 
 
+def adapt(trunk: nn.Module, rank: int, kind: str) -> Any:
+    """Freeze a trunk and put low-rank adapters into it; returns peft's handle, which can merge them.
+
+    Of a trunk whose weights are mostly linear layers (transformers, ConvNeXt) those are adapted, of
+    another its convolutions too, but for depthwise ones, which are of low rank already. kind: image or
+    text, for messages. Raises UserError where peft is missing or there is nothing to adapt.
+    """
+    option = f"--model.{kind}_adapters"
+    try:
+        from peft import LoraConfig
+        from peft.tuners.lora import LoraModel
+    except ImportError:
+        raise UserError(f"{option} needs the package peft: pip install 'amclr[adapters]'") from None
+    linear = {n: m for n, m in trunk.named_modules() if isinstance(m, nn.Linear)}
+    convolutions = {n: m for n, m in trunk.named_modules() if isinstance(m, nn.Conv2d) and m.groups == 1}
+    weights = [sum(m.weight.numel() for m in found.values()) for found in (linear, convolutions)]
+    targets = linear if weights[0] > weights[1] else linear | convolutions
+    if not targets:
+        raise UserError(f"{option}: {type(trunk).__name__} has no linear or convolution layers; leave it out")
+    trunk.requires_grad_(False)
+    # Twice the rank as scale: peft's rule of thumb, under which other ranks want the same learning rate.
+    settings = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="|".join(map(re.escape, targets)))
+    return LoraModel(trunk, settings, "default")
+
+
 def build_image_tower(config: ModelConfig, weights: bool = True) -> ImageTower:
     """The image tower that the settings name. Raises UserError, saying what would do, if it cannot be loaded.
 
@@ -264,14 +399,14 @@ def build_image_tower(config: ModelConfig, weights: bool = True) -> ImageTower:
         resnet = ResNet(
             block, (1, 1, 1, 1), channels=(32, 64, 128, 256), num_classes=0, stem_width=16, stem_type="deep"
         )
-        return ImageTower(resnet.to(memory_format=torch.channels_last), config.image_size, CLIP_MEAN, CLIP_STD)
+        return ImageTower(resnet, config.image_size, CLIP_MEAN, CLIP_STD)
     if name == pretrained.IMAGE_TOWER:
         packaged: Any = timm.create_model(pretrained.TIMM_NAME)
         if load:
             packaged.load_state_dict(pretrained.efficientnet_state(packaged.state_dict()))
         packaged.reset_classifier(0)
         cfg = packaged.pretrained_cfg
-        return ImageTower(packaged.to(memory_format=torch.channels_last), config.image_size, cfg["mean"], cfg["std"])
+        return ImageTower(packaged, config.image_size, cfg["mean"], cfg["std"])
     sized: dict[str, Any] = {"img_size": config.image_size} if _takes_img_size(name) else {}
     try:
         trunk = timm.create_model(name, pretrained=load, num_classes=0, **sized)

@@ -27,8 +27,9 @@ from typing import Any
 import torch
 import yaml
 
+from amclr.averaging import kept_weights
 from amclr.checkpoints import Checkpoints
-from amclr.config import Config, from_dict
+from amclr.config import Config, ModelConfig, from_dict
 from amclr.errors import UserError
 from amclr.files import write_text
 from amclr.model import DualEncoder, build_tokenizer
@@ -224,17 +225,21 @@ class Run:
         """Whether the checkpoint with the best recall is there, and what was written."""
         return self.saved.best_is_sound()
 
-    def load_model(self) -> DualEncoder:
-        """The model with its best weights, in evaluation mode."""
-        state = self.load_best()
+    def refuse_without_tokenizer(self) -> None:
+        """Raise UserError where the run's own tokenizer has gone."""
         if self.config.model.text_tower == "small" and not (self.folder / "tokenizer").is_dir():
             raise UserError(
                 f"'{self.folder}' has lost its folder tokenizer/, without which its captions have no meaning"
             )
+
+    def load_model(self) -> DualEncoder:
+        """The model with its best weights, in evaluation mode."""
+        state = self.load_best()
+        self.refuse_without_tokenizer()
         tokenizer = build_tokenizer(self.config.model, [], self.folder / "tokenizer")
         model = DualEncoder(self.config.model, tokenizer, from_checkpoint=True)
-        model.load_saved(state["model"])
-        return model.eval()
+        model.load_saved(kept_weights(state))
+        return model.merge_adapters().eval()
 
 
 class Loggers:
@@ -276,6 +281,43 @@ class Loggers:
         self.run.write_csv()
         if self.wandb is not None:
             self.wandb.finish()
+
+
+SHAPING = ("image_tower", "image_pretrained", "text_tower", "text_pretrained", "text_pooling", "head", "hidden", "dim")
+"""Settings of a model that decide which weights fit it."""
+
+
+def begin(config: Config, captions: Sequence[str], folder: Path) -> DualEncoder:
+    """The model that a run begins with: published and random weights, or those of the run `config.start`.
+
+    captions: for the tokenizer of a small text tower, where neither `folder` nor the other run has one.
+    Raises UserError, saying what to type, where the other run is not there, or its model is another one.
+    """
+    other = None
+    if config.start:
+        if not (Path(config.start) / "config.yaml").is_file():
+            raise UserError(
+                f"--start: there is no run folder '{config.start}' (any more): its weights are those that this run "
+                "begins with, so put it back, or give the folder of another run"
+            )
+        other = Run.open(Path(config.start))
+        _refuse_unlike(config.model, other.config.model, config.start)
+    places = [folder / "tokenizer", *([other.folder / "tokenizer"] if other else [])]
+    tokenizer = build_tokenizer(config.model, captions, next((p for p in places if p.is_dir()), None))
+    torch.manual_seed(derive(config.seed, "weights"))
+    model = DualEncoder(config.model, tokenizer)
+    if other:
+        model.begin_with(other.load_model().state_to_save())
+    return model
+
+
+def _refuse_unlike(own: ModelConfig, other: ModelConfig, start: str) -> None:
+    needed = {n: getattr(other, n) for n in SHAPING if getattr(own, n) != getattr(other, n)}
+    if own.head == other.head == "linear":
+        needed.pop("hidden", None)
+    if needed:
+        typed = " ".join(f"--model.{n} {str(v).lower() if isinstance(v, bool) else v}" for n, v in needed.items())
+        raise UserError(f"the model of '{start}' is another one than this run's: give {typed}")
 
 
 def load(path: str | Path) -> DualEncoder:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from amclr.averaging import Averaging
 from amclr.clock import Clock
 from amclr.config import Config, fixed_differences, from_dict
 from amclr.data.batches import Batch, BatchPlan
@@ -22,7 +23,7 @@ from amclr.devices import Fabric
 from amclr.distributed import spread, whole
 from amclr.errors import UserError
 from amclr.faults import Undo
-from amclr.measure import Evaluator
+from amclr.measure import Evaluator, Monitor
 from amclr.model import DualEncoder
 from amclr.objectives import Objective
 from amclr.run import Pinned, Run
@@ -51,6 +52,10 @@ class Training:
     undo: Undo
     micro_batch: int
     """Pictures embedded at a time; 0 is all."""
+    averaging: Averaging = field(init=False)
+    """What is evaluated and kept; made where the model is wrapped."""
+    monitor: Monitor | None = None
+    """Zero-shot accuracy on pictures by class, where that is asked for."""
     step: int = 0
     """Steps done."""
     best: float = -math.inf
@@ -94,6 +99,7 @@ class Training:
         state = {
             "model": whole(self.model.state_to_save(), writes),
             "optimizer": whole(self.optimizer.optimizer.state_dict(), writes),
+            **whole(self.averaging.state_dict(), writes),
             "objective": self.objective.state_dict(), "step": self.step, "best": self.best,
             "samples": torch.from_numpy(self.plan.samples), "steps_per_epoch": self.plan.steps_per_epoch,
             "held_out": self.pinned.val_digest, "measured": self.measured, "skipped": sorted(self.skipped),
@@ -186,6 +192,7 @@ class Training:
     def take_up(self, state: Mapping[str, Any], rows: Tensor | None = None) -> None:
         """Put everything as it was when a checkpoint was written. rows: as of `Objective.load_rows`."""
         self.load_model(state["model"])
+        self.averaging.load_state_dict(state)
         load_optimizer(self.optimizer.optimizer, state["optimizer"])
         if rows is None:
             self.objective.load_state_dict(state["objective"])

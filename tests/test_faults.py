@@ -84,8 +84,8 @@ def test_a_skipped_step_leaves_no_trace(
     )
     for step in range(3):
         before = {k: v.clone() for k, v in {**training.model.state_dict(), **training.objective.state_dict()}.items()}
-        outcome, _, _ = engine.advance(training, training.batches[step])
-        assert outcome == ("skipped" if step == 2 else "made")
+        made = engine.advance(training, training.batches[step])
+        assert made.outcome == ("skipped" if step == 2 else "made")
         training.step += 1
     after = {**training.model.state_dict(), **training.objective.state_dict()}
     assert all(torch.equal(v, after[k]) for k, v in before.items())

@@ -10,10 +10,10 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -129,18 +129,18 @@ def reconciled(former: Run, config: Config | None) -> Config:
 
 def fit(t: Training, progress: bool, profile: bool = False) -> None:
     """The loop: from the steps done to the last."""
-    config, per_epoch = t.config, t.plan.steps_per_epoch
-    bar = tqdm(total=t.steps, initial=t.step, desc=config.objective, unit="step", disable=not progress)
     with ExitStack() as stack:
         # Whatever ends the loop, a checkpoint under way is finished; what ended it is not hidden by that failing.
         stack.push(lambda kind, *_: t.run.wait_saved(raises=kind is None))
-        logs = stack.enter_context(Loggers(t.run, config, t.step, writes=t.team.first_rank))
-        stack.enter_context(bar)
+        t.team.before_end = t.run.wait_saved
+        logs = stack.enter_context(Loggers(t.run, t.config, t.step, writes=t.team.first_rank))
+        bar = stack.enter_context(
+            tqdm(total=t.steps, initial=t.step, desc=t.config.objective, unit="step", disable=not progress)
+        )
         signals = stack.enter_context(Signals())
         trace = stack.enter_context(traced(t, profile))
-        t.team.before_end = t.run.wait_saved
-        if config.on_nan == "rollback" and t.step == 0:
-            t.save()
+        if t.config.on_nan == "rollback" and t.step == 0:
+            t.save(passing=True)
         t.clock = Clock()
         written = time.monotonic()
         if not t.measured:
@@ -149,51 +149,60 @@ def fit(t: Training, progress: bool, profile: bool = False) -> None:
                 raise Stopped(signals.caught, t.run.folder)
         for batch in stream(t):
             t.lap("loader", "forward")
-            outcome, metrics, rate = advance(t, batch)
-            if outcome == "rolled back":
+            made = advance(t, batch)
+            if made.outcome == "rolled back":
                 bar.n = t.step
                 bar.refresh()
                 continue
             t.step += 1
             t.clock.steps += 1
             t.team.step()
-            bar.update()
             trace()
-            for name, reason in batch.replaced.items():
-                t.run.log({"kind": "replaced", "step": t.step, "sample": name, "reason": reason})
-                t.lose(name, reason)
-            due = time.monotonic() - written > (60 * config.checkpoint_minutes or t.run.pace())
-            if due:
-                written = time.monotonic()
+            bar.update()
+            list_replaced(t, batch)
+            if made.outcome == "made" and ((t.step - 1) % LOG_EVERY == 0 or t.step == t.steps):
+                log_step(t, logs, made, bar)
+            due = time.monotonic() - written > (60 * t.config.checkpoint_minutes or t.run.pace())
             stop, saves = t.team.agree(signals.caught, int(due and t.team.first_rank))
-            if outcome == "made" and ((t.step - 1) % LOG_EVERY == 0 or t.step == t.steps):
-                values = {k: float(v) for k, v in metrics.items()}
-                time_spent = t.clock.since_last()
-                values |= {"lr": rate, "gamma": t.objective.gamma, **time_spent}
-                logs.write("train", t.step, t.step / per_epoch, values)
-                shown = {"loss": f"{values['loss']:.3f}"}
-                if time_spent["wait_share"] > WAIT_MATTERS:
-                    shown["waits"] = f"{time_spent['wait_share']:.0%}"
-                bar.set_postfix(shown, refresh=False)
             t.measured = not t.measures
-            is_best = False
-            if t.measures and not stop:
-                t.team.at("evaluation", math.inf)
-                is_best = evaluate(t, logs, signals, bar)
-                stop = signals.caught if t.team.size == 1 else stop
             if t.measures or stop or saves:
-                if outcome == "made" and not math.isfinite(metrics["loss"].item()):
-                    leave_out(t, batch, metrics["loss"], None)
-                passing = not (t.measures or stop)
-                t.save(is_best=is_best, wait=bool(stop) or t.step == t.steps, passing=passing)
+                if made.outcome == "made" and not math.isfinite(made.metrics["loss"].item()):
+                    leave_out(t, batch, made.metrics["loss"], None)
+                is_best = False
+                if t.measures and not stop:
+                    t.team.at("evaluation", math.inf)
+                    is_best = evaluate(t, logs, signals, bar)
+                    stop = signals.caught if t.team.size == 1 else stop
+                ends = bool(stop) or t.step == t.steps
+                t.save(is_best=is_best, wait=ends, passing=not (t.measures or ends))
+            if t.measures or due:
                 written = time.monotonic()
             if stop and not (t.step == t.steps and t.measured):
                 raise Stopped(stop, t.run.folder)
             t.lap("evaluation, logs and checkpoints", "loader")
     if progress and t.clock.steps:
         store = getattr(t.batches, "store", None)
-        advice = t.clock.advice(config.workers, kept=store is None or store.kept != "none")
+        advice = t.clock.advice(t.config.workers, kept=store is None or store.kept != "none")
         print("\n".join([t.clock.report(), *advice]), file=sys.stderr)
+
+
+def list_replaced(t: Training, batch: Batch) -> None:
+    """Log which samples of a batch had to be replaced. Raises UserError beyond the limit on bad pictures."""
+    for name, reason in batch.replaced.items():
+        t.run.log({"kind": "replaced", "step": t.step, "sample": name, "reason": reason})
+        t.lose(name, reason)
+
+
+def log_step(t: Training, logs: Loggers, made: Made, bar: Any) -> None:
+    """Log a step's metrics and what the steps since the last one that was logged spent their time on."""
+    values = {k: float(v) for k, v in made.metrics.items()}
+    time_spent = t.clock.since_last()
+    values |= {"lr": made.rate, "gamma": t.objective.gamma, **time_spent}
+    logs.write("train", t.step, t.step / t.plan.steps_per_epoch, values)
+    shown = {"loss": f"{values['loss']:.3f}"}
+    if time_spent["wait_share"] > WAIT_MATTERS:
+        shown["waits"] = f"{time_spent['wait_share']:.0%}"
+    bar.set_postfix(shown, refresh=False)
 
 
 def evaluate(t: Training, logs: Loggers, signals: Signals, bar: Any) -> bool:
@@ -257,32 +266,41 @@ def _first(error: BaseException) -> str:
     return " ".join(str(error).split())[:120].rstrip(". ")
 
 
-def advance(t: Training, batch: Batch) -> tuple[str, dict[str, Tensor], float]:
-    """Make a step: "made", "skipped" or "rolled back"; its metrics and learning rate."""
+@dataclass(frozen=True)
+class Made:
+    """What became of a step, with its metrics and learning rate."""
+
+    outcome: Literal["made", "skipped", "rolled back"]
+    metrics: dict[str, Tensor]
+    rate: float
+
+
+def advance(t: Training, batch: Batch) -> Made:
+    """Make a step, or leave it out where its numbers are not finite."""
     config = t.config
     rate = learning_rate(config.optim, t.step, t.steps)
     if t.step in t.skipped:
-        return "skipped", {}, rate
+        return Made("skipped", {}, rate)
     t.objective.start_epoch(t.step // t.plan.steps_per_epoch, config.epochs)
     set_lr(t.optimizer, rate)
     t.wrapped.train()
     t.objective.diagnose = t.step % LOG_EVERY == 0
     loss, metrics = gradient(t, batch)
-    # Looking at a number waits for the GPU: where the run is to stop anyway, not at every step.
-    looks = config.on_nan != "stop" or t.fabric.device.type == "cpu" or t.step % LOG_EVERY == 0
     norm = None
     if config.optim.clip or config.on_nan != "stop":
         norm = t.fabric.clip_gradients(
             t.wrapped, t.optimizer, max_norm=config.optim.clip or math.inf, error_if_nonfinite=False
         )
+    # Looking at a number waits for the GPU: where the run is to stop anyway, not at every step.
+    looks = config.on_nan != "stop" or t.fabric.device.type == "cpu" or t.step % LOG_EVERY == 0
     if looks and not is_finite(t, loss, norm):
-        return leave_out(t, batch, loss, norm), metrics, rate
+        return Made(leave_out(t, batch, loss, norm), metrics, rate)
     t.optimizer.step()
     t.optimizer.zero_grad()
     average_statistics(t.model)
     t.averaging.update()
     t.lap("optimiser", "logs and checkpoints", math.inf)
-    return "made", metrics, rate
+    return Made("made", metrics, rate)
 
 
 def is_finite(t: Training, loss: Tensor, norm: Tensor | None) -> bool:
@@ -292,7 +310,7 @@ def is_finite(t: Training, loss: Tensor, norm: Tensor | None) -> bool:
     return norm is None or t.fabric.strategy.precision.precision == "16-mixed" or math.isfinite(float(norm))
 
 
-def leave_out(t: Training, batch: Batch, loss: Tensor, norm: Tensor | None) -> str:
+def leave_out(t: Training, batch: Batch, loss: Tensor, norm: Tensor | None) -> Literal["skipped", "rolled back"]:
     """Deal with a step whose numbers are not finite as the settings say, with the batch kept to look into."""
     names = [t.pinned.train[i] for i in batch.ids.tolist()]
     folder = t.run.folder / "faults"

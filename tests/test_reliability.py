@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -23,8 +24,6 @@ from amclr.engine import Stopped, train
 from amclr.run import Run
 from tests.conftest import make_folder
 from tests.test_engine import assert_same_run, config_for
-
-pytestmark = pytest.mark.slow
 
 
 def begin(config: Config, steps: Any) -> None:
@@ -54,6 +53,7 @@ def started(config: Config) -> tuple[Any, Any]:
     return process, steps
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 @pytest.mark.parametrize("workers", [0, 2])
 def test_twenty_kills_at_random_steps_change_nothing(workers: int, precision: Any, folder: Path) -> None:
@@ -87,6 +87,7 @@ def test_twenty_kills_at_random_steps_change_nothing(workers: int, precision: An
     assert (run.folder / "results.json").read_text() == (whole.folder / "results.json").read_text()
 
 
+@pytest.mark.slow
 def test_ten_signals_leave_ten_checkpoints_within_ten_seconds(folder: Path) -> None:
     """SIGTERM at random moments: each time the last step made is in the checkpoint, and the run ends as it would."""
     changes: dict[str, Any] = {"epochs": 40, "workers": 2}
@@ -111,9 +112,36 @@ def test_ten_signals_leave_ten_checkpoints_within_ten_seconds(folder: Path) -> N
     assert_same_run(whole, Run.open(Path(config.out)))
 
 
+def test_a_second_signal_acts_at_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a step that takes a minute: the first Ctrl-C waits for it, the second does not; nothing is lost but the step."""
+    whole = train(config_for(folder, "whole"), progress=False)
+    taken = engine.advance
+
+    def takes_long(t: engine.Training, batch: Any) -> Any:
+        if t.step == 6:
+            time.sleep(60)
+        return taken(t, batch)
+
+    config = config_for(folder, "parts")
+    monkeypatch.setattr(engine, "advance", takes_long)
+    process, steps = started(config)
+    monkeypatch.setattr(engine, "advance", taken)
+    while steps.value < 6:
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGINT)
+    process.join(1)
+    assert process.is_alive()
+    os.kill(process.pid, signal.SIGINT)
+    process.join(10)
+    assert process.exitcode == 130
+    assert Run.open(Path(config.out)).load_last()["step"] == 4  # type: ignore[index]
+    assert_same_run(whole, train(resume=Path(config.out), progress=False))
+
+
 TWENTY_THOUSAND = 20_000
 
 
+@pytest.mark.slow
 def test_twenty_thousand_steps_take_no_more_memory(tmp_path: Path) -> None:
     """Less than 1 MiB per 10,000 steps, with a worker, logs and checkpoints; no file or process is left open."""
     folder = make_folder(tmp_path / "patches", pictures=50)
@@ -145,8 +173,8 @@ def test_twenty_thousand_steps_take_no_more_memory(tmp_path: Path) -> None:
         process.kill()
     assert process.returncode == 0
     print(found)
-    steps = sorted(found)
-    assert steps[-1] >= 18
+    steps = sorted(found)[:-1]  # during the last one it ends
+    assert steps[-1] >= 17
     half = len(steps) // 2
     early, late = (min(found[s][0] for s in part) for part in (steps[:half], steps[half:]))
     growth = (late - early) / 2**20 / half * 10

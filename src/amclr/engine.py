@@ -107,9 +107,8 @@ def train(
         if (folder / "config.yaml").is_file():  # features and checkpoints so far are there to go on from
             raise Stopped(signal.SIGINT, folder) from None
         raise
-    finally:
-        if fabric.world_size > 1 and dist.is_initialized():
-            dist.destroy_process_group()
+    if team.size > 1 and dist.is_initialized():  # after an error, it might wait for processes that have gone
+        dist.destroy_process_group()
     return training.run
 
 

@@ -32,7 +32,7 @@ test: $(VENV)/ready ## the fast tests
 	$(BIN)/python -m pytest -n 2
 
 test-slow: $(VENV)/pretrained ## the slow tests, on real data where it is there
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow -n 2
 
 lint: $(VENV)/ready ## style, types, import layers
 	$(BIN)/ruff check .

@@ -26,7 +26,7 @@ BEAT = 1.0
 LONG = timedelta(days=30)
 """For waits that the watch, and no timeout, puts an end to."""
 BEGINNING = 10.0
-"""The first steps may take so many times longer: kernels are compiled and tried out."""
+"""The first steps, and what is no part of a step, may take so many times longer: kernels are compiled, data read."""
 USUAL = 10.0
 """No step is held to be stuck before it has taken so many times as long as the longest one so far."""
 LOST = r"(?i)connection (closed|reset|refused)|peer|socket|NCCL|broken pipe|gloo"
@@ -193,12 +193,11 @@ class Team:
 
     def _beat(self, store: Any, count: int) -> None:
         taken = round(time.monotonic() - self._since, 1)
-        store.set(f"beat/{self.rank}", json.dumps([count, self._place, taken]))
+        store.set(f"beat/{self.rank}", json.dumps([count, self._place, taken, self._limit > 0]))
 
     def _watch(self) -> None:
         heard = dict.fromkeys(range(self.size), (-1, time.monotonic()))
         at: dict[int, list[Any]] = {}
-        silence = max(3 * BEAT, self.patience / 2)
         count = 0
         while not self._done.wait(BEAT):
             count += 1
@@ -216,7 +215,8 @@ class Team:
                     self._leave(f"process 0 of {self.size} is gone: process {self.rank} stops too{self.advice}")
                 return None
             for rank, (_, when) in heard.items():
-                if now - when > silence:
+                # What is no part of a step may keep the interpreter, and with it this thread, busy for long.
+                if now - when > max(3 * BEAT, self.patience / 2) * (BEGINNING if at[rank][3] else 1.0):
                     self._end(f"nothing has been heard of process {rank} of {self.size} for {now - when:.0f} s; it was "
                               f"in '{at[rank][1]}'")  # fmt: skip
             taken = now - self._since

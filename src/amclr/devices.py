@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -21,6 +22,8 @@ from amclr.errors import UserError
 
 # How the processes meet says nothing that a user of ours can act on.
 logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+# Newer versions of torch name it otherwise, which older ones do not know.
+warnings.filterwarnings("ignore", message=".*broadcast_buffers. is deprecated")
 
 __all__ = ["Fabric", "arithmetic", "processes_started", "start_processes"]
 

@@ -169,6 +169,7 @@ def test_resumed_equals_uninterrupted(folder: Path, published: ModelConfig, monk
     assert not any("log_u" in k or "tau" in k or "objective" in k for k in first["kept"])
 
 
+@pytest.mark.slow
 def test_what_is_loaded_is_what_was_measured(folder: Path, published: ModelConfig) -> None:
     run = train(tuned(folder, published), progress=False)
     results = json.loads((run.folder / "results.json").read_text())
@@ -184,6 +185,7 @@ def test_what_is_loaded_is_what_was_measured(folder: Path, published: ModelConfi
     assert torch.equal(plain.load_last()["model"][name], run.load_last()["model"][name])  # type: ignore[index]
 
 
+@pytest.mark.slow
 def test_the_line_after_the_fact(folder: Path, published: ModelConfig, amclr: Command) -> None:
     """At 0 the towers are the published ones, at 1 the trained ones, in between what a run with --wise keeps."""
     plain = train(tuned(folder, published, "plain", wise=1.0, ema=0.0, objective="clip"), progress=False)
@@ -208,6 +210,7 @@ def test_the_line_after_the_fact(folder: Path, published: ModelConfig, amclr: Co
     assert wrong.returncode == 1 and "--wise must be numbers between 0 and 1" in wrong.stderr
 
 
+@pytest.mark.slow
 def test_the_line_needs_the_weights_it_began_with(folder: Path, published: ModelConfig) -> None:
     run = train(tuned(folder, published, ema=0.0, wise=1.0), progress=False)
     place = Path(published.image_tower.removeprefix("local-dir:"))
@@ -247,6 +250,7 @@ def test_a_run_begins_with_another(folder: Path) -> None:
             attempt()
 
 
+@pytest.mark.slow
 def test_a_frozen_tower_from_another_run_is_stored(folder: Path, published: ModelConfig) -> None:
     """A published file does not give it again."""
     first = train(config_for(folder, "first", model=published), progress=False)
@@ -301,6 +305,7 @@ def test_merged_adapters_are_the_same_model(published: ModelConfig) -> None:
     assert model.state_to_save().keys() == model.state_dict().keys(), "no longer what was published"
 
 
+@pytest.mark.slow
 def test_adapted_runs_load_merged_and_go_on(folder: Path, published: ModelConfig) -> None:
     config = config_for(folder, "first", model=adapted(published), optim=OptimConfig(lr=0.05), objective="clip")
     run = train(config, progress=False)
@@ -348,6 +353,7 @@ def test_adapters_that_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
         encoder(replace(TINY, text_adapters=8))
 
 
+@pytest.mark.slow
 def test_adapters_resume(folder: Path, published: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = train(config_for(folder, "whole", model=adapted(published)), progress=False)
     config = config_for(folder, "parts", model=adapted(published))
@@ -412,6 +418,7 @@ def test_monitor(folder: Path, published: ModelConfig, capsys: pytest.CaptureFix
         assert drawn.size[0] > 1.3 * plain.size[0], "a third panel"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("image_lr", [0.0, 1.0])
 def test_the_monitor_decodes_once(image_lr: float, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = classes(folder)

@@ -61,7 +61,7 @@ def test_nan_stops_and_is_kept_to_look_into(folder: Path, monkeypatch: pytest.Mo
     assert all(bool(v.isfinite().all()) for v in state["model"].values())
 
 
-@pytest.mark.parametrize("make", [frozen, config_for])
+@pytest.mark.parametrize("make", [frozen, pytest.param(config_for, marks=pytest.mark.slow)])
 def test_a_skipped_step_leaves_no_trace(
     make: Callable[..., Config], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -129,7 +129,7 @@ def assert_same_run_but_for_faults(a: Run, b: Run) -> None:
 # -- memory ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("when", ["forward", "backward"])
+@pytest.mark.parametrize("when", [pytest.param("forward", marks=pytest.mark.slow), "backward"])
 def test_out_of_memory_halves_the_parts_and_goes_on(
     when: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -255,6 +255,7 @@ def test_workers_that_die_again_and_again(folder: Path, monkeypatch: pytest.Monk
         train(config_for(folder, workers=2), progress=False)
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_stuck_is_replaced(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = train(config_for(folder, "whole"), progress=False)
     real, trainer, marker = PictureBatches.__getitem__, os.getpid(), folder.parent / "stuck"
@@ -335,9 +336,8 @@ def test_resume_with_options(amclr: Command, folder: Path, tmp_path: Path) -> No
     assert "Self CPU" in (tmp_path / "run/profile/summary-rank0.txt").read_text()
 
 
-@pytest.mark.parametrize(
-    "signum", [signal.SIGUSR1, *(pytest.param(s, marks=pytest.mark.slow) for s in (signal.SIGTERM, signal.SIGINT))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("signum", [signal.SIGUSR1, signal.SIGTERM, signal.SIGINT])
 def test_signals_leave_a_checkpoint(signum: int, folder: Path, tmp_path: Path) -> None:
     """As a scheduler sends it, to a process of its own: within seconds, with the conventional code."""
     command = [sys.executable, "-m", "amclr", "train", "--data", str(folder), *SMALL, "--epochs", "400", "--out", "run"]

@@ -409,6 +409,7 @@ def test_compiled_towers() -> None:
     torch.testing.assert_close(compiled.encode_text(CAPTIONS), plain.encode_text(CAPTIONS))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("micro_batch", [0, 3])
 def test_runs_that_recompute_learn_the_same(micro_batch: int, folder: Path) -> None:
     model = ModelConfig(image_size=32, dim=16)

@@ -112,6 +112,7 @@ def test_ten_signals_leave_ten_checkpoints_within_ten_seconds(folder: Path) -> N
     assert_same_run(whole, Run.open(Path(config.out)))
 
 
+@pytest.mark.slow
 def test_a_second_signal_acts_at_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a step that takes a minute: the first Ctrl-C waits for it, the second does not; nothing is lost but the step."""
     whole = train(config_for(folder, "whole"), progress=False)

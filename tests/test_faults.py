@@ -19,10 +19,12 @@ import torch
 
 from amclr import engine
 from amclr.config import Config, LossConfig, OptimConfig
+from amclr.data import pictures
 from amclr.data.batches import PictureBatches
 from amclr.engine import train
 from amclr.errors import UserError
 from amclr.run import Run
+from amclr.signals import Interrupted, Signals
 from tests.conftest import SMALL, Command
 from tests.test_engine import config_for, frozen, untimed
 
@@ -116,6 +118,31 @@ def test_rolled_back_is_as_if_the_step_were_not_there(folder: Path, monkeypatch:
     first = train(replace(config, on_nan="rollback", out=str(folder.parent / "first"), checkpoint_minutes=60),
                   progress=False)  # fmt: skip
     assert_same_run_but_for_faults(known, first)
+
+
+def test_every_step_left_out_is_listed_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two steps rolled back to the same checkpoint; a step skipped right after a checkpoint, and then a kill."""
+    poisoned(monkeypatch, {5, 6})
+    config = frozen(folder, epochs=3, checkpoint_minutes=60)
+    run = train(replace(config, on_nan="rollback"), progress=False)
+    assert [r["step"] for r in run.metrics() if r["kind"] == "fault"] == [5, 6]
+    taken = engine.advance
+
+    def killed(t: engine.Training, batch: Any) -> Any:
+        made = taken(t, batch)
+        if t.step == 4:
+            raise MemoryError
+        return made
+
+    poisoned(monkeypatch, {4})
+    again = replace(config, on_nan="skip", out=str(folder.parent / "again"))
+    with monkeypatch.context() as patch:
+        taken = engine.advance
+        patch.setattr(engine, "advance", killed)
+        with pytest.raises(MemoryError):
+            train(again, progress=False)
+    run = train(resume=Path(again.out), progress=False)
+    assert [r["step"] for r in run.metrics() if r["kind"] == "fault"] == [4, 5, 6]
 
 
 def assert_same_run_but_for_faults(a: Run, b: Run) -> None:
@@ -292,6 +319,13 @@ def test_going_on_under_other_settings(folder: Path) -> None:
         train(replace(run.config, epochs=2), resume=run.folder, progress=False)
 
 
+def test_settings_of_the_source_that_may_change_do(folder: Path) -> None:
+    run = train(frozen(folder), progress=False)
+    source = replace(run.config.source, max_bad=0.5)
+    assert train(replace(run.config, source=source), resume=run.folder, progress=False).config.source == source
+    assert Run.open(run.folder).config.source == source
+
+
 def test_settings_that_were_edited_by_hand(folder: Path) -> None:
     run = train(frozen(folder), progress=False)
     file = run.folder / "config.yaml"
@@ -334,6 +368,13 @@ def test_resume_with_options(amclr: Command, folder: Path, tmp_path: Path) -> No
         names = {e.get("name") for e in json.load(handle)["traceEvents"]}
     assert {"amclr: forward", "amclr: objective", "amclr: backward"} <= names
     assert "Self CPU" in (tmp_path / "run/profile/summary-rank0.txt").read_text()
+
+
+def test_a_signal_while_a_picture_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is not taken for an error of the picture."""
+    monkeypatch.setattr(pictures, "_open", lambda _: signal.raise_signal(signal.SIGUSR1))
+    with pytest.raises(Interrupted), Signals(says=False) as signals, signals.interrupting():
+        pictures.read_picture(Path("picture.png"), 32)
 
 
 @pytest.mark.slow

@@ -129,8 +129,10 @@ def test_a_second_signal_acts_at_once(folder: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(engine, "advance", taken)
     while steps.value < 6:
         time.sleep(0.01)
-    os.kill(process.pid, signal.SIGINT)
-    process.join(1)
+    for _ in range(2):  # as a launcher does: it passes on what reaches all its processes by itself
+        os.kill(process.pid, signal.SIGINT)
+        process.join(0.2)
+    process.join(0.8)
     assert process.is_alive()
     os.kill(process.pid, signal.SIGINT)
     process.join(10)

@@ -220,8 +220,10 @@ class Checkpoints:
 
     # -- reading ----------------------------------------------------------------------------------
 
-    def load_last(self) -> dict[str, Any] | None:
-        """The newest checkpoint that is sound, or None where there is none yet. Says which ones are damaged, and why.
+    def load_last(self, tells: bool = True) -> dict[str, Any] | None:
+        """The newest checkpoint that is sound, or None where there is none yet.
+
+        tells: say which ones are damaged, and why.
 
         Raises UserError where all of them are.
         """
@@ -233,7 +235,8 @@ class Checkpoints:
                 state = self._read(file)
             except Damaged as why:
                 damaged.append(file)
-                print(f"checkpoint {file} is damaged ({why}): trying the one before", file=sys.stderr)
+                if tells:
+                    print(f"checkpoint {file} is damaged ({why}): trying the one before", file=sys.stderr)
                 continue
             self._last = state.get("step")
             return state

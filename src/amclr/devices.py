@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +16,7 @@ import torch
 from lightning.fabric import Fabric
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.fabric.strategies import DDPStrategy, ModelParallelStrategy
+from lightning.fabric.strategies.launchers import subprocess_script
 from torch import nn
 from torch.utils import deterministic
 
@@ -24,6 +27,9 @@ from amclr.errors import UserError
 logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
 # Newer versions of torch name it otherwise, which older ones do not know.
 warnings.filterwarnings("ignore", message=".*broadcast_buffers. is deprecated")
+
+GRACE = 30.0
+"""Seconds that processes have to end by themselves after one has failed."""
 
 __all__ = ["Fabric", "arithmetic", "processes_started", "start_processes"]
 
@@ -55,8 +61,18 @@ def start_processes(config: Config, uses_all: bool) -> Fabric:
     except (ValueError, RuntimeError, TypeError, ImportError) as error:
         what = f"--accelerator {config.accelerator} --precision {config.precision} with {local} processes"
         raise UserError(f"{what} will not do here: {' '.join(str(error).split())[:200]}") from None
+    subprocess_script._ChildProcessObserver = _Observer  # type: ignore[misc]
     fabric.launch()
     return fabric
+
+
+class _Observer(subprocess_script._ChildProcessObserver):
+    """Ends the processes that `--devices` started where one has failed, but lets them say so and end first."""
+
+    def _terminate_all(self) -> None:
+        time.sleep(GRACE)
+        print("amclr: one of the processes has failed, and another does not end: stopped", file=sys.stderr, flush=True)
+        super()._terminate_all()
 
 
 @contextmanager

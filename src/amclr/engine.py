@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import re
@@ -36,7 +37,7 @@ from amclr.data.pictures import PictureStore
 from amclr.data.rows import append_rejects, write_rejects
 from amclr.data.views import policies
 from amclr.devices import Fabric, arithmetic, start_processes
-from amclr.distributed import average_statistics
+from amclr.distributed import average_statistics, process
 from amclr.errors import UserError
 from amclr.faults import Undo, keep_fault, out_of_memory
 from amclr.features import FeatureBatches
@@ -46,7 +47,7 @@ from amclr.objectives import Objective, backward_in_chunks, build
 from amclr.optim import build_optimizer, choose_optimizer, learning_rate, set_lr
 from amclr.randomness import derive
 from amclr.run import Loggers, Pinned, Run, begin
-from amclr.signals import Interrupted, Signals, kept_handler, leave_signals_to_the_trainer
+from amclr.signals import Interrupted, Signals, ending, kept_handler, leave_signals_to_the_trainer
 from amclr.team import Team
 from amclr.training import Training
 
@@ -60,10 +61,10 @@ TRACED = 10
 
 
 class Stopped(Exception):
-    """A run stopped by a signal; it can go on from its folder."""
+    """A run stopped by a signal; it can go on from its folder. Of several processes one says so."""
 
-    def __init__(self, signum: int, folder: Path) -> None:
-        super().__init__(f"stopped; go on by: amclr train --resume {folder}")
+    def __init__(self, signum: int, folder: Path, says: bool = True) -> None:
+        super().__init__(f"stopped; go on by: amclr train --resume {folder}" if says else "")
         self.code = 128 + signum
 
 
@@ -84,13 +85,13 @@ def train(
     if wrong := problems(settings):
         raise UserError("; ".join(wrong))
     fabric = launch(settings)
-    folder = former.folder if former else Path(settings.out)
+    folder = former.folder if former else Path(settings.out) if settings.out else None
     try:
         with (
-            kept_random_state(), arithmetic(settings, fabric.device), Team(settings.patience) as team,
+            ending(), kept_random_state(), arithmetic(settings, fabric.device), Team(settings.patience) as team,
             team.telling(Stopped),
         ):  # fmt: skip
-            if not (former or settings.out):
+            if folder is None:
                 folder = Path(team.share(str(default_folder(settings))))
             team.advice = f"; go on by: amclr train --resume {folder}, started as before"
             speaks = progress and team.first_rank
@@ -103,10 +104,16 @@ def train(
                 training.run.write_config()
             fit(training, speaks, profile)
             finish(training, speaks)
-    except KeyboardInterrupt:
-        if (folder / "config.yaml").is_file():  # features and checkpoints so far are there to go on from
-            raise Stopped(signal.SIGINT, folder) from None
+    except KeyboardInterrupt as error:
+        if folder and (folder / "config.yaml").is_file():  # features and checkpoints so far are there to go on from
+            raise Stopped(getattr(error, "signum", signal.SIGINT), folder, process() == 0) from None
         raise
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if not (full and folder and (folder / "config.yaml").is_file()):
+            raise
+        what = f"'{error.filename or folder}': {error.strerror}"
+        raise UserError(f"{what}. Make room, then go on by: amclr train --resume {folder}") from None
     if team.size > 1 and dist.is_initialized():  # after an error, it might wait for processes that have gone
         dist.destroy_process_group()
     return training.run
@@ -136,7 +143,7 @@ def fit(t: Training, progress: bool, profile: bool = False) -> None:
         bar = stack.enter_context(
             tqdm(total=t.steps, initial=t.step, desc=t.config.objective, unit="step", disable=not progress)
         )
-        signals = stack.enter_context(Signals())
+        signals = stack.enter_context(Signals(t.team.first_rank))
         trace = stack.enter_context(traced(t, profile))
         if t.config.on_nan == "rollback" and t.step == 0:
             t.save(passing=True)
@@ -145,7 +152,7 @@ def fit(t: Training, progress: bool, profile: bool = False) -> None:
         if not t.measured:
             t.save(is_best=evaluate(t, logs, signals, bar), wait=True)
             if not t.measured:
-                raise Stopped(signals.caught, t.run.folder)
+                raise Stopped(signals.caught, t.run.folder)  # of one process: several are not interrupted
         for batch in stream(t):
             t.lap("loader", "forward")
             made = advance(t, batch)
@@ -177,7 +184,8 @@ def fit(t: Training, progress: bool, profile: bool = False) -> None:
             if t.measures or due:
                 written = time.monotonic()
             if stop and not (t.step == t.steps and t.measured):
-                raise Stopped(stop, t.run.folder)
+                t.team.any(False)  # where one process ends, launchers end the others: not while one still writes
+                raise Stopped(stop, t.run.folder, t.team.first_rank)
             t.lap("evaluation, logs and checkpoints", "loader")
     if progress and t.clock.steps:
         store = getattr(t.batches, "store", None)
@@ -208,7 +216,8 @@ def evaluate(t: Training, logs: Loggers, signals: Signals, bar: Any) -> bool:
     """Measure, and log it; whether the weights are the best so far. A signal puts it off to when the run goes on."""
     try:
         # Several processes end it together, and then stop.
-        with signals.interrupting(t.team.size == 1), t.averaging.kept_in_model():
+        # Interrupted while the weights are exchanged, the model would be a mixture of both.
+        with t.averaging.kept_in_model(), signals.interrupting(t.team.size == 1):
             recalls = t.evaluator() | (t.monitor() if t.monitor else {})
     except Interrupted:
         return False
@@ -316,6 +325,8 @@ def leave_out(t: Training, batch: Batch, loss: Tensor, norm: Tensor | None) -> L
     what = keep_fault(folder, t.step, t.team.rank, batch.to(t.fabric.device), names, loss, norm, t.model)
     t.undo.back()
     t.optimizer.zero_grad()
+    if (scaler := getattr(t.fabric.strategy.precision, "scaler", None)) is not None:
+        scaler.update(scaler.get_scale())  # else it takes the next gradients for these; the scale stays
     told, kept = f"{what} at step {t.step}", f"samples and batch are in {folder}"
     hint = "lower --optim.lr or raise --loss.temperature"
     if t.config.on_nan == "stop":
@@ -340,7 +351,7 @@ def leave_out(t: Training, batch: Batch, loss: Tensor, norm: Tensor | None) -> L
         raise UserError(f"{told}, and there is no checkpoint to roll back to: {hint}; {kept}")
     t.take_up(state)
     if t.team.first_rank:
-        t.run.forget_metrics_after(t.step)
+        t.run.forget_metrics_after(t.step, left_out=t.skipped)
         t.run.log(row)
     return "rolled back"
 
@@ -484,15 +495,17 @@ def prepare(
     pinned = Pinned([s.name for s in samples], [s.name for s in held_out], weights)
     if former and not changed_data:
         former.refuse_others(pinned)
+    if not former:
+        config = _with_store(config, manifest)
     if team.first_rank:
-        run = former or Run.create(folder, _with_store(config, manifest))
+        run = former or Run.create(folder, config)
         if config.model.text_tower == "small" and not (folder / "tokenizer").is_dir():
             model.tokenizer.save_pretrained(folder / "tokenizer.part")  # a kill here must leave none, or a whole one
             (folder / "tokenizer.part").rename(folder / "tokenizer")
         write_rejects(manifest.rejects, folder / "rejects.jsonl")
     else:
         run = Run.open(folder)
-    config = run.config = replace(config, source=run.config.source)
+    run.config = config
     run.speaks = team.first_rank
     if manifest.rejects and progress:
         print(f"{len(manifest.rejects)} rows or pictures left out: {folder / 'rejects.jsonl'}", file=sys.stderr)

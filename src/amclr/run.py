@@ -18,7 +18,7 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -175,16 +175,22 @@ class Run:
                 continue
         return rows
 
-    def forget_metrics_after(self, step: int, stretch: float = 1.0, measured: bool = True) -> None:
+    def forget_metrics_after(
+        self, step: int, stretch: float = 1.0, measured: bool = True, left_out: Collection[int] = ()
+    ) -> None:
         """Drop the rows of steps that a resumed run will do again.
 
         stretch: steps an epoch now, by those that the rows were counted in; the others are numbered anew.
-        measured: false where the evaluation at that step will be done again too.
+        measured: false where the evaluation at that step will be done again too. left_out: steps that it will pass
+        over, after faults that stay listed.
         """
-        kept = [
-            {**row, "step": round(row["step"] * stretch)} for row in self.metrics()
-            if row["step"] < step or (row["step"] == step and (measured or row["kind"] != "eval"))
-        ]  # fmt: skip
+
+        def stays(row: dict[str, Any]) -> bool:
+            if row["kind"] == "fault":  # of the step to be made, not of one that was
+                return row["step"] < step or ("done" in row and row["step"] in left_out)
+            return row["step"] < step or (row["step"] == step and (measured or row["kind"] != "eval"))
+
+        kept = [{**row, "step": round(row["step"] * stretch)} for row in self.metrics() if stays(row)]
         write_text(self.folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
 
     def write_csv(self) -> None:
@@ -215,7 +221,7 @@ class Run:
 
     def load_last(self) -> dict[str, Any] | None:
         """The newest checkpoint that can be read, or None where there is none yet."""
-        return self.saved.load_last()
+        return self.saved.load_last(tells=self.speaks)
 
     def load_best(self) -> dict[str, Any]:
         """The checkpoint with the best recall, or the last one where no evaluation has been made."""

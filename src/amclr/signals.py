@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 """Ctrl-C; what schedulers send before they kill; what SLURM can be asked to send (`--signal=USR1@60`)."""
+
+SAME = 0.5
+"""Seconds within which a second signal is taken for the first."""
 
 
 def leave_signals_to_the_trainer(worker: int) -> None:
@@ -18,17 +23,52 @@ def leave_signals_to_the_trainer(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-class Interrupted(Exception):
-    """A signal came during what can be done again."""
+class Interrupted(BaseException):
+    """A signal came during what can be done again. Nothing that catches errors on the way is to catch it."""
+
+
+class Ended(KeyboardInterrupt):
+    """As Ctrl-C, after another signal."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__()
+        self.signum = signum
+
+
+@contextmanager
+def ending() -> Iterator[None]:
+    """A block, of the main thread, that signals end as Ctrl-C does, rather than the process without a word."""
+    own = os.getpid()
+
+    def end(signum: int, frame: Any) -> None:
+        if os.getpid() == own:
+            raise Ended(signum)
+        signal.signal(signum, signal.SIG_DFL)  # a process forked meanwhile has nothing to say
+        os.kill(os.getpid(), signum)
+
+    former = {}
+    try:
+        with suppress(ValueError):  # not in the main thread
+            for number in STOPPING:
+                if signal.getsignal(number) is signal.SIG_DFL:
+                    former[number] = signal.signal(number, end)
+        yield
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
 
 
 class Signals:
-    """As a context: note the first signal that asks to stop instead of dying at once; a second acts as usual."""
+    """As a context: note the first signal that asks to stop instead of dying at once; a second acts as usual.
 
-    def __init__(self) -> None:
+    What comes at the same time counts as one: a launcher passes on what its processes have got as well.
+    """
+
+    def __init__(self, says: bool = True) -> None:
+        self.says = says
         self.caught = 0
         """The number of the signal; 0 while there was none."""
-        self._interrupts = False
+        self._interrupts, self._when = False, 0.0
         self._former: dict[int, Any] = {}
 
     def __enter__(self) -> Signals:
@@ -44,9 +84,14 @@ class Signals:
             signal.signal(number, handler)
 
     def _handle(self, signum: int, frame: Any) -> None:
-        self.caught = signum
-        print("\nstopping after this step, with a checkpoint (once more: at once)", file=sys.stderr)
-        self.__exit__()
+        if self.caught:
+            if time.monotonic() - self._when > SAME:
+                self.__exit__()
+                signal.raise_signal(signum)
+            return
+        self.caught, self._when = signum, time.monotonic()
+        if self.says:
+            print("\nstopping after this step, with a checkpoint (once more: at once)", file=sys.stderr)
         if self._interrupts:
             raise Interrupted
 

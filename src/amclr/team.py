@@ -29,7 +29,7 @@ BEGINNING = 10.0
 """The first steps, and what is no part of a step, may take so many times longer: kernels are compiled, data read."""
 USUAL = 10.0
 """No step is held to be stuck before it has taken so many times as long as the longest one so far."""
-LOST = r"(?i)connection (closed|reset|refused)|peer|socket|NCCL|broken pipe|gloo"
+LOST = r"(?i)connection (was likely )?(closed|reset|refused)|peer|socket|NCCL|broken pipe|gloo"
 """What errors of collectives say when another process has gone."""
 
 
@@ -133,9 +133,13 @@ class Team:
             if self.size == 1 or isinstance(error, expected):
                 raise
             lost = isinstance(error, RuntimeError) and re.search(LOST, str(error))
+            if isinstance(error, KeyboardInterrupt):  # it mostly reaches all
+                self.fail("stopped by a signal")
+                raise
             message = " ".join((str(error) or type(error).__name__).split())[:300]
             if lost:
-                self._failed(within=3 * BEAT)
+                with suppress(RuntimeError):
+                    self._await(["failed"], within=3 * BEAT)
                 message = f"the connection to another process is lost ({message}){self.advice}"
             rank, said = self.fail(message)
             if rank != self.rank:
@@ -154,15 +158,12 @@ class Team:
             return own
         return rank, said
 
-    def _failed(self, within: float) -> bool:
-        """Whether a process has told why it ends, or does so soon."""
+    def _await(self, keys: list[str], within: float) -> None:
+        """Wait until these are in the store, but not for long."""
+        # Not `wait` of the store: where the time is up, it prints warnings.
         end = time.monotonic() + within
-        with suppress(RuntimeError):
-            while time.monotonic() < end:
-                if self._store.check(["failed"]):
-                    return True
-                time.sleep(0.1)
-        return False
+        while not self._store.check(keys) and time.monotonic() < end:
+            time.sleep(0.1)
 
     # -- watching ------------------------------------------------------------------------------------
 
@@ -188,8 +189,9 @@ class Team:
         if self.size > 1:
             with suppress(RuntimeError):  # of a store whose process has gone
                 self._store.set(f"done/{self.rank}", "")
-                if self.rank == 0 and not self._store.check(["failed"]):  # the store of all goes with this process
-                    self._store.wait([f"done/{rank}" for rank in range(self.size)], timedelta(seconds=self.patience))
+                if self.rank == 0:  # the store of all goes with this process, and what it failed of with that
+                    patience = 6 * BEAT if self._store.check(["failed"]) else self.patience
+                    self._await([f"done/{rank}" for rank in range(self.size)], patience)
 
     def _beat(self, store: Any, count: int) -> None:
         taken = round(time.monotonic() - self._since, 1)

@@ -157,7 +157,7 @@ class Training:
                 # Before the metrics are numbered anew: a kill in between may lose some, but never counts twice.
                 self.save(renumbered=True, wait=True)
             if self.team.first_rank:
-                self.run.forget_metrics_after(state["step"], stretch, self.measured)
+                self.run.forget_metrics_after(state["step"], stretch, self.measured, self.skipped)
         elif self.team.first_rank:
             self.run.forget_metrics_after(0)
         if not self.team.first_rank:

@@ -390,6 +390,7 @@ def test_what_is_kept(saved: Checkpoints) -> None:
     saved.save(state_of(5), 5, best=False, keep=3, wait=True)
     saved.save(state_of(4), 4, best=False, keep=2, wait=True)
     assert names(saved) == ["best.pt", "last.pt", "step-00000003.pt", "step-00000004.pt"], "later ones go first"
+    saved.save(state_of(6), 6, best=False, keep=2, passing=True, wait=True)
     saved.save(state_of(2), 2, best=False, keep=2, renumbered=True, wait=True)
     assert names(saved) == ["best.pt", "last.pt", "step-00000002.pt"]
     assert same(saved.load_best(), state_of(1)) and same(saved.load_last(), state_of(2))

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from amclr import engine
+from amclr import cli, engine
 from amclr.config import Config, LossConfig, OptimConfig
 from amclr.data import pictures
 from amclr.data.batches import PictureBatches
@@ -209,7 +209,7 @@ def test_out_of_memory_for_a_single_picture(folder: Path, monkeypatch: pytest.Mo
 
 MEMORY = """
 import resource, sys
-from amclr import engine
+from amclr import cli, engine
 from amclr.config import Config, ModelConfig
 config = Config(
     data=sys.argv[1], out="run", epochs=1, batch_size=32, accelerator="cpu", seed=1,
@@ -368,6 +368,20 @@ def test_resume_with_options(amclr: Command, folder: Path, tmp_path: Path) -> No
         names = {e.get("name") for e in json.load(handle)["traceEvents"]}
     assert {"amclr: forward", "amclr: objective", "amclr: backward"} <= names
     assert "Self CPU" in (tmp_path / "run/profile/summary-rank0.txt").read_text()
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_signal_before_the_first_step(begun: bool, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The scheduler's code, and how to go on if there is something to go on with."""
+    run = folder.parent / "run"
+    place, name = (engine.FeatureBatches, "__init__") if begun else (engine.manifests, "prepare")
+    monkeypatch.setattr(place, name, lambda *_: signal.raise_signal(signal.SIGTERM))
+    options = ["--model.image_lr", "0", "--model.text_lr", "0", "--out", str(run)]
+    told: list[str] = []
+    monkeypatch.setattr(cli, "_fail", lambda message, code: told.append(message) or code)
+    assert cli.main(["train", "--data", str(folder), *SMALL, *options]) == 143
+    assert told == [f"stopped; go on by: amclr train --resume {run}" if begun else "stopped"]
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 def test_a_signal_while_a_picture_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:

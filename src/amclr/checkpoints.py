@@ -191,7 +191,11 @@ class Checkpoints:
             self._name(file, name)
         sync(self.folder)
         taken = file.stat().st_size
-        self._prune(job.step if "last.pt" in job.to else self._last or 0, 1 if job.renumbered else job.keep)
+        if job.renumbered:
+            for old in self._all():
+                if old != file:
+                    old.unlink(missing_ok=True)
+        self._prune(job.step if "last.pt" in job.to else self._last or 0, job.keep)
         return taken
 
     def _prune(self, newest: int, keep: int) -> None:

@@ -65,8 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return commands[command](rest)
     except UserError as error:
         return _fail(str(error), 1)
-    except KeyboardInterrupt:
-        return _fail("stopped", 130)
+    except KeyboardInterrupt as error:
+        return _fail("stopped", 128 + getattr(error, "signum", 2))
     except OSError as error:
         if os.environ.get("AMCLR_TRACEBACK"):
             raise

@@ -370,3 +370,32 @@ def test_loss_scaling_resumes_bit_by_bit(folder: Path, monkeypatch: pytest.Monke
     with pytest.raises(Stopped):
         train(frozen(folder, "parts", epochs=9, objective="amclr"), progress=False)
     assert_same_run(whole, train(resume=folder.parent / "parts", progress=False))
+
+
+SLOW_DISK = """
+import sys, time
+from amclr import checkpoints, cli
+write = checkpoints.Checkpoints._write
+checkpoints.Checkpoints._write = lambda self, job: time.sleep(8) or write(self, job)
+sys.exit(cli.main())
+"""
+
+
+@pytest.mark.slow
+def test_all_processes_wait_for_the_last_checkpoint(folder: Path, tmp_path: Path) -> None:
+    """Ctrl-C reaches both processes of `--devices 2`: neither ends, and has the other ended, before it is written."""
+    (tmp_path / "slow.py").write_text(SLOW_DISK)
+    command = [sys.executable, str(tmp_path / "slow.py"), "train", "--data", str(folder), *SMALL, "--devices", "2",
+               "--epochs", "400", "--eval_every", "400", "--checkpoint_minutes", "60", "--out", "run"]  # fmt: skip
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True,
+                               env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+    log = tmp_path / "run" / "metrics.jsonl"
+    try:
+        while not log.is_file() and process.poll() is None:
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGINT)
+        _, said = process.communicate(timeout=90)
+    finally:
+        process.kill()
+    assert process.returncode == 130 and said.count("stopped; go on by: amclr train --resume run") == 1
+    assert Run.open(tmp_path / "run").load_last()["step"] >= 1  # type: ignore[index]

@@ -147,3 +147,13 @@ def test_imports_torch_and_numpy_alone() -> None:
 'torchvision', 'lightning', 'matplotlib', 'jsonargparse') if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
+
+
+def test_hits_of_each_query() -> None:
+    # As in test_hand_drawn_ranks; a fourth picture without a text is a candidate and asks nothing.
+    images, texts = from_scores([[0.9, 0.1, 0.8, 0.7], [0.2, 0.6, 0.5, 0.4], [0.3, 0.2, 0.1, 0.0], [-1, -1, -1, -1]])
+    hits = evaluate.retrieval_hits(images, texts, [0, 0, 1, 2])
+    assert hits["txt"].tolist() == [[1, 1, 1], [0, 1, 1], [0, 1, 1]]
+    assert hits["img"].tolist() == [[1, 1, 1], [0, 1, 1], [0, 1, 1], [0, 1, 1]]
+    scores, labels = torch.tensor([[0.5, 0.5, 0.1], [0.9, 0.2, 0.3], [0.1, 0.2, 0.3]]), torch.tensor([0, 1, 2])
+    assert evaluate.class_hits(scores, labels, (1, 2)).tolist() == [[0.5, 1], [0, 0], [1, 1]]

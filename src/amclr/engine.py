@@ -41,7 +41,7 @@ from amclr.distributed import average_statistics, process
 from amclr.errors import UserError
 from amclr.faults import Undo, keep_fault, out_of_memory
 from amclr.features import FeatureBatches
-from amclr.files import write_text
+from amclr.files import write_arrays, write_text
 from amclr.measure import Evaluator, Monitor, draw_gallery, measure_classes, model_reads_pictures
 from amclr.objectives import Objective, backward_in_chunks, build
 from amclr.optim import build_optimizer, choose_optimizer, learning_rate, set_lr
@@ -584,7 +584,7 @@ def default_folder(config: Config) -> Path:
 
 
 def finish(t: Training, progress: bool) -> None:
-    """Put the best weights back and leave results.json, curves.png, gallery.png and metrics.csv."""
+    """Put the best weights back and leave results.json, queries.npz, curves.png, gallery.png."""
     t.team.at("measuring the best weights", math.inf)
     t.team.any(False)  # the first process's checkpoint is there for all
     best = t.run.load_best()
@@ -597,7 +597,9 @@ def finish(t: Training, progress: bool) -> None:
     if t.manifest.zeroshot:
         # Where the model is spread over the processes, the others would have to take part.
         alone = t.run.load_model().to(t.fabric.device) if t.config.strategy == "fsdp" else t.model
-        results |= measure_classes(alone, t.manifest.zeroshot, t.config, progress=progress)
+        hits = t.run.folder / "queries-zeroshot.npz"
+        results |= measure_classes(alone, t.manifest.zeroshot, t.config, progress=progress, hits=hits)
+    write_arrays(t.run.folder / "queries.npz", t.evaluator.hits(images, texts))
     write_text(t.run.folder / "results.json", json.dumps(results, indent=2) + "\n")
     title = f"{t.config.objective} on {manifests.label(t.config.data)}"
     figures.curves(t.run.metrics(), t.run.folder / "curves.png", title, t.evaluator.chance())

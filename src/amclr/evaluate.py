@@ -60,6 +60,31 @@ def retrieval(
     Raises:
         ValueError: for shapes that do not agree, rows out of range, NaN.
     """
+    found: dict[str, float] = {}
+    for side, (above, ties, right) in _ranks(image_embeddings, text_embeddings, image_of_text, chunk).items():
+        for k in RECALLS:
+            found[f"{side}_r{k}"] = 100 * float(_hit(above, ties, right, k).mean())
+        found[f"{side}_r_mean"] = float(np.mean([found[f"{side}_r{k}"] for k in RECALLS]))
+        found[f"{side}_median_rank"] = float((above + ties / (right + 1) + 1).median())
+    found["r_mean"] = (found["txt_r_mean"] + found["img_r_mean"]) / 2
+    return found
+
+
+def retrieval_hits(
+    image_embeddings: Any, text_embeddings: Any, image_of_text: Any, *, chunk: int = 1024
+) -> dict[str, Tensor]:
+    """What `retrieval` takes the means of: by side, a row per query with its hit among the first 1, 5 and 10.
+
+    txt: (images that have texts, in their order; 3); img: (T, 3). In [0, 1], the expectation where there are ties.
+    """
+    ranks = _ranks(image_embeddings, text_embeddings, image_of_text, chunk)
+    return {side: torch.stack([_hit(*counted, k) for k in RECALLS], dim=1) for side, counted in ranks.items()}
+
+
+def _ranks(
+    image_embeddings: Any, text_embeddings: Any, image_of_text: Any, chunk: int
+) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+    """By side, what `_rank` counts of every query."""
     images, texts = _matrix("image_embeddings", image_embeddings), _matrix("text_embeddings", text_embeddings)
     owner = torch.as_tensor(np.asarray(image_of_text)).to(images.device)
     if images.shape[1] != texts.shape[1]:
@@ -80,15 +105,10 @@ def retrieval(
         _rank(t @ images.T, o[:, None] == image_index[None, :])
         for t, o in zip(texts.split(chunk), owner.split(chunk), strict=True)
     ]
-    found: dict[str, float] = {}
-    for side, ranks in (("txt", for_texts), ("img", for_images)):
-        above, ties, right = (torch.cat(parts) for parts in zip(*ranks, strict=True))
-        for k in RECALLS:
-            found[f"{side}_r{k}"] = 100 * float(_hit(above, ties, right, k).mean())
-        found[f"{side}_r_mean"] = float(np.mean([found[f"{side}_r{k}"] for k in RECALLS]))
-        found[f"{side}_median_rank"] = float((above + ties / (right + 1) + 1).median())
-    found["r_mean"] = (found["txt_r_mean"] + found["img_r_mean"]) / 2
-    return found
+    return {
+        side: tuple(torch.cat(parts) for parts in zip(*ranks, strict=True))  # type: ignore[misc]
+        for side, ranks in (("txt", for_texts), ("img", for_images))
+    }
 
 
 def _rank(scores: Tensor, is_answer: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -142,6 +162,17 @@ def zeroshot(
         classnames: names of the classes.
         templates: prompts with {} for the name, or functions of the name.
     """
+    return classify(*class_scores(model, images, labels, classnames, templates))
+
+
+def class_scores(
+    model: Encoder,
+    images: Any,
+    labels: Sequence[int] | Tensor | np.ndarray,
+    classnames: Sequence[str],
+    templates: Sequence[Template] = TEMPLATES,
+) -> tuple[Tensor, Tensor]:
+    """What `zeroshot` classifies by: cosine of every picture and class (n, C), and the labels (n,)."""
     ready = isinstance(images, Tensor | np.ndarray) and images.ndim == 2
     rows = _matrix("image embeddings", images if ready else model.encode_image(images))
     target = torch.as_tensor(np.asarray(labels)).long()
@@ -150,18 +181,21 @@ def zeroshot(
     if len(target) and (int(target.min()) < 0 or int(target.max()) >= len(classnames)):
         raise ValueError(f"labels must lie in [0, {len(classnames)}), got {int(target.min())} to {int(target.max())}")
     classes = class_embeddings(model, classnames, templates).to(rows.device)
-    return classify(rows @ classes.T, target.to(rows.device))
+    return rows @ classes.T, target.to(rows.device)
 
 
 def classify(scores: Tensor, labels: Tensor) -> dict[str, float]:
     """Top-k accuracy in percent of class scores (n, C) against labels (n,), ties in expectation."""
+    tops = [k for k in TOPS if k == 1 or k <= scores.shape[1]]
+    hits = class_hits(scores, labels, tops)
+    return {f"zeroshot_top{k}": 100 * float(hits[:, c].mean()) for c, k in enumerate(tops)}
+
+
+def class_hits(scores: Tensor, labels: Tensor, tops: Sequence[int]) -> Tensor:
+    """Per picture, whether its class is among the first k, for every k of `tops`; ties in expectation. (n, len)."""
     answers = torch.nn.functional.one_hot(labels, scores.shape[1]).bool()
-    above, ties, right = _rank(scores, answers)
-    return {
-        f"zeroshot_top{k}": 100 * float(_hit(above, ties, right, k).mean())
-        for k in TOPS
-        if k == 1 or k <= scores.shape[1]
-    }
+    counted = _rank(scores, answers)
+    return torch.stack([_hit(*counted, k) for k in tops], dim=1)
 
 
 def _matrix(name: str, values: Any) -> Tensor:

@@ -6,11 +6,14 @@ import gzip
 import json
 import os
 import re
+import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
+
+import numpy as np
 
 
 @contextmanager
@@ -46,6 +49,21 @@ def write_text(file: Path, text: str) -> None:
     """Write a text file, in UTF-8, so that it is whole or absent at any moment."""
     with written(file) as handle:
         handle.write(text.encode("utf-8", "backslashreplace"))
+
+
+def write_arrays(file: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Write arrays, compressed, as `read_arrays` reads them."""
+    with written(file) as handle:
+        np.savez_compressed(handle, **arrays)  # type: ignore[arg-type]
+
+
+def read_arrays(file: Path) -> dict[str, np.ndarray] | None:
+    """The arrays in a file; None where there is none, or it is damaged. Runs nothing that a file may hold."""
+    try:
+        with np.load(file, allow_pickle=False) as found:
+            return dict(found)
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error):
+        return None
 
 
 def write_packed(file: Path, value: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -31,7 +32,7 @@ from amclr.data.views import policies, title, whole
 from amclr.distributed import World, process, processes, share_of
 from amclr.errors import UserError
 from amclr.features import caption_features, image_features
-from amclr.files import write_text
+from amclr.files import write_arrays, write_text
 from amclr.model import DualEncoder, build_tokenizer
 from amclr.run import Run, begin
 
@@ -149,6 +150,18 @@ class Evaluator:
         """Recalls of given embeddings, with the sizes that they belong to."""
         sizes = {"pictures": len(images), "captions": len(texts), "rejects": len(self.rejects)}
         return {**sizes, **evaluate.retrieval(images, texts, self.image_of_text)}
+
+    def hits(self, images: Tensor, texts: Tensor) -> dict[str, np.ndarray]:
+        """What each query of given embeddings finds, and whose it is, for comparing runs query by query.
+
+        txt (N, 3), img (T, 3): as of `evaluate.retrieval_hits`. image_of_text (T,). queries: a digest of what is asked.
+        """
+        found = evaluate.retrieval_hits(images, texts, self.image_of_text)
+        asked = hashlib.sha256("\n".join([*(s.name for s in self.samples), *self.captions]).encode("utf-8", "replace"))
+        return {
+            **{side: rows.numpy().astype(np.float32) for side, rows in found.items()},
+            "image_of_text": self.image_of_text, "queries": np.array(asked.hexdigest()),
+        }  # fmt: skip
 
     def chance(self) -> float:
         """Mean of R@1, R@5 and R@10 in percent, for a random order of the pictures."""
@@ -381,9 +394,13 @@ def _classes(
 
 
 def measure_classes(
-    model: DualEncoder, root: Path, config: Config, classnames: str = "", templates: str = "", progress: bool = True
-) -> dict[str, Any]:
-    """Zero-shot accuracy on a folder of pictures by class. Pictures that cannot be decoded are left out and counted."""
+    model: DualEncoder, root: Path, config: Config, classnames: str = "", templates: str = "", progress: bool = True,
+    hits: Path | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Zero-shot accuracy on a folder of pictures by class. Pictures that cannot be decoded are left out and counted.
+
+    hits: a file to write each picture's top-1 hit to, (n, 1), for comparing runs picture by picture.
+    """
     paths, labels, names, prompts = _classes(root, classnames, templates)
     places = [Location(str(p)) for p in paths]
     verdicts = scan(places, model.config.image_size, progress=progress)
@@ -397,9 +414,14 @@ def measure_classes(
         samples = [Sample(p.file, p, ()) for p, _ in kept]
         images = model.project(_plain_features(model, samples, config, manifests.cache_folder(config), progress), None)
     try:
-        found = evaluate.zeroshot(model, images, [y for _, y in kept], names, prompts)
+        scores, target = evaluate.class_scores(model, images, [y for _, y in kept], names, prompts)
     except ValueError as error:
         raise UserError(f"{templates or root}: {error}") from None
+    found = evaluate.classify(scores, target)
+    if hits:
+        asked = hashlib.sha256("\n".join(os.path.relpath(p.file, root) for p, _ in kept).encode("utf-8", "replace"))
+        top1 = evaluate.class_hits(scores, target, (1,)).cpu().numpy().astype(np.float32)
+        write_arrays(hits, {"top1": top1, "queries": np.array(asked.hexdigest()), "zeroshot": np.array(str(root))})
     return {"zeroshot": str(root), "zeroshot_classes": len(names), "zeroshot_pictures": len(kept),
             "zeroshot_rejects": len(bad), **found}  # fmt: skip
 

@@ -5,6 +5,7 @@ environment.json   versions, machine, command     curves.png            loss and
 rejects.jsonl      rows and pictures left out     gallery.png           captions and what they find
 checkpoints/       last.pt, best.pt, step-*.pt    results.json          the best weights, measured
 tokenizer/         of the small text tower        samples.json          its pictures, by name
+queries.npz        what each query found, of the best weights
 """
 
 from __future__ import annotations

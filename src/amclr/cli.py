@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 COMMANDS = {
     "train": "train a dual encoder: with no arguments on generated scenes, in minutes on a laptop",
+    "compare": "train the variants of an experiment file over several seeds: one table, figures, a report",
     "evaluate": "retrieval and zero-shot classification with a trained model",
     "paraphrase": "paraphrases of a data set's captions, made once, for training's second text views",
     "inspect": "what is in a data set: counts, caption lengths, bad rows, a contact sheet with both views",
@@ -36,7 +37,8 @@ first steps:
   amclr inspect --data FOLDER                       look at your captioned pictures
   amclr paraphrase FOLDER --model rules             reword their captions, for second text views
   amclr train --data FOLDER --objective xamclr      train on them
-  amclr evaluate runs/RUN --zeroshot CLASS_FOLDERS  measure the result"""
+  amclr evaluate runs/RUN --zeroshot CLASS_FOLDERS  measure the result
+  amclr compare EXPERIMENT.yaml --seeds 5           compare objectives, or any settings"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -61,7 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if missing:
         return _fail(f"this command needs {', '.join(missing)}: pip install 'amclr[train]'", 1)
     try:
-        commands = {"train": _train, "evaluate": _evaluate, "paraphrase": _paraphrase, "inspect": _inspect}
+        commands = {"train": _train, "compare": _compare, "evaluate": _evaluate, "paraphrase": _paraphrase,
+                    "inspect": _inspect}  # fmt: skip
         return commands[command](rest)
     except UserError as error:
         return _fail(str(error), 1)
@@ -106,6 +109,28 @@ def _train(arguments: list[str]) -> int:
     print(f"\nrun folder: {run.folder}  (curves.png, gallery.png, results.json)")
     print(f"use it:     amclr evaluate {run.folder} --zeroshot CLASS_FOLDERS, or amclr.load('{run.folder}') in Python")
     return 0
+
+
+def _compare(arguments: list[str]) -> int:
+    parser = _parser("compare")
+    parser.add_argument("file", type=str, help="experiment file, as in experiments/: what to compare")
+    parser.add_argument("--data", type=str, default="", help="data set instead of the file's")
+    parser.add_argument("--seeds", type=str, default="", help="how many seeds, or which (0,1,7), instead of the file's")
+    parser.add_argument("--out", type=str, default="", help="folder; empty makes runs/compare-NAME")
+    parser.add_argument(
+        "--zeroshot", type=str, nargs="*", default=[], help="folders of pictures by class instead of the file's"
+    )
+    options = _parse(parser, arguments)
+    from amclr import compare, engine
+
+    try:
+        found = compare.compare(
+            Path(options.file), data=options.data, seeds=options.seeds, out=options.out, zeroshot=options.zeroshot
+        )
+    except engine.Stopped as stopped:
+        return _fail(str(stopped), stopped.code)
+    print(f"{found.table}\nreport: {found.folder / 'report.html'}  (table.md, table.csv, results.json, figures)")
+    return _fail(f"{found.failed} runs failed: the table names them", 1) if found.failed else 0
 
 
 def _evaluate(arguments: list[str]) -> int:

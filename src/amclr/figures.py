@@ -1,9 +1,9 @@
-"""Pictures of runs and data: learning curves, the retrieval gallery, the contact sheet."""
+"""Pictures of runs and data: learning curves, the retrieval gallery, the contact sheet, many runs compared."""
 
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ plt.rcParams["text.parse_math"] = False  # captions are text, dollar signs inclu
 
 # Okabe and Ito's palette: told apart with any colour vision.
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"
+VARIANTS = (BLUE, ORANGE, GREEN, RED, PURPLE, SKY, "#000000", "#808080")
+MARKERS, DASHES = "osD^vP*Xh<>d", ("-", "--", ":", "-.")
 STYLE: Any = {
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -201,6 +203,122 @@ def caption_statistics(
         right.set(xlabel="word, commonest first", ylabel="occurrences", title="Words: the long tail")
         for axis in (right.xaxis, right.yaxis):
             axis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+        figure.suptitle(title)
+        figure.savefig(file, dpi=110)
+        plt.close(figure)
+
+
+def _names(keys: Sequence[tuple[str, str]]) -> tuple[list[str], list[str]]:
+    """Variants and groups, each once, in their order."""
+    return list(dict.fromkeys(v for v, _ in keys)), list(dict.fromkeys(g for _, g in keys))
+
+
+def points(
+    panels: Sequence[tuple[str, Mapping[tuple[str, str], Sequence[float]]]], file: Path, title: str, label: str,
+    legend: str = "",
+) -> None:  # fmt: skip
+    """Draw measures of variants: the mean with its standard deviation, and every value as a small dot.
+
+    panels: title, and (variant, group) -> values. label: of the values; legend: what the groups are.
+    """
+    variants, groups = _names([key for _, cells in panels for key in cells])
+    rows = len(variants) * max(1.0, 0.62 * len(groups))
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(
+            1, len(panels), figsize=(1.4 + 3.1 * len(panels), 1.5 + 0.34 * rows), sharey=True, squeeze=False,
+            layout="constrained",
+        )  # fmt: skip
+        for panel, (name, cells) in zip(axes[0], panels, strict=True):
+            for k, group in enumerate(groups):
+                colour, marker = VARIANTS[k % len(VARIANTS)], MARKERS[k % len(MARKERS)]
+                shift = 0.64 * ((k + 0.5) / len(groups) - 0.5)
+                for y, variant in enumerate(variants):
+                    values = cells.get((variant, group), ())
+                    if not len(values):
+                        continue
+                    sd = np.std(values, ddof=1) if len(values) > 1 else 0.0
+                    panel.scatter(values, [y + shift] * len(values), s=14, color=colour, alpha=0.35, linewidths=0)
+                    panel.errorbar(np.mean(values), y + shift, xerr=sd, color=colour, marker=marker, markersize=6,
+                                   capsize=3, linewidth=1.6)  # fmt: skip
+                if len(groups) > 1:
+                    panel.plot([], [], color=colour, marker=marker, label=group)
+            panel.set(xlabel=label, title=name, yticks=range(len(variants)), yticklabels=variants)
+            panel.margins(x=0.08)
+            panel.xaxis.set_major_locator(plt.MaxNLocator(5))
+        axes[0, 0].set_ylim(len(variants) - 0.4, -0.6)
+        if len(groups) > 1:
+            handles, labels = axes[0, 0].get_legend_handles_labels()
+            figure.legend(handles, labels, title=legend, frameon=False, loc="outside right upper")
+        figure.suptitle(title)
+        figure.savefig(file, dpi=110)
+        plt.close(figure)
+
+
+def many_curves(
+    groups: Mapping[str, Mapping[str, tuple[Sequence[float], np.ndarray]]], file: Path, title: str, label: str
+) -> None:
+    """Draw learning curves of variants, a panel per group: the mean over runs and one standard deviation about it.
+
+    groups: group -> variant -> epochs (E,) and values (runs, E).
+    """
+    variants, _ = _names([(v, g) for g, found in groups.items() for v in found])
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(
+            1, len(groups), figsize=(1.9 + max(5.6, 3.9 * len(groups)), 3.8), sharey=True, squeeze=False,
+            layout="constrained",
+        )  # fmt: skip
+        for panel, (group, found) in zip(axes[0], groups.items(), strict=True):
+            for variant, (epochs, values) in found.items():
+                k = variants.index(variant)
+                colour, mean = VARIANTS[k % len(VARIANTS)], values.mean(axis=0)
+                panel.plot(epochs, mean, color=colour, linestyle=DASHES[k // len(VARIANTS) % len(DASHES)],
+                           marker=MARKERS[k % len(MARKERS)], markersize=4, linewidth=1.5, label=variant)  # fmt: skip
+                if len(values) > 1:
+                    sd = values.std(axis=0, ddof=1)
+                    panel.fill_between(epochs, mean - sd, mean + sd, color=colour, alpha=0.12, linewidth=0)
+            panel.set(xlabel="epoch", title=group)
+            panel.xaxis.set_major_locator(plt.MaxNLocator(6, integer=True))
+        axes[0, 0].set(ylabel=label)
+        shown = {t: h for panel in axes[0] for h, t in zip(*panel.get_legend_handles_labels(), strict=True)}
+        figure.legend(shown.values(), shown, frameon=False, loc="outside right upper")
+        figure.suptitle(title)
+        figure.savefig(file, dpi=110)
+        plt.close(figure)
+
+
+def cost(
+    cells: Sequence[tuple[str, str, Sequence[tuple[float, float, float]]]], file: Path, title: str, label: str,
+    legend: str = "",
+) -> None:  # fmt: skip
+    """Draw what runs took against what came of it, with the spread of both.
+
+    cells: variant, group, and (encoder passes, seconds, quality) per run.
+    """
+    variants, groups = _names([(v, g) for v, g, _ in cells])
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(1, 2, figsize=(9.8, 3.9), sharey=True, layout="constrained")
+        for variant, group, runs in cells:
+            v, g = variants.index(variant), groups.index(group)
+            passes, seconds, quality = np.array(runs).T
+            style = {
+                "color": VARIANTS[v % len(VARIANTS)],
+                "marker": MARKERS[(g if len(groups) > 1 else v) % len(MARKERS)],
+            }
+            for panel, x in zip(axes, (passes / 1e6, seconds), strict=True):
+                spread = [np.std(a, ddof=1) if len(a) > 1 else 0.0 for a in (x, quality)]
+                panel.errorbar(x.mean(), quality.mean(), xerr=spread[0], yerr=spread[1], linestyle="", markersize=7,
+                               capsize=2, linewidth=1.2, alpha=0.9, **style)  # fmt: skip
+        for k, variant in enumerate(variants):
+            marker = "o" if len(groups) > 1 else MARKERS[k % len(MARKERS)]
+            axes[0].plot([], [], linestyle="", marker=marker, color=VARIANTS[k % len(VARIANTS)], label=variant)
+        for k, group in enumerate(groups if len(groups) > 1 else ()):
+            axes[0].plot([], [], linestyle="", marker=MARKERS[k % len(MARKERS)], color="0.4", label=group)
+        axes[0].set(xlabel="encoder passes (millions)", ylabel=label)
+        axes[1].set(xlabel="seconds of training")
+        for panel in axes:
+            panel.set_xlim(left=0)
+            panel.margins(0.1)
+        figure.legend(*axes[0].get_legend_handles_labels(), title=legend, frameon=False, loc="outside right upper")
         figure.suptitle(title)
         figure.savefig(file, dpi=110)
         plt.close(figure)

@@ -219,7 +219,7 @@ def plan(experiment: Experiment, out: Path) -> list[Cell]:
     """All runs, with their settings checked. Raises UserError naming the slip, before anything has been trained."""
     cells: list[Cell] = []
     folders: dict[str, str] = {}
-    same: dict[str, str] = {}
+    made: list[tuple[Config, str]] = []
     points = [
         dict(zip(experiment.grid, values, strict=True)) for values in itertools.product(*experiment.grid.values())
     ]
@@ -233,9 +233,9 @@ def plan(experiment: Experiment, out: Path) -> list[Cell]:
         if cell.folder in folders:
             raise UserError(f"'{cell.label}' and '{folders[cell.folder]}' would have one folder: rename a variant")
         folders[cell.folder] = cell.label
-        if (key := repr(base)) in same:
-            raise UserError(f"'{cell.label}' and '{same[key]}' are the same run, setting by setting: leave one out")
-        same[key] = cell.label
+        if same := next((label for other, label in made if other == base), ""):
+            raise UserError(f"'{cell.label}' and '{same}' are the same run, setting by setting: leave one out")
+        made.append((base, cell.label))
         for seed in experiment.seeds:
             cell.configs[seed] = replace(base, seed=seed, out=str(out / "runs" / cell.folder / f"seed{seed}"))
         cells.append(cell)
@@ -256,20 +256,26 @@ def _changed(config: Config, changes: Mapping[str, Any], where: str) -> Config:
             )
         if name not in known:
             raise UserError(f"{where}: unknown setting '{name}': {_near(name, known, 'amclr train --help lists them')}")
-        if isinstance(known[name], float) and isinstance(value, str):
-            with suppress(ValueError):  # YAML takes 1e-3, without a point, for a word
-                value = float(value)
-        values = asdict(config)
-        *groups, last = name.split(".")
-        place = values
-        for group in groups:
-            place = place[group]
-        place[last] = value
         try:
-            config = from_dict(values)
+            config = _with(config, name, value)
         except ValueError as error:
-            raise UserError(f"{where}: {'.'.join([*groups, str(error)])}") from None
+            with suppress(ValueError):  # YAML takes 1e-3, without a point, for a word
+                config = _with(config, name, float(value) if isinstance(value, str) else value)
+                continue
+            raise UserError(f"{where}: {'.'.join([*name.split('.')[:-1], str(error)])}") from None
     return config
+
+
+def _with(config: Config, name: str, value: Any) -> Config:
+    """A configuration with one setting changed. Raises ValueError for a value of another type."""
+    values = asdict(config)
+    *groups, last = name.split(".")
+    place = values
+    for group in groups:
+        place = place[group]
+    place[last] = value
+    changed: Config = from_dict(values)
+    return changed
 
 
 def _check(config: Config, label: str) -> None:

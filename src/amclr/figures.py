@@ -13,6 +13,7 @@ from torch import Tensor
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.transforms import ScaledTranslation
 
 plt.rcParams["text.parse_math"] = False  # captions are text, dollar signs included
 
@@ -237,7 +238,8 @@ def points(
                     if not len(values):
                         continue
                     sd = np.std(values, ddof=1) if len(values) > 1 else 0.0
-                    panel.scatter(values, [y + shift] * len(values), s=14, color=colour, alpha=0.35, linewidths=0)
+                    below = [y + shift + 0.16 / len(groups)] * len(values)  # or the whiskers would hide some
+                    panel.scatter(values, below, s=16, color=colour, alpha=0.5, linewidths=0)
                     panel.errorbar(np.mean(values), y + shift, xerr=sd, color=colour, marker=marker, markersize=6,
                                    capsize=3, linewidth=1.6)  # fmt: skip
                 if len(groups) > 1:
@@ -300,25 +302,27 @@ def cost(
         for variant, group, runs in cells:
             v, g = variants.index(variant), groups.index(group)
             passes, seconds, quality = np.array(runs).T
-            style = {
-                "color": VARIANTS[v % len(VARIANTS)],
-                "marker": MARKERS[(g if len(groups) > 1 else v) % len(MARKERS)],
-            }
-            for panel, x in zip(axes, (passes / 1e6, seconds), strict=True):
+            marker = MARKERS[(g if len(groups) > 1 else v) % len(MARKERS)]
+            for panel, x in zip(axes, (passes / 1e3, seconds), strict=True):
                 spread = [np.std(a, ddof=1) if len(a) > 1 else 0.0 for a in (x, quality)]
-                panel.errorbar(x.mean(), quality.mean(), xerr=spread[0], yerr=spread[1], linestyle="", markersize=7,
-                               capsize=2, linewidth=1.2, alpha=0.9, **style)  # fmt: skip
+                # Many variants have the same passes: side by side they can be told apart.
+                aside = 7 * (v - (len(variants) - 1) / 2) / 72 if panel is axes[0] else 0
+                moved = panel.transData + ScaledTranslation(aside, 0, figure.dpi_scale_trans)
+                panel.errorbar(x.mean(), quality.mean(), xerr=spread[0] or None, yerr=spread[1] or None, linestyle="",
+                               marker=marker, color=VARIANTS[v % len(VARIANTS)], markersize=6, capsize=2, linewidth=1.2,
+                               alpha=0.9, transform=moved)  # fmt: skip
         for k, variant in enumerate(variants):
             marker = "o" if len(groups) > 1 else MARKERS[k % len(MARKERS)]
             axes[0].plot([], [], linestyle="", marker=marker, color=VARIANTS[k % len(VARIANTS)], label=variant)
         for k, group in enumerate(groups if len(groups) > 1 else ()):
-            axes[0].plot([], [], linestyle="", marker=MARKERS[k % len(MARKERS)], color="0.4", label=group)
-        axes[0].set(xlabel="encoder passes (millions)", ylabel=label)
+            marker = MARKERS[k % len(MARKERS)]
+            axes[0].plot([], [], linestyle="", marker=marker, color="0.4", label=f"{legend} {group}")
+        axes[0].set(xlabel="encoder passes (thousands)", ylabel=label)
+        most = max(passes for _, _, runs in cells for passes, _, _ in runs) / 1e3
+        axes[0].set_xlim(0, 1.25 * most)
+        axes[1].set_xlim(0, 1.1 * max(seconds for _, _, runs in cells for _, seconds, _ in runs))
         axes[1].set(xlabel="seconds of training")
-        for panel in axes:
-            panel.set_xlim(left=0)
-            panel.margins(0.1)
-        figure.legend(*axes[0].get_legend_handles_labels(), title=legend, frameon=False, loc="outside right upper")
+        figure.legend(*axes[0].get_legend_handles_labels(), frameon=False, loc="outside right upper")
         figure.suptitle(title)
         figure.savefig(file, dpi=110)
         plt.close(figure)

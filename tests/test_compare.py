@@ -1,0 +1,450 @@
+"""Comparisons of many runs: experiment files, fairness, budgets, going on, what fails, tables, tests of significance."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from amclr import cli, compare, engine
+from amclr.compare import Comparison, Outcome, against, plan, read, sign_flip
+from amclr.engine import Stopped
+from amclr.errors import UserError
+from amclr.files import read_arrays
+from tests.conftest import COLOURS, Command, paint
+
+ROOT = Path(__file__).parents[1]
+
+# Both towers frozen at random weights: a run takes a second.
+BASE: dict[str, Any] = {
+    "recipe": "scratch",
+    "settings": {
+        "epochs": 2, "batch_size": 8, "accelerator": "cpu", "views.image": "weak",
+        "model": {"image_size": 32, "dim": 16, "image_lr": 0, "text_lr": 0, "head": "residual", "hidden": 32},
+    },
+    "variants": ["sogclr", "amclr"], "seeds": 2, "baseline": "sogclr",
+}  # fmt: skip
+STEPS = 8
+
+
+@pytest.fixture
+def experiment(folder: Path, tmp_path: Path) -> Path:
+    """An experiment file on the small folder."""
+    return written(tmp_path / "small.yaml", folder)
+
+
+def written(file: Path, folder: Path, **changes: Any) -> Path:
+    values = BASE | changes
+    settings = {**values["settings"], "data": str(folder)}
+    file.write_text(yaml.safe_dump({**values, "settings": settings}))
+    return file
+
+
+def run(file: Path, **changes: Any) -> Comparison:
+    return compare.compare(file, out=str(file.parent / "out"), progress=False, **changes)
+
+
+@pytest.fixture(autouse=True)
+def no_pictures_of_single_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They take longer than these runs, and are looked at elsewhere."""
+    monkeypatch.setattr(engine, "draw_gallery", lambda *_: None)
+    monkeypatch.setattr(engine.figures, "curves", lambda *_: None)
+
+
+@pytest.fixture
+def classes(tmp_path: Path) -> Path:
+    """Patches by colour."""
+    for colour in COLOURS:
+        (tmp_path / "colours" / "test" / colour).mkdir(parents=True)
+        for k in range(3):
+            paint(colour, 300 + k).save(tmp_path / "colours" / "test" / colour / f"{k}.png")
+    return tmp_path / "colours" / "test"
+
+
+@pytest.fixture
+def steps_made(monkeypatch: pytest.MonkeyPatch) -> Counter[tuple[str, int]]:
+    """Steps that were made, by objective and seed."""
+    made, advance = Counter[tuple[str, int]](), engine.advance
+
+    def counted(t: Any, batch: Any) -> Any:
+        made[t.config.objective, t.config.seed] += 1
+        return advance(t, batch)
+
+    monkeypatch.setattr(engine, "advance", counted)
+    return made
+
+
+# -- all of it -----------------------------------------------------------------------------------
+
+
+def test_a_comparison(
+    folder: Path, tmp_path: Path, classes: Path, steps_made: Counter[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = written(tmp_path / "small.yaml", folder, grid={"optim.name": ["adamw", "sgd"]}, regime="all of them")
+    found = run(file, zeroshot=[str(classes)])
+    assert not found.failed and sum(steps_made.values()) == 8 * STEPS
+    out = tmp_path / "out"
+    rows = {(r["variant"], r["grid"]["optim.name"]): r for r in found.results["rows"]}
+    assert list(rows) == [("sogclr", "adamw"), ("amclr", "adamw"), ("sogclr", "sgd"), ("amclr", "sgd")]
+    for (variant, _), row in rows.items():
+        views = {"sogclr": 1, "amclr": 2}[variant]
+        for number in ("picture_passes", "caption_passes"):
+            assert row["budget"][number]["values"] == [views * 8 * STEPS] * 2
+        for one in row["runs"]:
+            own = json.loads((Path(one["folder"]) / "results.json").read_text())
+            for measure in ("txt_r_mean", "img_r_mean", "r_mean"):
+                assert one[measure] == pytest.approx(own[measure], abs=1e-4)
+            assert 0 < one["seconds"] < 60 and [e for e, _ in one["curve"]] == [1.0, 2.0]
+        values = [one["r_mean"] for one in row["runs"]]
+        assert row["measures"]["r_mean"]["mean"] == pytest.approx(np.mean(values))
+        assert row["measures"]["r_mean"]["sd"] == pytest.approx(np.std(values, ddof=1))
+        assert row["measures"]["zeroshot colours"]["values"] == [one["zeroshot colours"] for one in row["runs"]]
+    # A variant is tested against the baseline at its own point of the grid.
+    for optimiser in ("adamw", "sgd"):
+        own, base = (rows[v, optimiser]["measures"]["r_mean"]["mean"] for v in ("amclr", "sogclr"))
+        test = rows["amclr", optimiser]["against"]["r_mean"]
+        assert test["difference"] == pytest.approx(own - base) and (test["seeds"], test["pictures"]) == (2, 8)
+        assert not rows["sogclr", optimiser]["against"]
+    assert "**small (all of them)**" in found.table and "2 seeds cannot go below 0.5" in found.table
+    assert "| amclr | sgd |" in found.table and "1 of a picture (weak), 1 of a caption: sogclr" in found.table
+    with (out / "table.csv").open() as handle:
+        lines = list(csv.DictReader(handle))
+    assert [float(line["r_mean"]) for line in lines] == [r["measures"]["r_mean"]["mean"] for r in rows.values()]
+    page = (out / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 4 and not re.search(r"<script|<link|(src|href)=\"(?!data:)", page)
+    for picture in ("retrieval.png", "zeroshot.png", "learning.png", "cost.png"):
+        with Image.open(out / picture) as image:
+            assert min(image.size) > 200
+    # Again: nothing is trained, and nothing differs.
+    monkeypatch.setattr(compare, "train", lambda *_, **__: pytest.fail("trained a run that was done"))
+    assert run(file, zeroshot=[str(classes)]).results == found.results
+    with pytest.raises(UserError, match=r"epochs is 2 there, 3 here. Give another --out"):
+        run(written(file, folder, settings={**BASE["settings"], "epochs": 3}, grid={"optim.name": ["sgd"]}))
+
+
+def test_runs_of_a_seed_begin_and_go_on_alike(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Samples, their order, first views, captions and starting weights: the objective alone differs."""
+    seen: dict[tuple[str, int], list[Any]] = {}
+    advance = engine.advance
+
+    def look(t: Any, batch: Any) -> Any:
+        rows = seen.setdefault((t.config.objective, t.config.seed), [])
+        if not rows:
+            rows.append({k: v.clone() for k, v in t.model.state_dict().items()})
+        n = len(batch.ids)
+        drawn = engine.embed(lambda images, tokens: (images.float().flatten(1), tokens["input_ids"]), batch)
+        rows.append((batch.ids.clone(), drawn["image"].clone(), drawn["text"][:n].clone()))
+        return advance(t, batch)
+
+    monkeypatch.setattr(engine, "advance", look)
+    trained = {**BASE["settings"], "model": {"image_size": 32, "dim": 16}, "epochs": 1}
+    assert not run(written(tmp_path / "small.yaml", folder, settings=trained)).failed
+    for seed in (0, 1):
+        (weights, *first), (others, *second) = seen["sogclr", seed], seen["amclr", seed]
+        assert all(torch.equal(v, others[k]) for k, v in weights.items())
+        assert len(first) == len(second) == 4
+        for one, other in zip(first, second, strict=True):
+            # Captions of a batch are padded to the longest, which may be a second view.
+            width = min(one[2].shape[1], other[2].shape[1])
+            assert torch.equal(one[0], other[0]) and torch.equal(one[1], other[1])
+            assert torch.equal(one[2][:, :width], other[2][:, :width])
+    assert not torch.equal(seen["sogclr", 0][1][0], seen["sogclr", 1][1][0])
+    assert not all(torch.equal(v, seen["sogclr", 1][0][k]) for k, v in seen["sogclr", 0][0].items())
+
+
+# -- what goes wrong -----------------------------------------------------------------------------
+
+
+def test_a_failing_run_does_not_stop_the_others(
+    experiment: Path, tmp_path: Path, steps_made: Counter[tuple[str, int]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    counted = engine.advance
+
+    def broken(t: Any, batch: Any) -> Any:
+        if (t.config.objective, t.config.seed) == ("sogclr", 1) and t.step == 5:
+            raise RuntimeError("no such kernel")
+        return counted(t, batch)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "advance", broken)
+        assert cli.main(["compare", str(experiment), "--out", str(tmp_path / "out")]) == 1
+    said = capsys.readouterr()
+    assert said.err.endswith("amclr: 1 runs failed: the table names them\n")
+    assert "- sogclr, seed 1: RuntimeError: no such kernel (see " in said.out and "| 1 of 2 |" in said.out
+    trace = tmp_path / "out/runs/sogclr/seed1-error.txt"
+    assert str(trace) in said.out and "in broken" in trace.read_text()
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    assert [len(r["measures"]["r_mean"]["values"]) for r in results["rows"]] == [1, 2]
+    assert results["rows"][1]["against"]["r_mean"]["seeds"] == 1
+    # The same command tries it again, from where it was, and leaves the others be.
+    before = steps_made.copy()
+    healed = run(experiment)
+    assert not healed.failed and steps_made - before == {("sogclr", 1): 4}, "goes on from the checkpoint of epoch 1"
+
+
+def test_all_runs_may_fail(experiment: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> Any:
+        raise UserError("the data are gone")
+
+    monkeypatch.setattr(engine, "advance", broken)
+    found = run(experiment)
+    assert found.failed == 4 and "- amclr, seed 1: the data are gone" in found.table
+    assert "<h2>Runs</h2>" in (found.folder / "report.html").read_text()
+
+
+def test_stopped_and_gone_on_with(
+    experiment: Path, tmp_path: Path, steps_made: Counter[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A signal in the middle of the second run: no step is made twice, and the end is that without it."""
+    counted = engine.advance
+
+    def interrupted(t: Any, batch: Any) -> Any:
+        if (t.config.objective, t.step) == ("amclr", 2):
+            signal.raise_signal(signal.SIGTERM)
+        return counted(t, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "advance", interrupted)
+        with pytest.raises(Stopped, match=rf"this goes on: amclr compare {experiment} --out .*out$") as stopped:
+            run(experiment)
+    assert stopped.value.code == 143 and steps_made == {("sogclr", 0): STEPS, ("amclr", 0): 3}
+    # What a kill leaves of a run that has only made its folder.
+    (tmp_path / "out/runs/sogclr/seed1/checkpoints").mkdir(parents=True)
+    (tmp_path / "out/runs/sogclr/seed1/environment.json").write_text("{}")
+    found = run(experiment)
+    assert steps_made == {(o, s): STEPS for o in ("sogclr", "amclr") for s in (0, 1)}
+    whole = compare.compare(experiment, out=str(tmp_path / "whole"), progress=False)
+    for one, other in zip(found.results["rows"], whole.results["rows"], strict=True):
+        assert one["measures"] == other["measures"] and one["against"] == other["against"]
+
+
+def test_two_at_once_are_refused(experiment: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with compare.FileLock(tmp_path / "out" / ".lock"), pytest.raises(UserError, match="another amclr compare"):
+        run(experiment)
+
+
+def test_a_damaged_file_of_hits_is_made_again(experiment: Path, steps_made: Counter[tuple[str, int]]) -> None:
+    first = run(experiment, seeds="1")
+    file = Path(first.results["rows"][0]["runs"][0]["folder"]) / "queries.npz"
+    file.write_bytes(file.read_bytes()[:100])
+    before = steps_made.copy()
+    assert run(experiment, seeds="1").results["rows"] == first.results["rows"] and steps_made == before
+    assert read_arrays(file) is not None
+
+
+SLIPS = [
+    ({"variant": ["clip"]}, "unknown key 'variant': did you mean 'variants'?"),
+    ({"epochs": 3}, r"unknown key 'epochs' \(a setting belongs under settings\)"),
+    ({"variants": None}, "must be names with values"),
+    ({"variants": []}, "variants is empty"),
+    ({"variants": ["sogclr", "amlcr"]}, "unknown objective 'amlcr': did you mean 'amclr'?"),
+    ({"variants": ["sogclr", "sogclr"]}, "'sogclr' stands twice"),
+    ({"variants": {"sogclr": None, "mine": {"objective": "amlcr"}}}, "mine: unknown objective 'amlcr': did you mean"),
+    ({"variants": {"sogclr": None, "mine": {"optim.lrr": 1}}}, "variant 'mine': unknown setting 'optim.lrr': did you mean 'optim.lr'?"),
+    ({"variants": {"sogclr": None, "mine": {"optim": {"lr": "fast"}}}}, "variant 'mine': optim.lr must be float, got 'fast'"),
+    ({"variants": {"sogclr": None, "mine": {"optim.lr": -1}}}, "mine: --optim.lr must lie between"),
+    ({"variants": {"sogclr": None, "mine": {"objective": "sogclr"}}}, "'.*' and '.*' are the same run"),
+    ({"variants": {"sogclr": None, "a b": {"epochs": 3}, "a_b": {"epochs": 4}}}, "would have one folder: rename a variant"),
+    ({"variants": {"sogclr": None, "mine": {"seed": 3}}}, r"seed is not set here: give seeds: \[0, 1, 2\]"),
+    ({"variants": {"sogclr": None, "mine": {"views.image": [{"ColorJiter": {}}]}}}, "mine: image views: unknown transform 'ColorJiter'"),
+    ({"variants": {"sogclr": None, "mine": {"start": "nowhere"}}}, "mine: start: there is no run folder 'nowhere'"),
+    ({"variants": {"sogclr": None, "mine": {"batch_size": 64}}}, "32 training pictures are fewer than one batch"),
+    ({"variants": {"sogclr": None, "mine": {"devices": 2}}}, "trains each run in one process"),
+    ({"grid": {"optim.name": "adamp"}}, "grid: optim.name must be a list of values"),
+    ({"grid": {"optim.name": ["adamw", "adamx"]}}, "optim.name=adamx: unknown optimiser"),
+    ({"grid": {"optim.name": ["adamw", "adamw"]}}, "would have one folder"),
+    ({"grid": {"objective": ["clip", "amclr"]}}, "variant 'sogclr' sets objective, which the grid varies"),
+    ({"baseline": "sogclrr"}, "baseline: there is no variant 'sogclrr': did you mean 'sogclr'?"),
+    ({"recipe": "frosen"}, "unknown recipe 'frosen': did you mean 'frozen'?"),
+    ({"seeds": []}, "at least one"),
+    ({"seeds": 0}, "at least one"),
+    ({"seeds": [0, 1.5]}, "whole numbers"),
+    ({"seeds": [1, 1]}, "seeds: 1 stands twice"),
+    ({"zeroshot": ["nowhere"]}, "no folder 'nowhere'"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("changes", "message"), SLIPS)
+def test_slips_show_before_anything_runs(
+    changes: dict[str, Any], message: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compare, "train", lambda *_, **__: pytest.fail("trained"))
+    with pytest.raises(UserError, match=message) as slip:
+        run(written(tmp_path / "small.yaml", folder, **changes))
+    assert "\n" not in str(slip.value) and not (tmp_path / "out").exists()
+
+
+def test_slips_in_the_file_itself(tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "e.yaml"
+    for text, message in (
+        (None, "cannot read the experiment file"),
+        ("variants: [a", "is no YAML"),
+        ("- clip", "has no variants"),
+        ("variants:\n  clip: {epochs: 2}\n  clip: {epochs: 3}\n", "'clip' stands twice"),
+    ):
+        if text:
+            file.write_text(text)
+        assert cli.main(["compare", str(file)]) == 1
+        assert message in capsys.readouterr().err
+    written(file, tmp_path / "nowhere")
+    assert cli.main(["compare", str(file)]) == 1 and "no data set at" in capsys.readouterr().err
+    written(file, folder)
+    assert cli.main(["compare", str(file), "--seeds", "none"]) == 1 and "--seeds 3" in capsys.readouterr().err
+    assert cli.main(["compare", str(file), "--sedes", "2"]) == 1 and "did you mean --seeds?" in capsys.readouterr().err
+
+
+def test_settings_in_any_form(tmp_path: Path, folder: Path) -> None:
+    """Nested or dotted, numbers as people write them; the variant counts more than the settings."""
+    file = tmp_path / "e.yaml"
+    file.write_text(
+        f"settings: {{data: {folder}, batch_size: 8, optim: {{lr: 3e-4}}, loss.temperature: 1}}\n"
+        "variants: {clip: , hot: {objective: clip, loss: {temperature: 2e0}, batch_size: 16}}\nseeds: 0,7\n"
+    )
+    first, second = plan(read(file), tmp_path / "out")
+    configs = first.configs | {k + 100: v for k, v in second.configs.items()}
+    assert [(c.seed, c.objective, c.optim.lr, c.loss.temperature, c.batch_size) for c in configs.values()] == [
+        (0, "clip", 3e-4, 1, 8), (7, "clip", 3e-4, 1, 8), (0, "clip", 3e-4, 2, 16), (7, "clip", 3e-4, 2, 16)
+    ]  # fmt: skip
+    assert first.configs[7].out == str(tmp_path / "out/runs/clip/seed7")
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "experiments").glob("*.yaml")), ids=lambda f: f.stem)
+def test_our_experiments_can_be_run(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compare, "_check_data", lambda _: None)  # theirs is not here
+    cells = plan(read(file), tmp_path)
+    assert len(cells) >= 4 and all(len(c.configs) == 3 for c in cells)
+    assert read(file).baseline == "sogclr" and read(file).regime and read(file).name == file.stem
+
+
+# -- the command line ----------------------------------------------------------------------------
+
+
+def test_the_command(amclr: Command, experiment: Path, classes: Path, tmp_path: Path) -> None:
+    done = amclr("compare", experiment, "--seeds", "1", "--zeroshot", classes)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "run 2 of 2: amclr, seed 0: txt_r_mean" in done.stderr
+    assert f"Made by `amclr compare {experiment} --seeds 1 --zeroshot {classes}`" in done.stdout
+    assert (tmp_path / "runs/compare-small/report.html").is_file() and "colours top-1" in done.stdout
+
+
+@pytest.mark.slow
+def test_killed_and_gone_on_with(amclr: Command, folder: Path, tmp_path: Path) -> None:
+    """kill -9 in the middle of the third of four runs: the two before it are not touched again."""
+    file = written(tmp_path / "e.yaml", folder, settings={**BASE["settings"], "epochs": 12})
+    command = [sys.executable, "-m", "amclr", "compare", str(file), "--out", "out"]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    runs = tmp_path / "out" / "runs"
+    deadline = time.monotonic() + 200
+    while not (runs / "sogclr/seed1/checkpoints/step-00000008.pt").is_file():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    process.kill()
+    assert process.wait(timeout=60) == -signal.SIGKILL
+    before = {f: f.stat().st_mtime_ns for seed in ("sogclr/seed0", "amclr/seed0") for f in (runs / seed).rglob("*.pt")}
+    assert before
+    done = amclr("compare", file, "--out", "out")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert all(f.stat().st_mtime_ns == then for f, then in before.items())
+    whole = amclr("compare", file, "--out", "whole")
+    assert whole.returncode == 0, whole.stderr[-2000:]
+    rows = [json.loads((tmp_path / o / "results.json").read_text())["rows"] for o in ("out", "whole")]
+    assert [r["measures"] for r in rows[0]] == [r["measures"] for r in rows[1]]
+
+
+# -- statistics ----------------------------------------------------------------------------------
+
+
+def enumerated(differences: np.ndarray) -> float:
+    """The p-value by its definition: every choice of signs, one after the other."""
+    seen = abs(sum(differences))
+    choices = list(itertools.product((1, -1), repeat=len(differences)))
+    far = [abs(sum(s * d for s, d in zip(signs, differences, strict=True))) >= seen - 1e-12 for signs in choices]
+    return sum(far) / len(choices)
+
+
+@pytest.mark.parametrize("n", range(1, 11))
+def test_sign_flips_against_enumeration(n: int) -> None:
+    draw = np.random.default_rng(n)
+    for k in range(5):
+        differences = draw.normal(0.4, 1, n) if k % 2 else draw.integers(-2, 3, n).astype(float)  # ties and zeros too
+        assert sign_flip(differences) == pytest.approx(enumerated(differences))
+    assert sign_flip(np.ones(n)) == pytest.approx(2 / 2**n), "the least that n clusters can show"
+
+
+def test_drawn_sign_flips_against_enumeration() -> None:
+    """Beyond 14 clusters signs are drawn: the p-value is that of all of them, within three standard errors."""
+    for k in range(3):
+        differences = np.random.default_rng(k).normal(0.3, 1, 16)
+        signs = 1 - 2 * (np.arange(1 << 16)[:, None] >> np.arange(16) & 1)
+        exact = (np.abs(signs @ differences) >= abs(differences.sum()) - 1e-12).mean()
+        assert sign_flip(differences) == pytest.approx(exact, abs=3 * np.sqrt(exact * (1 - exact) / 9999) + 2e-4)
+    assert sign_flip(np.ones(40)) == pytest.approx(1e-4), "never 0"
+    assert sign_flip(np.zeros(5)) == 1.0
+
+
+@pytest.mark.parametrize("n", [6, 10, 30])
+def test_false_positives_under_the_null(n: int) -> None:
+    """Where nothing differs, p is below 0.05 in 5 of 100 cases or fewer, however long the tails are."""
+    draw = np.random.default_rng(n)
+    p = np.array([sign_flip(draw.standard_t(2, n)) for _ in range(600)])
+    # Of n = 6 and 10 the p-values are whole multiples of 2 / 2^n, and the rate can be told exactly.
+    rate = np.floor(0.05 * 2 ** (n - 1)) / 2 ** (n - 1) if n < 14 else 0.05
+    assert abs((p <= 0.05).mean() - rate) < 3.5 * np.sqrt(rate * (1 - rate) / len(p))
+    assert np.mean([sign_flip(draw.normal(2.0, 1, n)) <= 0.05 for _ in range(50)]) > 0.9, "and finds what is there"
+
+
+def outcome(seed: int, hits: np.ndarray, asked: str = "q") -> Outcome:
+    found = Outcome(None, seed, Path())  # type: ignore[arg-type]
+    found.shares, found.asked = {"r_mean": 100 * hits / len(hits)}, {"r_mean": asked}
+    return found
+
+
+def test_seeds_are_clusters() -> None:
+    """Runs that differ by their seeds alone: with seeds as clusters a difference is rarely claimed, with pictures often.
+
+    This is why both are told, and what the second does not know.
+    """
+    draw, seeds, pictures = np.random.default_rng(0), 6, 60
+    tests = []
+    for _ in range(200):
+        easy = draw.normal(0, 1, pictures)  # some pictures are found by all
+        runs = [
+            [outcome(s, (easy + draw.normal(0, 1) + draw.normal(0, 1, pictures) > 0).astype(float)) for s in range(seeds)]
+            for _ in range(2)
+        ]  # fmt: skip
+        tests.append(against(*runs, "r_mean"))
+    by_seeds, by_pictures = (np.mean([t[p] <= 0.05 for t in tests if t]) for p in ("p_seeds", "p_pictures"))
+    assert by_seeds < 0.05 + 3 * np.sqrt(0.05 * 0.95 / 200) and by_pictures > 0.3
+
+
+def test_what_is_paired_with_what() -> None:
+    draw = np.random.default_rng(0)
+    rows = draw.integers(0, 2, (5, 40)).astype(float)
+    own = [outcome(2, rows[0]), outcome(0, rows[1]), outcome(5, rows[4])]
+    base = [outcome(0, rows[2]), outcome(2, rows[3]), outcome(1, rows[4])]
+    found = against(own, base, "r_mean")
+    assert found is not None and (found["seeds"], found["pictures"]) == (2, 40)
+    assert found["difference"] == pytest.approx(100 * np.mean([rows[0] - rows[3], rows[1] - rows[2]]))
+    per_picture = (rows[0] - rows[3] + rows[1] - rows[2]) / 2
+    assert found["p_pictures"] == sign_flip(100 * per_picture / 40)
+    assert against(own, [outcome(0, rows[2], "other queries")], "r_mean") is None
+    assert against(own, base, "zeroshot") is None

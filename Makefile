@@ -63,7 +63,8 @@ bench-loader: $(VENV)/bench ## pictures per second against open_clip's loaders (
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.loader --data $(DATA)/flickr8k
 
 bench-flickr8k: $(VENV)/pretrained ## every objective on Flickr8k, frozen encoders (DATA=folder that holds flickr8k)
-	$(BIN)/python benchmarks/flickr8k.py --data $(DATA)/flickr8k --zeroshot $(wildcard $(DATA)/cifar10/test $(DATA)/tiny-imagenet/val)
+	$(BIN)/amclr compare experiments/flickr8k-frozen.yaml --out runs/bench-flickr8k --data $(DATA)/flickr8k \
+		--zeroshot $(wildcard $(DATA)/cifar10/test $(DATA)/tiny-imagenet/val)
 
 clean: ## remove the environment and caches
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -107,7 +107,7 @@ def test_a_comparison(
             assert row["budget"][number]["values"] == [views * 8 * STEPS] * 2
         for one in row["runs"]:
             own = json.loads((Path(one["folder"]) / "results.json").read_text())
-            for measure in ("txt_r_mean", "img_r_mean", "r_mean"):
+            for measure in ("txt_r_mean", "img_r_mean", "r_mean", "txt_r1", "img_r1"):
                 assert one[measure] == pytest.approx(own[measure], abs=1e-4)
             assert 0 < one["seconds"] < 60 and [e for e, _ in one["curve"]] == [1.0, 2.0]
         values = [one["r_mean"] for one in row["runs"]]
@@ -211,6 +211,7 @@ def test_stopped_and_gone_on_with(
     experiment: Path, tmp_path: Path, steps_made: Counter[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A signal in the middle of the second run: no step is made twice, and the end is that without it."""
+    monkeypatch.setattr(compare, "_draw", lambda *_: {})
     counted = engine.advance
 
     def interrupted(t: Any, batch: Any) -> Any:
@@ -239,7 +240,10 @@ def test_two_at_once_are_refused(experiment: Path, tmp_path: Path) -> None:
         run(experiment)
 
 
-def test_a_damaged_file_of_hits_is_made_again(experiment: Path, steps_made: Counter[tuple[str, int]]) -> None:
+def test_a_damaged_file_of_hits_is_made_again(
+    experiment: Path, steps_made: Counter[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compare, "_draw", lambda *_: {})
     first = run(experiment, seeds="1")
     file = Path(first.results["rows"][0]["runs"][0]["folder"]) / "queries.npz"
     file.write_bytes(file.read_bytes()[:100])
@@ -314,12 +318,12 @@ def test_settings_in_any_form(tmp_path: Path, folder: Path) -> None:
     file = tmp_path / "e.yaml"
     file.write_text(
         f"settings: {{data: {folder}, batch_size: 8, optim: {{lr: 3e-4}}, loss.temperature: 1}}\n"
-        "variants: {clip: , hot: {objective: clip, loss: {temperature: 2e0}, batch_size: 16}}\nseeds: 0,7\n"
+        "variants: {clip: , hot: {objective: clip, loss: {temperature: 2e-1}, batch_size: 16}}\nseeds: 0,7\n"
     )
     first, second = plan(read(file), tmp_path / "out")
     configs = first.configs | {k + 100: v for k, v in second.configs.items()}
     assert [(c.seed, c.objective, c.optim.lr, c.loss.temperature, c.batch_size) for c in configs.values()] == [
-        (0, "clip", 3e-4, 1, 8), (7, "clip", 3e-4, 1, 8), (0, "clip", 3e-4, 2, 16), (7, "clip", 3e-4, 2, 16)
+        (0, "clip", 3e-4, 1, 8), (7, "clip", 3e-4, 1, 8), (0, "clip", 3e-4, 0.2, 16), (7, "clip", 3e-4, 0.2, 16)
     ]  # fmt: skip
     assert first.configs[7].out == str(tmp_path / "out/runs/clip/seed7")
 
@@ -332,13 +336,21 @@ def test_our_experiments_can_be_run(file: Path, tmp_path: Path, monkeypatch: pyt
     assert read(file).baseline == "sogclr" and read(file).regime and read(file).name == file.stem
 
 
+@pytest.mark.slow
+def test_the_example_of_the_guide_runs(tmp_path: Path) -> None:
+    (text,) = re.findall(r"<!-- file: \S+ -->\n```yaml\n(.*?)```", (ROOT / "docs" / "compare.md").read_text(), re.S)
+    (tmp_path / "experiment.yaml").write_text(text)
+    found = run(tmp_path / "experiment.yaml")
+    assert not found.failed and len(found.results["rows"]) == 4 and "own classes" in found.table
+
+
 # -- the command line ----------------------------------------------------------------------------
 
 
 def test_the_command(amclr: Command, experiment: Path, classes: Path, tmp_path: Path) -> None:
     done = amclr("compare", experiment, "--seeds", "1", "--zeroshot", classes)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "run 2 of 2: amclr, seed 0: txt_r_mean" in done.stderr
+    assert "run 2 of 2: amclr, seed 0: text retrieval" in done.stderr
     assert f"Made by `amclr compare {experiment} --seeds 1 --zeroshot {classes}`" in done.stdout
     assert (tmp_path / "runs/compare-small/report.html").is_file() and "colours top-1" in done.stdout
 

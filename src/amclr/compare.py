@@ -49,7 +49,9 @@ from amclr.recipes import RECIPES
 from amclr.run import Run, load
 
 RETRIEVAL = {"txt_r_mean": "text retrieval", "img_r_mean": "image retrieval", "r_mean": "mean"}
-"""Measures of every run, each the mean of R@1, R@5 and R@10 in percent; `mean` is that of both sides."""
+"""Measures in the table, each the mean of R@1, R@5 and R@10 in percent; `mean` is that of both sides."""
+FIRST = {"txt_r1": "text R@1", "img_r1": "image R@1"}
+"""Measures that table.csv, results.json and the report have besides."""
 EXACT, DRAWS = 14, 9_999
 """Up to so many clusters every choice of signs is tried; of more, so many are drawn."""
 
@@ -395,9 +397,10 @@ def _measure(outcome: Outcome, labels: Mapping[str, str], progress: bool) -> Non
             f"'{run.folder / 'queries.npz'}' cannot be read: remove it, and the same command makes it again"
         )
     _, owner = np.unique(found["image_of_text"], return_inverse=True)
-    texts = found["txt"].mean(axis=1, dtype=float)
-    images = np.bincount(owner, found["img"].mean(axis=1, dtype=float), len(texts))
-    shares = {"txt_r_mean": 100 * texts / len(texts), "img_r_mean": 100 * images / len(owner)}
+    count, shares = int(owner.max()) + 1, {}
+    for name, of in (("r_mean", np.ones(len(RECALLS)) / len(RECALLS)), ("r1", np.eye(len(RECALLS))[0])):
+        shares[f"txt_{name}"] = 100 * (found["txt"] @ of) / count
+        shares[f"img_{name}"] = 100 * np.bincount(owner, found["img"] @ of, count) / len(owner)
     shares["r_mean"] = (shares["txt_r_mean"] + shares["img_r_mean"]) / 2
     outcome.asked = dict.fromkeys(shares, str(found["queries"]))
     model = None
@@ -551,7 +554,7 @@ def compare(
 
 def _told(outcome: Outcome, number: int, of: int, progress: bool) -> Outcome:
     if progress:
-        said = outcome.failure or ", ".join(f"{k} {v:.1f}" for k, v in outcome.measures.items())
+        said = outcome.failure or ", ".join(f"{measure_name(k)} {v:.1f}" for k, v in outcome.measures.items())
         name = f"{outcome.cell.label}, seed {outcome.seed}"
         print(f"run {number + 1} of {of}: {name}: {'failed: ' * bool(outcome.failure)}{said}", file=sys.stderr)
     return outcome
@@ -605,7 +608,7 @@ def _write(
 
 def measure_name(measure: str) -> str:
     """What a measure is called in tables and figures."""
-    return RETRIEVAL.get(measure) or f"{measure.removeprefix('zeroshot ')} top-1"
+    return (RETRIEVAL | FIRST).get(measure) or f"{measure.removeprefix('zeroshot ')} top-1"
 
 
 def _views(config: Config) -> str:
@@ -652,7 +655,7 @@ def _table(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     baseline, grid = results["experiment"]["baseline"], list(results["experiment"]["grid"])
     tested = [f"mean against {baseline}", "p, seeds", "p, pictures"] if baseline else []
     shown = [m for m in results["measures"] if m in RETRIEVAL]
-    tops = [m for m in results["measures"] if m not in RETRIEVAL]
+    tops = [m for m in results["measures"] if m.startswith("zeroshot")]
     header = ["variant", *grid, *(RETRIEVAL[m] for m in shown), *tested, *(measure_name(m) for m in tops),
               "passes (thousands)", "seconds", "runs"]  # fmt: skip
     body = []
@@ -760,7 +763,7 @@ def _draw(results: Mapping[str, Any], folder: Path) -> dict[str, str]:
     if any(row["measures"] for _, _, row in rows):
         figures.points(panels(RETRIEVAL), folder / "retrieval.png", heading, "mean of R@1, R@5, R@10 (%)", legend)
         drawn["retrieval.png"] = "Retrieval: mean and standard deviation over the seeds, and every seed."
-        if tops := [m for m in results["measures"] if m not in RETRIEVAL]:
+        if tops := [m for m in results["measures"] if m.startswith("zeroshot")]:
             figures.points(panels(tops), folder / "zeroshot.png", heading, "zero-shot top-1 (%)", legend)
             drawn["zeroshot.png"] = "Zero-shot accuracy: mean and standard deviation over the seeds, and every seed."
         many: dict[str, dict[str, tuple[list[float], np.ndarray]]] = {}

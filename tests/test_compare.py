@@ -19,9 +19,9 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from PIL import Image
+from PIL import Image, ImageColor
 
-from amclr import cli, compare, engine
+from amclr import cli, compare, engine, figures
 from amclr.compare import Comparison, Outcome, against, plan, read, sign_flip
 from amclr.engine import Stopped
 from amclr.errors import UserError
@@ -130,6 +130,9 @@ def test_a_comparison(
     for picture in ("retrieval.png", "zeroshot.png", "learning.png", "cost.png"):
         with Image.open(out / picture) as image:
             assert min(image.size) > 200
+            shown = np.array(image.convert("RGB").crop((0, 0, image.width * 0.55, image.height)))  # not the legend
+        for colour in (figures.BLUE, figures.ORANGE):
+            assert (shown == ImageColor.getrgb(colour)).all(axis=-1).sum() > 20, f"{colour} in {picture}"
     # Again: nothing is trained, and nothing differs.
     monkeypatch.setattr(compare, "train", lambda *_, **__: pytest.fail("trained a run that was done"))
     assert run(file, zeroshot=[str(classes)]).results == found.results

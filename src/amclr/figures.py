@@ -13,7 +13,6 @@ from torch import Tensor
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from matplotlib.transforms import ScaledTranslation
 
 plt.rcParams["text.parse_math"] = False  # captions are text, dollar signs included
 
@@ -246,7 +245,7 @@ def points(
                     panel.plot([], [], color=colour, marker=marker, label=group)
             panel.set(xlabel=label, title=name, yticks=range(len(variants)), yticklabels=variants)
             panel.margins(x=0.08)
-            panel.xaxis.set_major_locator(plt.MaxNLocator(5))
+            panel.xaxis.set_major_locator(plt.MaxNLocator(5, steps=[1, 2, 5, 10]))
         axes[0, 0].set_ylim(len(variants) - 0.4, -0.6)
         if len(groups) > 1:
             handles, labels = axes[0, 0].get_legend_handles_labels()
@@ -299,28 +298,30 @@ def cost(
     variants, groups = _names([(v, g) for v, g, _ in cells])
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(1, 2, figsize=(9.8, 3.9), sharey=True, layout="constrained")
+        most = max(passes for _, _, runs in cells for passes, _, _ in runs) / 1e3
+        longest = max(seconds for _, _, runs in cells for _, seconds, _ in runs)
+
+        def style(v: int, g: int) -> dict[str, Any]:
+            marker, colour = MARKERS[(g if len(groups) > 1 else v) % len(MARKERS)], VARIANTS[v % len(VARIANTS)]
+            return {"linestyle": "", "marker": marker, "color": colour, "markersize": 6,
+                    "markerfacecolor": colour if v < len(VARIANTS) else "white"}  # fmt: skip
+
         for variant, group, runs in cells:
             v, g = variants.index(variant), groups.index(group)
             passes, seconds, quality = np.array(runs).T
-            marker = MARKERS[(g if len(groups) > 1 else v) % len(MARKERS)]
-            for panel, x in zip(axes, (passes / 1e3, seconds), strict=True):
+            # Many variants have the same passes: side by side they can be told apart.
+            aside = 0.025 * most * (v - (len(variants) - 1) / 2)
+            for panel, x, moved in zip(axes, (passes / 1e3, seconds), (aside, 0), strict=True):
                 spread = [np.std(a, ddof=1) if len(a) > 1 else 0.0 for a in (x, quality)]
-                # Many variants have the same passes: side by side they can be told apart.
-                aside = 7 * (v - (len(variants) - 1) / 2) / 72 if panel is axes[0] else 0
-                moved = panel.transData + ScaledTranslation(aside, 0, figure.dpi_scale_trans)
-                panel.errorbar(x.mean(), quality.mean(), xerr=spread[0] or None, yerr=spread[1] or None, linestyle="",
-                               marker=marker, color=VARIANTS[v % len(VARIANTS)], markersize=6, capsize=2, linewidth=1.2,
-                               alpha=0.9, transform=moved)  # fmt: skip
-        for k, variant in enumerate(variants):
-            marker = "o" if len(groups) > 1 else MARKERS[k % len(MARKERS)]
-            axes[0].plot([], [], linestyle="", marker=marker, color=VARIANTS[k % len(VARIANTS)], label=variant)
-        for k, group in enumerate(groups if len(groups) > 1 else ()):
-            marker = MARKERS[k % len(MARKERS)]
-            axes[0].plot([], [], linestyle="", marker=marker, color="0.4", label=f"{legend} {group}")
-        axes[0].set(xlabel="encoder passes (thousands)", ylabel=label)
-        most = max(passes for _, _, runs in cells for passes, _, _ in runs) / 1e3
+                panel.errorbar(x.mean() + moved, quality.mean(), xerr=spread[0] or None, yerr=spread[1] or None,
+                               capsize=2, linewidth=1.2, **style(v, g))  # fmt: skip
+        for v, variant in enumerate(variants):
+            axes[0].plot([], [], **style(v, 0), label=variant)
+        for g, group in enumerate(groups if len(groups) > 1 else ()):
+            axes[0].plot([], [], **{**style(0, g), "color": "0.4", "markerfacecolor": "0.4"}, label=f"{legend} {group}")
+        axes[0].set(xlabel="encoder passes (thousands; side by side where equal)", ylabel=label)
         axes[0].set_xlim(0, 1.25 * most)
-        axes[1].set_xlim(0, 1.1 * max(seconds for _, _, runs in cells for _, seconds, _ in runs))
+        axes[1].set_xlim(0, 1.15 * longest)
         axes[1].set(xlabel="seconds of training")
         figure.legend(*axes[0].get_legend_handles_labels(), frameon=False, loc="outside right upper")
         figure.suptitle(title)

@@ -21,7 +21,7 @@ import torch
 import yaml
 from PIL import Image, ImageColor
 
-from amclr import cli, compare, engine, figures
+from amclr import cli, compare, engine, figures, report
 from amclr.compare import Comparison, Outcome, against, plan, read, sign_flip
 from amclr.engine import Stopped
 from amclr.errors import UserError
@@ -214,7 +214,7 @@ def test_stopped_and_gone_on_with(
     experiment: Path, tmp_path: Path, steps_made: Counter[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A signal in the middle of the second run: no step is made twice, and the end is that without it."""
-    monkeypatch.setattr(compare, "_draw", lambda *_: {})
+    monkeypatch.setattr(report, "draw", lambda *_: {})
     counted = engine.advance
 
     def interrupted(t: Any, batch: Any) -> Any:
@@ -246,7 +246,7 @@ def test_two_at_once_are_refused(experiment: Path, tmp_path: Path) -> None:
 def test_a_damaged_file_of_hits_is_made_again(
     experiment: Path, steps_made: Counter[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compare, "_draw", lambda *_: {})
+    monkeypatch.setattr(report, "draw", lambda *_: {})
     first = run(experiment, seeds="1")
     file = Path(first.results["rows"][0]["runs"][0]["folder"]) / "queries.npz"
     file.write_bytes(file.read_bytes()[:100])

@@ -1,0 +1,222 @@
+"""What the results of a comparison look like: tables, notes, figures, and one page with all of it.
+
+Everything here is a function of what results.json holds.
+"""
+
+from __future__ import annotations
+
+import base64
+import csv
+import html
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from amclr import figures
+from amclr.files import write_text
+
+RETRIEVAL = {"txt_r_mean": "text retrieval", "img_r_mean": "image retrieval", "r_mean": "mean"}
+"""Measures in the table, each the mean of R@1, R@5 and R@10 in percent; `mean` is that of both sides."""
+FIRST = {"txt_r1": "text R@1", "img_r1": "image R@1"}
+"""Measures that table.csv, results.json and the report have besides."""
+
+
+def write(results: Mapping[str, Any], folder: Path) -> None:
+    """Write table.csv, table.md, the figures and report.html."""
+    write_text(folder / "table.csv", _csv(results))
+    parts = [f"**{_heading(results)}**", _markdown(*_table(results)), *_notes(results)]
+    write_text(folder / "table.md", "\n\n".join(parts) + "\n")
+    write_text(folder / "report.html", _html(results, draw(results, folder), folder))
+
+
+def measure_name(measure: str) -> str:
+    """What a measure is called in tables and figures."""
+    return (RETRIEVAL | FIRST).get(measure) or f"{measure.removeprefix('zeroshot ')} top-1"
+
+
+def _heading(results: Mapping[str, Any]) -> str:
+    """Title of every table and figure: name and regime."""
+    captions = " or ".join(sorted({{"all": "all captions", "one": "one caption"}[row["captions"]]
+                                   for row in results["rows"]}))  # fmt: skip
+    return f"{results['name']} ({results['experiment']['regime'] or captions})"
+
+
+def _table(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the table."""
+    baseline, grid = results["experiment"]["baseline"], list(results["experiment"]["grid"])
+    tested = [f"mean against {baseline}", "p, seeds", "p, pictures"] if baseline else []
+    shown = [m for m in results["measures"] if m in RETRIEVAL]
+    tops = [m for m in results["measures"] if m.startswith("zeroshot")]
+    header = ["variant", *grid, *(RETRIEVAL[m] for m in shown), *tested, *(measure_name(m) for m in tops),
+              "passes (thousands)", "seconds", "runs"]  # fmt: skip
+    body = []
+    for row in results["rows"]:
+        found = row["against"].get("r_mean")
+        test = ["baseline" if row["variant"] == baseline else "–", "", ""] if baseline else []
+        if found:
+            test = [f"{found['difference']:+.1f}", _p(found["p_seeds"]), _p(found["p_pictures"])]
+        fine = sum(not run["failure"] for run in row["runs"])
+        passes, seconds = "–", "–"
+        if row["budget"]:
+            total = row["budget"]["picture_passes"]["mean"] + row["budget"]["caption_passes"]["mean"]
+            passes, seconds = f"{total / 1000:,.4g}", _spread(row["budget"]["seconds"])
+        body.append([
+            row["variant"], *(str(row["grid"][name]) for name in grid),
+            *(_spread(row["measures"].get(m)) for m in shown), *test, *(_spread(row["measures"].get(m)) for m in tops),
+            passes, seconds, str(fine) if fine == len(row["runs"]) else f"{fine} of {len(row['runs'])}",
+        ])  # fmt: skip
+    return header, body
+
+
+def _spread(found: Mapping[str, Any] | None) -> str:
+    if not found:
+        return "–"
+    return f"{found['mean']:.1f}" + (f" ± {found['sd']:.1f}" if found["sd"] is not None else "")
+
+
+def _p(value: float) -> str:
+    return f"{value:.2g}" if value >= 0.001 else "< 0.001"
+
+
+def _notes(results: Mapping[str, Any]) -> list[str]:
+    """What must stand beside the table."""
+    views: dict[str, list[str]] = {}
+    for row in results["rows"]:
+        views.setdefault(row["views"], []).append(row["variant"])
+    captions = {"all": "all captions, a random one at each visit", "one": "one caption per picture"}
+    regimes = {captions[row["captions"]] for row in results["rows"]}
+    told = "; ".join(f"{view}: {', '.join(dict.fromkeys(names))}" for view, names in views.items())
+    seeds = len(results["experiment"]["seeds"])
+    sets = results["training pictures"]
+    notes = [
+        f"Captions: {' or '.join(sorted(regimes))}. Views at each visit: {told}.",
+        "Retrieval is the mean of R@1, R@5 and R@10 on the validation split, of the epoch with the best mean"
+        + (f" (chance {results['chance']:.1f})" if results["chance"] is not None else "")
+        + "; all in percent, mean ± standard deviation over the seeds. Passes: views of pictures and captions through "
+        "a tower, or through its head where the tower is frozen. Seconds: the training loop with its evaluations.",
+    ]
+    if results["experiment"]["baseline"]:
+        notes.append(
+            "p, seeds: sign-flip test of the mean with the seeds as clusters, for other seeds on these pictures; "
+            f"{seeds} seeds cannot go below {2 / 2**seeds:.2g}. p, pictures: with the pictures as clusters, for "
+            "other pictures with these weights; it knows nothing of the spread over seeds. Neither is corrected for "
+            "the number of variants."
+        )
+    if len(sets) > 1:
+        notes.append(f"Not all runs had the same training pictures: {'; '.join(sets)}.")
+    failed = [
+        f"- {','.join([row['variant'], *map(str, row['grid'].values())])}, seed {run['seed']}: {run['failure']}"
+        for row in results["rows"] for run in row["runs"] if run["failure"]
+    ]  # fmt: skip
+    if failed:
+        notes.append("Failed (the same command tries them again):\n\n" + "\n".join(failed))
+    return [*notes, f"Made by `{results['command']}`"]
+
+
+def _markdown(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *body]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def _csv(results: Mapping[str, Any]) -> str:
+    """A line per row of the table, a column per number."""
+    lines = []
+    for row in results["rows"]:
+        line = {"variant": row["variant"], **row["grid"], "runs": len(row["runs"]),
+                "failed": sum(bool(run["failure"]) for run in row["runs"])}  # fmt: skip
+        for name, found in {**row["measures"], **row["budget"]}.items():
+            line |= {name: found["mean"], f"{name} sd": found["sd"]}
+        for name, found in row["against"].items():
+            line |= {f"{name} {key}": found[key] for key in ("difference", "p_seeds", "p_pictures")}
+        lines.append(line)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, list(dict.fromkeys(k for line in lines for k in line)))
+    writer.writeheader()
+    writer.writerows(lines)
+    return text.getvalue()
+
+
+def draw(results: Mapping[str, Any], folder: Path) -> dict[str, str]:
+    """Draw the figures; captions by file name."""
+    rows = [(row["variant"], ", ".join(map(str, row["grid"].values())), row) for row in results["rows"]]
+    drawn, heading = {}, _heading(results)
+    legend = ", ".join(results["experiment"]["grid"])
+
+    def panels(measures: Iterable[str]) -> list[tuple[str, dict[tuple[str, str], list[float]]]]:
+        return [
+            (measure_name(m), {(v, g): row["measures"][m]["values"] for v, g, row in rows if m in row["measures"]})
+            for m in measures
+        ]
+
+    if any(row["measures"] for _, _, row in rows):
+        figures.points(panels(RETRIEVAL), folder / "retrieval.png", heading, "mean of R@1, R@5, R@10 (%)", legend)
+        drawn["retrieval.png"] = "Retrieval: mean and standard deviation over the seeds, and every seed."
+        if tops := [m for m in results["measures"] if m.startswith("zeroshot")]:
+            figures.points(panels(tops), folder / "zeroshot.png", heading, "zero-shot top-1 (%)", legend)
+            drawn["zeroshot.png"] = "Zero-shot accuracy: mean and standard deviation over the seeds, and every seed."
+        many: dict[str, dict[str, tuple[list[float], np.ndarray]]] = {}
+        for variant, group, row in rows:
+            found = [run["curve"] for run in row["runs"] if not run["failure"]]
+            if found and len({tuple(e for e, _ in curve) for curve in found}) == 1:
+                epochs = [e for e, _ in found[0]]
+                many.setdefault(group, {})[variant] = epochs, np.array([[r for _, r in curve] for curve in found])
+        if many:
+            figures.many_curves(many, folder / "learning.png", heading, "mean recall (%)")
+            drawn["learning.png"] = "Learning curves: mean over the seeds, and one standard deviation to each side."
+        costs = [
+            (variant, group, [
+                (run["picture_passes"] + run["caption_passes"], run["seconds"], run["r_mean"])
+                for run in row["runs"] if not run["failure"]
+            ]) for variant, group, row in rows if row["budget"]
+        ]  # fmt: skip
+        figures.cost(costs, folder / "cost.png", heading, "mean recall (%)", legend)
+        drawn["cost.png"] = "What it costs: encoder passes and seconds of training against retrieval."
+    return drawn
+
+
+CSS = """body{font:16px/1.5 system-ui,sans-serif;max-width:64em;margin:2em auto;padding:0 1em;color:#222}
+table{border-collapse:collapse;display:block;overflow-x:auto}th,td{padding:.3em .7em;border-bottom:1px solid #ccc;
+text-align:left;white-space:nowrap}img{max-width:100%}pre{background:#f5f5f5;padding:1em;overflow-x:auto}
+figure{margin:1.5em 0}figcaption{color:#555}"""
+
+
+def _html(results: Mapping[str, Any], pictures: Mapping[str, str], folder: Path) -> str:
+    """All of it in one page, which needs nothing else."""
+
+    def table(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+        lines = [("th", header), *(("td", line) for line in body)]
+        return "<table>" + "".join(
+            "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in line) + "</tr>" for tag, line in lines
+        ) + "</table>"  # fmt: skip
+
+    def image(name: str) -> str:
+        data = base64.b64encode((folder / name).read_bytes()).decode()
+        return f'<img alt="{html.escape(pictures[name])}" src="data:image/png;base64,{data}">'
+
+    runs = [
+        [row["variant"], ", ".join(map(str, row["grid"].values())), str(run["seed"]),
+         *(f"{run[m]:.2f}" if m in run else "–" for m in results["measures"]),
+         f"{run['seconds']:.1f}" if "seconds" in run else "–", run["failure"] or run["folder"]]
+        for row in results["rows"] for run in row["runs"]
+    ]  # fmt: skip
+    experiment = {k: list(v) if isinstance(v, tuple) else v for k, v in results["experiment"].items()}
+    heading = html.escape(_heading(results))
+    parts = [
+        f"<h1>{heading}</h1>", table(*_table(results)),
+        *(f"<p>{html.escape(note)}</p>".replace("\n", "<br>") for note in _notes(results)),
+        *(f"<figure>{image(n)}<figcaption>{html.escape(text)}</figcaption></figure>" for n, text in pictures.items()),
+        "<h2>Runs</h2>",
+        table(["variant", "grid", "seed", *results["measures"].values(), "seconds", "folder"], runs),
+        "<h2>Settings</h2>", f"<pre>{html.escape(yaml.safe_dump(experiment, sort_keys=False))}</pre>",
+        "<p>Every setting of a run, resolved, is in config.yaml in its folder.</p>",
+        "<h2>Command</h2>", f"<pre>{html.escape(results['command'])}</pre>",
+        "<h2>Machine</h2>", f"<pre>{html.escape(yaml.safe_dump(results['machines'], sort_keys=False))}</pre>",
+    ]  # fmt: skip
+    return (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{heading}</title><style>{CSS}</style>\n'
+        + "\n".join(parts) + "\n</html>\n"
+    )  # fmt: skip

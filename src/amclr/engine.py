@@ -56,6 +56,8 @@ RESTARTS = 3
 """Times that the processes that prepare batches are started again at one step."""
 STUCK = 600.0
 """Seconds after which a process that prepares batches is held to be stuck, and started again."""
+LONGEST_EVALUATION = 3600.0
+"""Seconds after which one of several processes is held to be stuck in an evaluation."""
 TRACED = 10
 """Steps that `--profile` traces."""
 
@@ -166,17 +168,19 @@ def fit(t: Training, progress: bool, profile: bool = False) -> None:
             trace()
             bar.update()
             list_replaced(t, batch)
-            if made.outcome == "made" and ((t.step - 1) % LOG_EVERY == 0 or t.step == t.steps):
-                log_step(t, logs, made, bar)
             due = time.monotonic() - written > (60 * t.config.checkpoint_minutes or t.run.pace())
             stop, saves = t.team.agree(signals.caught, int(due and t.team.first_rank))
             t.measured = not t.measures
-            if t.measures or stop or saves:
-                if made.outcome == "made" and not math.isfinite(made.metrics["loss"].item()):
+            logged = (t.step - 1) % LOG_EVERY == 0 or t.step == t.steps
+            if made.outcome == "made" and (logged or t.measures or stop or saves):
+                if not math.isfinite(made.metrics["loss"].item()):
                     leave_out(t, batch, made.metrics["loss"], None)
+                if logged:
+                    log_step(t, logs, made, bar)
+            if t.measures or stop or saves:
                 is_best = False
                 if t.measures and not stop:
-                    t.team.at("evaluation", math.inf)
+                    t.team.at("evaluation", LONGEST_EVALUATION)
                     is_best = evaluate(t, logs, signals, bar)
                     stop = signals.caught if t.team.size == 1 else stop
                 ends = bool(stop) or t.step == t.steps

@@ -1,12 +1,13 @@
 """Seconds and memory of a training step under the settings that are there to save either: a Markdown table.
 
-    python -m benchmarks.speed [--batch 32] [--rounds 5] [--threads 2] [--only float32 compile]
+    python -m benchmarks.speed [--batch 16] [--rounds 4] [--threads 2] [--only float32 compile]
 
 A step is that of the `finetune` recipe, objective AmCLR: EfficientNet-Lite0 on 2 x B pictures of 128 x 128,
 MiniLM on 2 x B captions of 8 to 24 words, forward, objective, backward and AdamW. Each setting has a
 process of its own, so that its peak of memory (resident, PyTorch itself included; and what of it the steps
 added) is its own; all are alive at once, and make their steps in
-turns, one after the other, so that noise hits all alike. The first step (where compiling takes place) is
+turns, one after the other, so that noise hits all alike. Beside the seconds of the clock stand those that the
+processor worked, over all threads: ratios are of these, which hold where others use the machine too. The first step (where compiling takes place) is
 told apart, and not counted. A ratio is taken within each round; the table has the median, least and
 greatest. Needs amclr[pretrained,adapters], a C++ compiler, and about 2 GB of memory for each setting.
 """
@@ -15,8 +16,11 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
+import os
 import re
 import statistics
+import sys
+import tempfile
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -88,16 +92,16 @@ def step_of(batch: int, options: dict[str, Any]) -> Callable[[], None]:
 
 
 def serve(line: Connection, batch: int, threads: int, options: dict[str, Any]) -> None:
-    """Make a step whenever asked, and answer with its seconds; asked to end, with the peak of memory in GB."""
+    """Make a step whenever asked, and answer with its seconds, by the clock and of the processor; asked to end, with the peak of memory in GB."""
     torch.set_num_threads(threads)
     step = step_of(batch, options)
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # Linux forgets the peak, which loading weights has set
     line.send("ready")
     while line.recv():
-        begin = time.perf_counter()
+        begin, worked = time.perf_counter(), time.process_time()
         step()
-        line.send(time.perf_counter() - begin)
+        line.send((time.perf_counter() - begin, time.process_time() - worked))
     peak = resident("VmHWM")
     line.send((peak, peak - before))
 
@@ -111,25 +115,32 @@ def resident(field: str) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--only", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     options = parser.parse_args()
+    # A folder of its own, so that compiling takes the time that it takes at first.
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="speed-")
     context = multiprocessing.get_context("spawn")
     lines: dict[str, Connection] = {}
     for name in dict.fromkeys(["float32", *options.only]):
         here, there = context.Pipe()
         arguments = (there, options.batch, options.threads, SETTINGS[name])
-        context.Process(target=serve, args=arguments, daemon=True).start()
+        context.Process(target=serve, args=arguments).start()
         assert here.recv() == "ready"
         lines[name] = here
 
-    def round_of() -> dict[str, float]:
+    def round_of() -> dict[str, tuple[float, float]]:
         spent = {}
         for name, line in lines.items():
             line.send(True)
             spent[name] = line.recv()
+        print(
+            "  ".join(f"{name} {clock:.2f} ({cpu:.2f})" for name, (clock, cpu) in spent.items()),
+            file=sys.stderr,
+            flush=True,
+        )
         return spent
 
     first = round_of()
@@ -141,15 +152,16 @@ def main() -> None:
         peaks[name] = line.recv()
     print(f"{machine('cpu', options.threads)}; AmCLR, B {options.batch}, {options.rounds} rounds in turns\n")
     print(
-        "| setting | s a step | of float32's time (least to greatest) | peak memory GB | of it for steps GB | first step s |"
+        "| setting | s a step | processor s | of float32's (least to greatest) | peak GB | of it for steps GB | first step s |"
     )
-    print("|---|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|---|")
     for name in lines:
-        ratios = [r[name] / r["float32"] for r in rounds]
+        ratios = [r[name][1] / r["float32"][1] for r in rounds]
+        clock, cpu = (statistics.median(r[name][k] for r in rounds) for k in (0, 1))
         print(
-            f"| {name} | {statistics.median(r[name] for r in rounds):.2f} | {statistics.median(ratios):.2f} "
+            f"| {name} | {clock:.2f} | {cpu:.2f} | {statistics.median(ratios):.2f} "
             f"({min(ratios):.2f} to {max(ratios):.2f}) | {peaks[name][0]:.2f} | {peaks[name][1]:.2f} "
-            f"| {first[name]:.1f} |"
+            f"| {first[name][0]:.1f} |"
         )
 
 

@@ -404,7 +404,8 @@ def test_compiled_towers() -> None:
         largest = max(float(g.abs().max()) for g in found[0].values())
         for name, gradient in found[0].items():
             torch.testing.assert_close(found[1][name], gradient, rtol=1e-2, atol=1e-4 * largest)
-    assert graphs[0] >= 2 and len(set(graphs)) == 1, "one graph a tower, whatever the length"
+    assert graphs[0] >= 2 and len(set(graphs[1:])) == 1, "no graph more for other lengths"
+    assert graphs[1] - graphs[0] <= 1, "the image tower's, for other numbers of pictures"
     torch.testing.assert_close(compiled.encode_image(pictures()), plain.encode_image(pictures()))
     torch.testing.assert_close(compiled.encode_text(CAPTIONS), plain.encode_text(CAPTIONS))
 

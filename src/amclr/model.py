@@ -183,9 +183,10 @@ class DualEncoder(nn.Module):
         if self.config.compile:
             if not any(map(shutil.which, (os.environ.get("CXX") or "g++", "c++", "clang++"))):
                 raise UserError("--model.compile needs a C++ compiler: install g++, or leave it out")
-            for tower in (self.image_tower, self.text_tower):
-                # In place, so that names of weights stay; for any size, as captions have any length.
-                tower.compile(dynamic=True)
+            # In place, so that names of weights stay. Captions have any length, and are compiled for all at once;
+            # pictures have one size and few batch sizes, and a second of these is compiled for all.
+            self.image_tower.compile()
+            self.text_tower.compile(dynamic=True)
 
     def _head(self, width: int) -> nn.Module:
         c = self.config

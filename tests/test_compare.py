@@ -50,8 +50,9 @@ def experiment(folder: Path, tmp_path: Path) -> Path:
 
 def written(file: Path, folder: Path, **changes: Any) -> Path:
     values = BASE | changes
-    settings = {**values["settings"], "data": str(folder)}
-    file.write_text(yaml.safe_dump({**values, "settings": settings}))
+    if isinstance(values["settings"], dict):
+        values["settings"] = {**values["settings"], "data": str(folder)}
+    file.write_text(yaml.safe_dump(values))
     return file
 
 
@@ -237,6 +238,16 @@ def test_stopped_and_gone_on_with(
         assert one["measures"] == other["measures"] and one["against"] == other["against"]
 
 
+def test_ctrl_c_between_runs_tells_how_to_go_on(experiment: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def pressed(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(compare, "_measure", pressed)
+    with pytest.raises(Stopped, match="this goes on: amclr compare") as stopped:
+        run(experiment)
+    assert stopped.value.code == 130
+
+
 def test_two_at_once_are_refused(experiment: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     with compare.FileLock(tmp_path / "out" / ".lock"), pytest.raises(UserError, match="another amclr compare"):
@@ -283,6 +294,8 @@ SLIPS = [
     ({"seeds": 0}, "at least one"),
     ({"seeds": [0, 1.5]}, "whole numbers"),
     ({"seeds": [1, 1]}, "seeds: 1 stands twice"),
+    ({"zeroshot": {"a": 1}}, "zeroshot must be a list of folders"),
+    ({"settings": ["epochs"]}, "settings must be names with values"),
     ({"zeroshot": ["nowhere"]}, "no folder 'nowhere'"),
 ]  # fmt: skip
 

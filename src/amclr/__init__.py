@@ -13,7 +13,20 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from amclr import config, data, engine, evaluate, figures, measure, model, objectives, pretrained, recipes, run
+    from amclr import (
+        compare,
+        config,
+        data,
+        engine,
+        evaluate,
+        figures,
+        measure,
+        model,
+        objectives,
+        pretrained,
+        recipes,
+        run,
+    )
     from amclr.config import Config
     from amclr.engine import train
     from amclr.run import load
@@ -22,6 +35,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Config",
+    "compare",
     "config",
     "data",
     "engine",

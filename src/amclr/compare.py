@@ -16,6 +16,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import statistics
 import sys
 import traceback
@@ -33,6 +34,7 @@ from amclr import report
 from amclr.config import Config, fixed_differences, from_dict, problems
 from amclr.data import manifest as manifests
 from amclr.data import tables
+from amclr.data.rows import printable
 from amclr.data.views import policies, title
 from amclr.engine import Stopped, build_objective, train
 from amclr.errors import UserError
@@ -133,6 +135,8 @@ def read(file: Path, *, data: str = "", seeds: str = "", zeroshot: Sequence[str]
         if not isinstance(choices, list) or not choices:
             raise UserError(f"'{file}': grid: {name} must be a list of values, as in {name}: [A, B], got {choices!r}")
     folders = list(zeroshot) or given.get("zeroshot", [])
+    if not isinstance(folders, str | list):
+        raise UserError(f"'{file}': zeroshot must be a list of folders, as in zeroshot: [FOLDER], got {folders!r}")
     experiment = Experiment(
         name=str(given.get("name", file.stem)), regime=str(given.get("regime", "")),
         recipe=str(given.get("recipe", "frozen")), settings=settings,
@@ -370,6 +374,7 @@ def run_one(cell: Cell, seed: int, labels: Mapping[str, str], progress: bool) ->
             trace.parent.mkdir(parents=True, exist_ok=True)
             write_text(trace, traceback.format_exc())
             outcome.failure = f"{type(error).__name__}: {outcome.failure} (see {trace})"
+    outcome.failure = printable(outcome.failure)
     return outcome
 
 
@@ -539,15 +544,16 @@ def compare(
             return _write(experiment, cells, outcomes, folder, command)
     except Timeout:
         raise UserError(f"another amclr compare is at work in '{folder}': wait for it, or give another --out") from None
-    except Stopped as stopped:
+    except (Stopped, KeyboardInterrupt) as error:
+        stopped = error if isinstance(error, Stopped) else Stopped(signal.SIGINT, folder)
         stopped.args = (f"stopped; what is done is kept, and this goes on: {command}",)
-        raise
+        raise stopped from None
 
 
 def _told(outcome: Outcome, number: int, of: int, progress: bool) -> Outcome:
     if progress:
         said = outcome.failure or ", ".join(f"{report.measure_name(k)} {v:.1f}" for k, v in outcome.measures.items())
-        name = f"{outcome.cell.label}, seed {outcome.seed}"
+        name = f"{printable(outcome.cell.label)}, seed {outcome.seed}"
         print(f"run {number + 1} of {of}: {name}: {'failed: ' * bool(outcome.failure)}{said}", file=sys.stderr)
     return outcome
 

@@ -188,7 +188,7 @@ def test_a_failing_run_does_not_stop_the_others(
         patch.setattr(engine, "advance", broken)
         assert cli.main(["compare", str(experiment), "--out", str(tmp_path / "out")]) == 1
     said = capsys.readouterr()
-    assert said.err.endswith("amclr: 1 runs failed: the table names them\n")
+    assert said.err.endswith("amclr: 1 of 4 runs failed: the table says why\n")
     assert "- sogclr, seed 1: RuntimeError: no such kernel (see " in said.out and "| 1 of 2 |" in said.out
     trace = tmp_path / "out/runs/sogclr/seed1-error.txt"
     assert str(trace) in said.out and "in broken" in trace.read_text()

@@ -130,7 +130,7 @@ def _compare(arguments: list[str]) -> int:
     except engine.Stopped as stopped:
         return _fail(str(stopped), stopped.code)
     print(f"{found.table}\nreport: {found.folder / 'report.html'}  (table.md, table.csv, results.json, figures)")
-    return _fail(f"{found.failed} runs failed: the table names them", 1) if found.failed else 0
+    return _fail(f"{found.failed} of {found.runs} runs failed: the table says why", 1) if found.failed else 0
 
 
 def _evaluate(arguments: list[str]) -> int:

@@ -501,6 +501,11 @@ class Comparison:
     """What results.json holds."""
 
     @property
+    def runs(self) -> int:
+        """All runs."""
+        return sum(len(row["runs"]) for row in self.results["rows"])
+
+    @property
     def failed(self) -> int:
         """Runs without a result."""
         return sum(bool(run["failure"]) for row in self.results["rows"] for run in row["runs"])

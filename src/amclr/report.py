@@ -102,7 +102,7 @@ def _notes(results: Mapping[str, Any]) -> list[str]:
     if results["experiment"]["baseline"]:
         notes.append(
             "p, seeds: sign-flip test of the mean with the seeds as clusters, for other seeds on these pictures; "
-            f"{seeds} seeds cannot go below {2 / 2**seeds:.2g}. p, pictures: with the pictures as clusters, for "
+            f"with seeds as many as here, {seeds}, it cannot go below {2 / 2**seeds:.2g}. p, pictures: with the pictures as clusters, for "
             "other pictures with these weights; it knows nothing of the spread over seeds. Neither is corrected for "
             "the number of variants."
         )

@@ -101,10 +101,10 @@ def _notes(results: Mapping[str, Any]) -> list[str]:
     ]
     if results["experiment"]["baseline"]:
         notes.append(
-            "p, seeds: sign-flip test of the mean with the seeds as clusters, for other seeds on these pictures; "
-            f"with seeds as many as here, {seeds}, it cannot go below {2 / 2**seeds:.2g}. p, pictures: with the pictures as clusters, for "
-            "other pictures with these weights; it knows nothing of the spread over seeds. Neither is corrected for "
-            "the number of variants."
+            "p, seeds: sign-flip test of the mean with the seeds as clusters, for other seeds on these pictures; with "
+            f"seeds as many as here, {seeds}, it cannot go below {2 / 2**seeds:.2g}. p, pictures: with the pictures as "
+            "clusters, for other pictures with these weights; it knows nothing of the spread over seeds. Neither is "
+            "corrected for the number of variants."
         )
     if len(sets) > 1:
         notes.append(f"Not all runs had the same training pictures: {'; '.join(sets)}.")

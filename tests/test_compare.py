@@ -121,7 +121,10 @@ def test_a_comparison(
         test = rows["amclr", optimiser]["against"]["r_mean"]
         assert test["difference"] == pytest.approx(own - base) and (test["seeds"], test["pictures"]) == (2, 8)
         assert not rows["sogclr", optimiser]["against"]
-    assert "**small (all of them)**" in found.table and "with seeds as many as here, 2, it cannot go below 0.5" in found.table
+    assert (
+        "**small (all of them)**" in found.table
+        and "with seeds as many as here, 2, it cannot go below 0.5" in found.table
+    )
     assert "| amclr | sgd |" in found.table and "1 of a picture (weak), 1 of a caption: sogclr" in found.table
     with (out / "table.csv").open() as handle:
         lines = list(csv.DictReader(handle))

@@ -98,7 +98,7 @@ def test_settings_from_a_file_and_on_top_of_it(amclr: Command, folder: Path, tmp
         (["train", "--config", "slip.yaml"], "unknown option '--epoch': did you mean --epochs?"),
         (["train", "--config", "nested.yaml"], "unknown option '--optim.lrr': did you mean --optim.lr?"),
         (["train", "--resume", "nowhere"], "'nowhere' is no run folder"),
-        (["train", "--resume", "x", "--epochs", "9"], "leave out --epochs 9"),
+        (["train", "--resume", "x", "--epochs", "9"], "'x' is no run folder"),
         (["train", "--optim.name", "adamx"], "choose from adamw, adam"),
         (["evaluate", "nowhere"], "'nowhere' is no run folder"),
         (["evaluate", "x", "--templates", "t.txt"], "belong to --zeroshot FOLDER: give it too"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from amclr.data.batches import Batch
 from amclr.files import write_text, written
 from amclr.objectives import Objective
 
+NO_MEMORY = r"can't allocate memory|could not create a (primitive|memory)|bad_alloc"
+"""What errors say where the machine's memory does not suffice: torch's allocator, oneDNN, the C++ library."""
 DUMPS = 20
 """Faulty batches kept per run at most: they take the space of their pictures."""
 
@@ -46,7 +49,7 @@ class Undo:
 def out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory, of a device or of the machine, did not suffice."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+        isinstance(error, RuntimeError) and re.search(NO_MEMORY, str(error)) is not None
     )
 
 

@@ -54,6 +54,8 @@ from amclr.training import Training
 LOG_EVERY = 10
 RESTARTS = 3
 """Times that the processes that prepare batches are started again at one step."""
+POLL = 5.0
+"""Seconds after which it is noticed that such a process has died."""
 STUCK = 600.0
 """Seconds after which a process that prepares batches is held to be stuck, and started again."""
 LONGEST_EVALUATION = 3600.0
@@ -245,14 +247,23 @@ def stream(t: Training) -> Iterator[Batch]:
         loader = DataLoader(
             t.batches, batch_size=None, sampler=range(t.step, t.steps), num_workers=t.config.workers,
             pin_memory=t.fabric.device.type == "cuda", worker_init_fn=leave_signals_to_the_trainer,
-            timeout=STUCK if t.config.workers else 0,
+            timeout=POLL if t.config.workers else 0,
         )  # fmt: skip
         with kept_handler(signal.SIGCHLD):
             batches = iter(loader)
         try:
+            since = time.monotonic()
             while t.step < t.steps:
                 step = t.step
-                yield next(batches)
+                try:
+                    batch = next(batches)
+                except RuntimeError as error:
+                    # That no worker has died is looked at each time.
+                    if "timed out" in str(error) and time.monotonic() - since < STUCK:
+                        continue
+                    raise
+                yield batch
+                since = time.monotonic()
                 if t.step != step + 1:
                     break
         except RuntimeError as error:

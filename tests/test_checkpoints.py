@@ -618,7 +618,9 @@ def test_a_process_forked_while_one_is_written_does_not_hang(
     assert same(saved.load_last(), state_of(1))
 
 
-@pytest.mark.parametrize("ending", ["", "raise ValueError", "sys.exit(3)"])
+@pytest.mark.parametrize(
+    "ending", ["sys.exit(3)", *(pytest.param(e, marks=pytest.mark.slow) for e in ("", "raise ValueError"))]
+)
 def test_a_process_that_ends_finishes_its_checkpoint(ending: str, tmp_path: Path) -> None:
     script = f"""
 import sys, time, torch

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from amclr.config import Config
-from amclr.distributed import spread
+from amclr.distributed import is_spread, local, spread
 from amclr.errors import UserError
 from amclr.model import DualEncoder
 
@@ -35,7 +35,7 @@ class Averaging:
         own = model.state_dict()
         self.names = [k for k in model.trained_names() if own[k].is_floating_point()]
         # A model that is spread over processes moves its weights about, and has to be asked anew each time.
-        self._live = None if any(hasattr(v, "full_tensor") for v in own.values()) else own
+        self._live = None if any(map(is_spread, own.values())) else own
         self.steps = 0
         """Steps averaged so far."""
         self.average = {k: own[k].clone() for k in self.names} if config.ema else {}
@@ -143,7 +143,7 @@ def digest(tensors: Iterable[Tensor]) -> str:
     """A hash of tensors; empty of none, or of some that are spread over processes."""
     made, count = hashlib.sha256(), 0
     for tensor in tensors:
-        if hasattr(tensor, "full_tensor"):
+        if is_spread(tensor):
             return ""
         made.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         count += 1
@@ -160,9 +160,8 @@ def check_start(found: str, state: Mapping[str, Any], config: Config) -> None:
         )
 
 
-def _local(tensors: Iterable[Any]) -> list[Tensor]:
-    """Tensors, or this process's parts of those that are spread."""
-    return [t.to_local() if hasattr(t, "full_tensor") else t for t in tensors]
+def _local(tensors: Iterable[Tensor]) -> list[Tensor]:
+    return [local(t) for t in tensors]
 
 
 def _copy(to: Mapping[str, Tensor], source: Mapping[str, Tensor]) -> None:

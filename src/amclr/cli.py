@@ -205,7 +205,7 @@ def _configure(command: str, arguments: list[str], run: str = "") -> Config:
     """The recipe's settings, or those of a run folder, overlaid by a YAML file (--config) and the options given."""
     from dataclasses import asdict
 
-    from amclr.config import Config, from_dict
+    from amclr.config import Config, flat, from_dict
     from amclr.recipes import RECIPES
 
     name, rest = _take(arguments, "--recipe")
@@ -225,7 +225,7 @@ def _configure(command: str, arguments: list[str], run: str = "") -> Config:
         base = asdict(Run.open(Path(run)).config)
     else:
         base = asdict(RECIPES[name]())
-    parser.set_defaults(_flat(base))
+    parser.set_defaults(flat(base))
     options = _parse(parser, rest)
     values = options.as_dict()
     values.pop("config", None)
@@ -240,13 +240,6 @@ def _show_help_of(parser: ArgumentParser, shown: tuple[str, ...]) -> None:
     for action in parser._actions:
         if action.dest not in ("help", *shown) and not action.dest.startswith(tuple(f"{s}." for s in shown)):
             action.help = argparse.SUPPRESS
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
 
 
 def _parser(command: str) -> ArgumentParser:

@@ -31,7 +31,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from amclr import report
-from amclr.config import Config, fixed_differences, from_dict, problems
+from amclr.config import Config, fixed_differences, flat, from_dict, problems
 from amclr.data import manifest as manifests
 from amclr.data import tables
 from amclr.data.rows import printable
@@ -124,13 +124,13 @@ def read(file: Path, *, data: str = "", seeds: str = "", zeroshot: Sequence[str]
         raise UserError(f"'{file}' has no variants: say what to compare, as in variants: [sogclr, amclr]")
     for key in values:
         if key not in known:
-            more = " (a setting belongs under settings)" if key in _flat(asdict(Config())) else ""
+            more = " (a setting belongs under settings)" if key in flat(asdict(Config())) else ""
             raise UserError(f"'{file}': unknown key '{key}'{more}: {_near(key, known)}")
     given = {key: value for key, value in values.items() if value is not None}
-    settings = _flat(_mapping(file, "settings", given.get("settings", {})))
+    settings = flat(_mapping(file, "settings", given.get("settings", {})))
     if data:
         settings["data"] = data
-    grid = _flat(_mapping(file, "grid", given.get("grid", {})))
+    grid = flat(_mapping(file, "grid", given.get("grid", {})))
     for name, choices in grid.items():
         if not isinstance(choices, list) or not choices:
             raise UserError(f"'{file}': grid: {name} must be a list of values, as in {name}: [A, B], got {choices!r}")
@@ -167,7 +167,7 @@ def _variants(file: Path, given: Any) -> dict[str, dict[str, Any]]:
                     "name needs its settings"
                 )
             settings = {"objective": name}
-        found[str(name)] = _flat(_mapping(file, f"variants: {name}", settings))
+        found[str(name)] = flat(_mapping(file, f"variants: {name}", settings))
     if not found:
         raise UserError(f"'{file}': variants is empty: say what to compare, as in variants: [sogclr, amclr]")
     return found
@@ -196,14 +196,6 @@ def _mapping(file: Path, where: str, given: Any) -> dict[str, Any]:
         raise UserError(f"'{file}': {where} must be names with values, as in {where.split(':')[0]}: {{NAME: VALUE}}, "
                         f"got {given!r}")  # fmt: skip
     return {str(key): value for key, value in given.items()}
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Settings by dotted names, whether they were nested or dotted already."""
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return found
 
 
 def _near(name: object, known: Iterable[str], otherwise: str = "") -> str:
@@ -246,7 +238,7 @@ def plan(experiment: Experiment, out: Path) -> list[Cell]:
 
 def _changed(config: Config, changes: Mapping[str, Any], where: str) -> Config:
     """A configuration with some settings changed, by their dotted names."""
-    known = _flat(asdict(Config()))
+    known = flat(asdict(Config()))
     for name, value in changes.items():
         if name in ("seed", "out"):
             raise UserError(

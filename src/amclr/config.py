@@ -340,15 +340,16 @@ MAY_CHANGE = frozenset((
 """Settings that a run may be gone on with otherwise: they change how it runs, or how long, and not what it learns."""
 
 
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Settings by their dotted names, as on the command line, whether they were nested or dotted already."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return found
+
+
 def fixed_differences(before: Config, now: Config) -> dict[str, tuple[Any, Any]]:
     """The settings that differ and may not, by their names on the command line: what they were, what they are."""
-
-    def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for key, value in values.items():
-            found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-        return found
-
     then, since = flat(asdict(before)), flat(asdict(now))
     return {name: (then[name], since[name]) for name in then if name not in MAY_CHANGE and then[name] != since[name]}
 

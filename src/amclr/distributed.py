@@ -130,6 +130,17 @@ def average_statistics(model: nn.Module) -> None:
         buffer.copy_(part.view_as(buffer))
 
 
+def is_spread(value: object) -> bool:
+    """Whether a tensor is spread over the processes (a DTensor); asked so that its module need not be imported."""
+    return hasattr(value, "full_tensor")
+
+
+def local(tensor: Any) -> Tensor:
+    """This process's part of a tensor that is spread over the processes; any other as it is."""
+    found: Tensor = tensor.to_local() if is_spread(tensor) else tensor
+    return found
+
+
 def whole(value: Any, keep: bool = True) -> Any:
     """A nested state with tensors that are spread over the processes (DTensor) put together.
 
@@ -139,7 +150,7 @@ def whole(value: Any, keep: bool = True) -> Any:
         return {k: whole(v, keep) for k, v in value.items()}
     if isinstance(value, list | tuple):
         return type(value)(whole(v, keep) for v in value)
-    if hasattr(value, "full_tensor"):
+    if is_spread(value):
         found = value.full_tensor()
         return found.cpu() if keep else found.new_empty(0)
     return value
@@ -147,7 +158,7 @@ def whole(value: Any, keep: bool = True) -> Any:
 
 def spread(value: Tensor, like: Tensor) -> Tensor:
     """A whole tensor, spread over the processes as `like` is, if it is."""
-    if not hasattr(like, "full_tensor"):
+    if not is_spread(like):
         return value
     from torch.distributed.tensor import DTensor, distribute_tensor
 

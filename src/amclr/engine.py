@@ -190,7 +190,7 @@ def fit(t: Training, progress: bool, profile: bool = False) -> None:
             if t.measures or due:
                 written = time.monotonic()
             if stop and not (t.step == t.steps and t.measured):
-                t.team.any(False)  # where one process ends, launchers end the others: not while one still writes
+                t.team.meet()  # where one process ends, launchers end the others: not while one still writes
                 raise Stopped(stop, t.run.folder, t.team.first_rank)
             t.lap("evaluation, logs and checkpoints", "loader")
     if progress and t.clock.steps:
@@ -242,7 +242,7 @@ def evaluate(t: Training, logs: Loggers, signals: Signals, bar: Any) -> bool:
 
 def stream(t: Training) -> Iterator[Batch]:
     """The batches from the step reached on; started anew where the step is set back, or a worker process dies."""
-    restarts = {-1: 0}
+    failed, times = -1, 0
     while t.step < t.steps:
         loader = DataLoader(
             t.batches, batch_size=None, sampler=range(t.step, t.steps), num_workers=t.config.workers,
@@ -270,8 +270,8 @@ def stream(t: Training) -> Iterator[Batch]:
             # Not what a worker raised, but that it has gone.
             if not re.search(r"DataLoader (worker \(pid|timed out)", str(error)):
                 raise
-            restarts = {step: restarts.get(step, 0) + 1}
-            if restarts[step] > RESTARTS:
+            failed, times = step, times + 1 if step == failed else 1
+            if times > RESTARTS:
                 raise UserError(
                     f"the processes that prepare batches die again and again at step {step} ({_first(error)}). If "
                     "the system ends them because they take too much memory, lower --workers or --ram_cache; go "
@@ -360,7 +360,7 @@ def leave_out(t: Training, batch: Batch, loss: Tensor, norm: Tensor | None) -> L
             t.run.log(row)
         return "skipped"
     t.run.wait_saved(raises=False)
-    t.team.any(False)  # the first process's checkpoint is there for all
+    t.team.meet()  # the first process's checkpoint is there for all
     state = t.run.load_last()
     if state is None:
         raise UserError(f"{told}, and there is no checkpoint to roll back to: {hint}; {kept}")
@@ -601,7 +601,7 @@ def default_folder(config: Config) -> Path:
 def finish(t: Training, progress: bool) -> None:
     """Put the best weights back and leave results.json, queries.npz, curves.png, gallery.png."""
     t.team.at("measuring the best weights", math.inf)
-    t.team.any(False)  # the first process's checkpoint is there for all
+    t.team.meet()  # the first process's checkpoint is there for all
     best = t.run.load_best()
     t.load_model(kept_weights(best))
     t.model.eval()

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _NormBase
 
 from amclr.data.batches import Batch
+from amclr.distributed import local
 from amclr.files import write_text, written
 from amclr.objectives import Objective
 
@@ -62,8 +62,7 @@ def keep_fault(
     folder/step-K.json has the loss, the samples' names and the weights that are not finite; step-K.pt the
     batch as the model saw it, for `torch.load`.
     """
-    local = {name: p.to_local() if isinstance(p, DTensor) else p for name, p in model.named_parameters()}
-    bad = [name for name, p in local.items() if not bool(p.detach().isfinite().all())]
+    bad = [name for name, p in model.named_parameters() if not bool(local(p.detach()).isfinite().all())]
     what = f"the loss is {loss.item()}" if not bool(loss.isfinite()) else "the gradient is not finite"
     if bad:
         what += f" (weights that are not finite already: {', '.join(bad[:3])})"

@@ -110,13 +110,10 @@ class Team:
         before[0].wait()
         return tuple(before[1].tolist())
 
-    def any(self, value: bool) -> bool:
-        """Whether it is true on any process; all wait for each other."""
-        if self.size == 1:
-            return value
-        tensor = torch.tensor(int(value))
-        dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self._control)
-        return bool(tensor)
+    def meet(self) -> None:
+        """Wait until all processes have come here."""
+        if self.size > 1:
+            dist.barrier(group=self._control)
 
     # -- ending together ----------------------------------------------------------------------------
 

@@ -154,7 +154,7 @@ class Training:
                 self.best, self.measured = -math.inf, not self.measures
             if not same or stretch != 1:
                 self.skipped = set()
-                self.team.any(False)  # all have taken it up before it goes
+                self.team.meet()  # all have taken it up before it goes
                 # Before the metrics are numbered anew: a kill in between may lose some, but never counts twice.
                 self.save(renumbered=True, wait=True)
             if self.team.first_rank:

@@ -157,8 +157,9 @@ class LossConfig:
     """fixed, one learnable, or one per sample and term (global objectives)."""
     gamma: float = 0.8
     """Weight of the batch in the running estimate; 1 keeps no memory. With cosine: its final value."""
-    gamma_schedule: Literal["constant", "cosine"] = "constant"
-    """constant, or cosine from 1 to gamma over the epochs."""
+    gamma_schedule: Literal["constant", "cosine", "adaptive"] = "constant"
+    """constant; cosine from 1 to gamma over the epochs; or adaptive, between gamma and 1 as the batch's noise and
+    the estimates' age ask for."""
     rho: float = 2.5
     """Divergence from uniform weights at which learned temperatures of global objectives settle."""
     temperature_lr: float = 1e-3
@@ -172,6 +173,8 @@ class LossConfig:
     """Weight of image-image terms."""
     text_weight: float = 1.0
     """Weight of text-text terms."""
+    cyclic_weight: float | None = None
+    """Weight of each of CyCLIP's two consistency penalties; empty is the method's own, 0 for all but cyclip."""
     estimator: Literal["per-term", "reference"] = "per-term"
     """per-term: an estimate per sample and term. reference: one per sample, as the public AmCLR code."""
     storage: Literal["auto", "device", "host", "disk"] = "auto"

@@ -210,7 +210,7 @@ def log_step(t: Training, logs: Loggers, made: Made, bar: Any) -> None:
     """Log a step's metrics and what the steps since the last one that was logged spent their time on."""
     values = {k: float(v) for k, v in made.metrics.items()}
     time_spent = t.clock.since_last()
-    values |= {"lr": made.rate, "gamma": t.objective.gamma, **time_spent}
+    values = {"gamma": t.objective.gamma} | values | {"lr": made.rate, **time_spent}
     logs.write("train", t.step, t.step / t.plan.steps_per_epoch, values)
     shown = {"loss": f"{values['loss']:.3f}"}
     if time_spent["wait_share"] > WAIT_MATTERS:
@@ -583,8 +583,9 @@ def build_objective(config: Config, samples: int) -> Objective:
         return build(
             config.objective, samples, temperature=c.temperature, gamma=c.gamma, gamma_schedule=c.gamma_schedule,
             temperature_mode=c.temperature_mode, temperature_lr=c.temperature_lr, rho=c.rho, pairs=c.pairs,
-            weights={"cross": c.cross_weight, "image": c.image_weight, "text": c.text_weight}, estimator=c.estimator,
-            storage=c.storage, folder=manifests.cache_folder(config) / "tables", products=c.products, averaged=True,
+            weights={"cross": c.cross_weight, "image": c.image_weight, "text": c.text_weight},
+            cyclic_weight=c.cyclic_weight, estimator=c.estimator, storage=c.storage,
+            folder=manifests.cache_folder(config) / "tables", products=c.products, averaged=True,
             validate=False,  # embeddings made here are unit rows, and ids are the plan's own
         )  # fmt: skip
     except ValueError as error:

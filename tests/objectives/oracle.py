@@ -58,7 +58,11 @@ class Global:
     beta: float = 0.9
     tau_range: tuple[float, float] = (0.005, 1.0)
     first_epoch: bool = True
+    adaptive: bool = False
+    """gamma is then the least of what noise and innovation ask for."""
     weights: dict[TermName, float] = field(default_factory=dict)
+    statistics: dict[TermName, dict[str, float]] = field(default_factory=dict)
+    """Of each term: running means of the drift, the squared innovation and the noise, and how many steps."""
     u: dict[tuple[object, int], float] = field(default_factory=dict)
     temperature: dict[tuple[object, int], float] = field(default_factory=dict)
     velocity: dict[tuple[object, int], float] = field(default_factory=dict)
@@ -76,6 +80,9 @@ class Global:
             ids = image_ids if side(term[0]) == "image" else text_ids
             table: object = side(term[0]) if self.reference else term
             weight = self.weights.get(term, 1.0)
+            gamma, drift = self.gamma, 0.0
+            if self.adaptive:
+                gamma, drift = self._adapt(term, ids, anchor @ candidate.T, positives)
             fresh_u: dict[int, list[float]] = {}
             fresh_slope: dict[int, list[float]] = {}
             for i in range(batch):
@@ -87,7 +94,7 @@ class Global:
                 d = {j: float(anchor[i] @ candidate[j] - anchor[i] @ candidate[i]) for j in others}
                 g = sum(math.exp(d[j] / tau) for j in others) / len(others)
                 unseen = key not in self.u or (self.reference and self.first_epoch)
-                u = g if unseen else (1 - self.gamma) * self.u[key] + self.gamma * g
+                u = g if unseen else (1 - gamma) * self.u[key] * math.exp(drift) + gamma * g
                 fresh_u.setdefault(ids[i], []).append(u)
                 if self.reference:
                     u += 1e-8
@@ -111,6 +118,31 @@ class Global:
                     self.temperature[key] = min(max(moved, self.tau_range[0]), self.tau_range[1])
         return loss, gradient, slope
 
+    def _adapt(self, term: TermName, ids: list[int], s: np.ndarray, positives: np.ndarray) -> tuple[float, float]:
+        """Gamma and drift of a term after what a batch shows; at most its first 16 rows tell of the noise."""
+        noise, innovations = [], []
+        for i in range(len(s)):
+            tau = self.temperature.get((term, ids[i]), self.tau) if self.individual else self.tau
+            e = [math.exp((s[i, j] - s[i, i]) / tau) for j in range(len(s)) if not positives[i, j]]
+            n = len(e)
+            if n > 1 and i < 16:
+                mean = sum(e) / n
+                # The variance of a mean of n over its square: that of its log, to first order.
+                noise.append(sum((x - mean) ** 2 for x in e) / (n - 1) / n / mean**2)
+            if n and (term, ids[i]) in self.u:
+                innovations.append(math.log(sum(e) / n) - math.log(self.u[term, ids[i]]))
+        own = self.statistics.setdefault(term, {"drift": 0.0, "innovation": 0.0, "noise": 0.0, "steps": 0})
+        if innovations:
+            rate = max(1 / 32, 1 / (own["steps"] + 1))
+            own["drift"] += rate * (sum(innovations) / len(innovations) - own["drift"])
+            square = sum((x - own["drift"]) ** 2 for x in innovations) / len(innovations)
+            own["innovation"] += rate * (square - own["innovation"])
+            own["noise"] += rate * (sum(noise) / max(len(noise), 1) - own["noise"])
+            own["steps"] += 1
+        if not own["steps"]:
+            return 1.0, 0.0
+        return min(1.0, max(self.gamma, 1 - own["noise"] / own["innovation"])), own["drift"]
+
 
 def cross_entropy(anchor: np.ndarray, candidate: np.ndarray, tau: float, same: np.ndarray) -> float:
     """Mean over anchors of -log softmax of the positive; pairs marked `same` are no negatives."""
@@ -126,12 +158,16 @@ def clip(views: Views, tau: float, same: np.ndarray, pairs: list[TermName]) -> f
     return sum(parts) / len(parts)
 
 
-def cyclip(views: Views, tau: float, same: np.ndarray) -> float:
-    image, text = views["image"], views["text"]
+def cyclic(image: np.ndarray, text: np.ndarray) -> tuple[float, float]:
+    """CyCLIP's two inconsistencies."""
     n = len(image)
     cross = sum((image[j] @ text[k] - image[k] @ text[j]) ** 2 for j in range(n) for k in range(n)) / n
     inside = sum((image[j] @ image[k] - text[j] @ text[k]) ** 2 for j in range(n) for k in range(n)) / n
-    return clip(views, tau, same, [("image", "text")]) + 0.25 * float(inside) + 0.25 * float(cross)
+    return float(inside), float(cross)
+
+
+def cyclip(views: Views, tau: float, same: np.ndarray) -> float:
+    return clip(views, tau, same, [("image", "text")]) + 0.25 * sum(cyclic(views["image"], views["text"]))
 
 
 def siglip(views: Views, tau: float, bias: float, same: np.ndarray) -> float:

@@ -25,6 +25,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "reference": {"name": "xamclr", "estimator": "reference"},
     "learnable": {"name": "amclr", "temperature_mode": "learnable", "rho": 1.0},
     "aligned": {"name": "sogclr", "pairs": "aligned"},
+    "adaptive": {"name": "amclr", "gamma": 0.2, "gamma_schedule": "adaptive"},
+    "cyclic": {"name": "xamclr", "cyclic_weight": 0.1},
     "weighted": {"name": "xamclr", "weights": {"image": 0.3, "text": 0.1}},
     **{
         f"{name} with groups": {"name": name, "groups": True}

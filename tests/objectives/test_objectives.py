@@ -19,6 +19,8 @@ from torch.nn import functional as F
 import amclr
 from amclr.objectives import METHODS, blocks, build
 from amclr.objectives import objective as objective_module
+from amclr.objectives.adaptive import log_noise
+from amclr.objectives.blocks import Positives
 from tests.objectives import oracle
 
 VIEWS = ("image", "image_aug", "text", "text_aug")
@@ -416,8 +418,10 @@ def test_individual_temperatures_settle_where_the_divergence_equals_rho() -> Non
 @pytest.mark.parametrize("name", METHODS)
 def test_settings_may_be_whole_numbers(name: str) -> None:
     kinds = {t.kind for t in build(name, 6).terms}
-    whole = build(name, 6, temperature=1, gamma=1, rho=1, cyclic_weight=1, weights=dict.fromkeys(kinds, 1))
-    real = build(name, 6, temperature=1.0, gamma=1.0, rho=1.0, cyclic_weight=1.0, weights=dict.fromkeys(kinds, 1.0))
+    cyclic = {} if METHODS[name].pairs == "none" else {"cyclic_weight": 1}
+    whole = build(name, 6, temperature=1, gamma=1, rho=1, weights=dict.fromkeys(kinds, 1), **cyclic)
+    cyclic = {what: float(weight) for what, weight in cyclic.items()}
+    real = build(name, 6, temperature=1.0, gamma=1.0, rho=1.0, weights=dict.fromkeys(kinds, 1.0), **cyclic)
     views, ids = tensors(draw_views(0), torch.float32), torch.arange(6)
     assert float(whole(views, ids)[0].detach()) == float(real(views, ids)[0].detach())
 
@@ -432,6 +436,108 @@ def test_cosine_gamma() -> None:
     constant = build("sogclr", 6, gamma=0.2)
     constant.start_epoch(3, 5)
     assert constant.gamma == 0.2
+
+
+@pytest.mark.parametrize("name", ["sogclr", "amclr", "clip"])
+def test_cyclic_penalties_come_on_top(name: str) -> None:
+    """The mean over the pairs of both penalties, by loops, whatever the method."""
+    views, ids = draw_views(3), torch.arange(6)
+    losses = [build(name, 6, temperature=0.2, cyclic_weight=w).double()(tensors(views), ids)[0] for w in (0.0, 0.3)]
+    pairs = [p for p in oracle.CROSS if {*p} <= {*build(name, 6).required_views}]
+    expected = sum(sum(oracle.cyclic(views[i], views[t])) for i, t in pairs) / len(pairs)
+    assert float((losses[1] - losses[0]).detach()) == pytest.approx(0.3 * expected, rel=1e-6)
+
+
+@DTYPES
+@pytest.mark.parametrize("name", GLOBAL)
+def test_adaptive_gamma_equals_the_loops(name: str, dtype: torch.dtype, tolerance: float) -> None:
+    """Value, gradients, estimators and statistics over eight steps, with samples seen again and some left out."""
+    objective = build(
+        name, 10, temperature=0.25, gamma=0.2, gamma_schedule="adaptive", rho=1.3, temperature_lr=0.01
+    ).to(dtype)  # fmt: skip
+    rho = 1.3 if METHODS[name].temperature == "individual" else 0.0
+    sums = oracle_for(name, gamma=0.2, tau=0.25, rho=rho, eta=0.01, adaptive=True)
+    draw = np.random.default_rng(0)
+    gammas = []
+    for step in range(8):
+        views = draw_views(step % 3)
+        ids = draw.choice(10, 6, replace=False)
+        # In the third step the first row has no negative.
+        groups = {"image": [3, 3, 3, -1, -1, -1], "text": [2, -1, -1, 2, 2, 2]} if step == 2 else {}
+        t = tensors(views, dtype)
+        loss, metrics = objective(t, torch.from_numpy(ids), {v: torch.tensor(g) for v, g in groups.items()})
+        loss.backward()
+        expected, gradient, _ = sums.step(views, ids.tolist(), ids.tolist(), groups)
+        assert float(loss.detach()) == pytest.approx(expected, rel=10 * tolerance, abs=tolerance)
+        check_gradients(t, gradient, 10 * tolerance)
+        gammas.append(float(metrics["gamma"]))
+    check_tables(objective, sums, 10 * tolerance)
+    for what in ("drift", "innovation", "noise", "steps"):
+        found = dict(
+            zip(
+                ((t.anchor, t.candidate) for t in objective.terms),
+                getattr(objective.adaptive, what).tolist(),
+                strict=True,
+            )
+        )
+        for term, own in sums.statistics.items():
+            assert found[term] == pytest.approx(own[what], rel=100 * tolerance, abs=100 * tolerance), (what, term)
+    assert gammas[0] == 1, "nothing has been seen a second time"
+    assert 0.2 <= min(gammas) < 1
+
+
+def drawn(n: int, seed: int, spread: float, dim: int = 16) -> torch.Tensor:
+    """Embeddings (n, dim) around one direction: unit rows whose similarities are alike, but for the spread."""
+    made = torch.randn(n, dim, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.nn.functional.normalize(torch.eye(dim, dtype=torch.float64)[0] + spread * made, dim=-1)
+
+
+def estimates_after(world: str, gamma: float, schedule: str, batch: int = 16) -> tuple[float, float]:
+    """Spread (standard deviation over anchors) of log u about the exact value, and the last gamma.
+
+    world: `still`, the embeddings stay as they are; `redrawn`, every sample is another at each visit; `growing`, all
+    similarities grow alike with the epochs.
+    """
+    n, epochs = 192, 10
+    objective = build("sogclr", n, temperature=0.1, gamma=gamma, gamma_schedule=schedule)
+    order = np.random.default_rng(0)
+    found = 1.0
+    for epoch in range(epochs):
+        version, spread = (epoch if world == "redrawn" else 0), 0.3 + (0.05 * epoch if world == "growing" else 0)
+        image, text = drawn(n, 2 * version, spread), drawn(n, 2 * version + 1, spread)
+        for rows in np.split(order.permutation(n), n // batch):
+            _, metrics = objective({"image": image[rows], "text": text[rows]}, torch.from_numpy(rows))
+            found = float(metrics.get("gamma", gamma))
+    errors = objective.estimator_error({"image": image, "text": text}, torch.arange(n), torch.arange(n))
+    return math.sqrt(max(errors["rms"] ** 2 - errors["bias"] ** 2, 0)), found
+
+
+def test_adaptive_gamma_remembers_what_lasts_and_forgets_what_does_not() -> None:
+    """Where all is new at each visit it is near no memory, where something lasts much better, unlike any constant."""
+    found = {
+        world: {g: estimates_after(world, g, "adaptive" if g < 0.1 else "constant") for g in (0.02, 0.2, 0.8, 1.0)}
+        for world in ("still", "growing", "redrawn")
+    }
+    spread = {world: {g: errors for g, (errors, _) in each.items()} for world, each in found.items()}
+    assert found["still"][0.02][1] < found["growing"][0.02][1] < found["redrawn"][0.02][1], "gamma, of each world"
+    assert spread["still"][0.02] < 0.75 * min(spread["still"][0.8], spread["still"][1.0])
+    assert spread["growing"][0.02] < 0.9 * min(spread["growing"][0.8], spread["growing"][1.0])
+    assert spread["redrawn"][0.02] < 0.6 * min(spread["redrawn"][0.2], spread["redrawn"][0.8])
+    assert spread["redrawn"][0.02] < 1.25 * spread["redrawn"][1.0]
+
+
+@pytest.mark.parametrize("tau", [0.5, 0.1])
+def test_noise_is_the_variance_of_a_batch_s_log_mean(tau: float) -> None:
+    """By drawing: how the log of a mean over 63 negatives varies with which they are."""
+    image, text = drawn(5_000, 1, 0.3), drawn(5_000, 2, 0.3)
+    draw = np.random.default_rng(0)
+    s = image[:256] @ text.T / tau
+    varied = torch.stack([s[:, draw.choice(5_000, 63, replace=False)].logsumexp(1) for _ in range(300)]).var(0).mean()
+    said = []
+    for _ in range(100):
+        rows = draw.choice(5_000, 64, replace=False)
+        said.append(log_noise([image[rows], text[rows]], [0], [1], tau, Positives(64, None, True)))
+    assert float(torch.stack(said).mean()) == pytest.approx(float(varied), rel=0.1)
 
 
 # -- diagnostics ----------------------------------------------------------------------------------
@@ -742,9 +848,12 @@ def test_evaluation_mode_leaves_the_estimators_alone() -> None:
     assert all(torch.equal(v, before[k]) for k, v in objective.state_dict().items())
 
 
-def test_state_goes_on_where_it_was() -> None:
+@pytest.mark.parametrize("schedule", ["constant", "adaptive"])
+def test_state_goes_on_where_it_was(schedule: str) -> None:
     ids = torch.tensor([0, 3, 4, 5, 1, 2])
-    whole, first, second = (build("iamclr", 6, temperature=0.1) for _ in range(3))
+    whole, first, second = (
+        build("iamclr", 6, temperature=0.1, gamma=0.3, gamma_schedule=schedule) for _ in range(3)
+    )  # fmt: skip
     for step in range(3):
         views = tensors(draw_views(step), torch.float32)
         whole(views, ids)
@@ -922,7 +1031,13 @@ def test_value_checks_can_be_switched_off() -> None:
         ("amclr", {"temperature": -1}, "temperature must be positive"),
         ("iamclr", {"temperature": 2.0}, "temperature must lie in temperature_range"),
         ("amclr", {"temperature_range": (0.0, 1.0)}, "temperature_range must be 0 < low <= high"),
-        ("amclr", {"gamma_schedule": "linear"}, "gamma_schedule must be one of constant, cosine"),
+        ("simclr", {"cyclic_weight": 0.1}, "'simclr' aligns no image-text pairs: leave out cyclic_weight=0.1"),
+        (
+            "amclr",
+            {"gamma_schedule": "adaptive", "estimator": "reference"},
+            "gamma_schedule 'adaptive' needs estimator 'per-term'",
+        ),
+        ("amclr", {"gamma_schedule": "linear"}, "gamma_schedule must be one of constant, cosine, adaptive"),
         ("amclr", {"estimator": "exact"}, "estimator must be one of per-term, reference"),
         ("clip", {"estimator": "reference"}, "needs a global objective, and 'clip' is a mini-batch one"),
         ("clip", {"temperature_mode": "individual"}, "'individual' needs a global objective"),

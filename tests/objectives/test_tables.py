@@ -176,7 +176,8 @@ def test_the_index_says_what_is_there(tmp_path: Path) -> None:
     ("name", "settings"),
     [
         ("clip", {}), ("ixamclr", {}), ("ixamclr", {"estimator": "reference"}), ("ixamclr", {"storage": "disk"}),
-        ("amclr", {"backend": "triton"}),
+        ("amclr", {"backend": "triton"}), ("amclr", {"gamma_schedule": "adaptive"}),
+        ("amclr", {"gamma_schedule": "adaptive", "backend": "triton"}),
     ],
 )  # fmt: skip
 def test_a_step_can_be_undone(name: str, settings: dict[str, str]) -> None:

@@ -21,7 +21,7 @@ from amclr.objectives.tables import STORAGES, choose_storage
 __all__ = ["METHODS", "PAIRS", "VIEWS", "Method", "Objective", "Term", "backward_in_chunks", "build", "modality"]
 
 ESTIMATORS = ("per-term", "reference")
-GAMMA_SCHEDULES = ("constant", "cosine")
+GAMMA_SCHEDULES = ("constant", "cosine", "adaptive")
 PRODUCTS = ("auto", "float32", "tf32", "float16", "bfloat16")
 BACKENDS = ("auto", "eager", "triton")
 
@@ -40,7 +40,7 @@ def build(
     rho: float = 2.5,
     pairs: Pairs | None = None,
     weights: Mapping[str, float] | None = None,
-    cyclic_weight: float = 0.25,
+    cyclic_weight: float | None = None,
     estimator: str = "per-term",
     validate: bool | None = None,
     distributed: bool = True,
@@ -58,7 +58,8 @@ def build(
             {"image": n, "text": m} where images and captions have ids of their own.
         temperature: tau; the start of a learnable or individual one. Default: the method's own.
         gamma: weight of this batch in the running estimate, in (0, 1]; 1 keeps no memory.
-        gamma_schedule: "constant", or "cosine" from 1 down to `gamma` (call `start_epoch`).
+        gamma_schedule: "constant"; "cosine" from 1 down to `gamma` (call `start_epoch`); or "adaptive", between
+            `gamma` and 1, by how noisy batches are and how stale the estimates (see `adaptive.py`).
         temperature_mode: "fixed", "learnable" (one, a parameter) or "individual" (one per sample
             and term, global objectives only). Default: the method's own.
         temperature_range: bounds of a learnable or individual temperature.
@@ -70,7 +71,8 @@ def build(
         pairs: which image-text pairs are aligned: "first" (x, t), "aligned" (x, t) and (x', t'), or
             "all" four. Gives a baseline the same views as AmCLR. Default: the method's own.
         weights: factors on the terms by kind: "cross", "image" (image-image), "text" (text-text).
-        cyclic_weight: weight of each of CyCLIP's two penalties.
+        cyclic_weight: weight of each of CyCLIP's two penalties, for any method with image-text pairs. Default: the
+            method's own, 0.25 for cyclip and else 0.
         estimator: "per-term" keeps one running estimate per sample and term; "reference" one per
             sample, overwritten by the terms in turn, as the public AmCLR code does (call `start_epoch`: it
             remembers nothing before the second).
@@ -108,7 +110,10 @@ def build(
     _choose("estimator", estimator, ESTIMATORS)
     _require(0 <= temperature_momentum < 1, "temperature_momentum must lie in [0, 1)", temperature_momentum)
     _require(temperature_lr > 0, "temperature_lr must be positive", temperature_lr)
-    _require(0 <= cyclic_weight < math.inf, "cyclic_weight must not be negative or infinite", cyclic_weight)
+    cyclic = method.cyclic if cyclic_weight is None else cyclic_weight
+    _require(0 <= cyclic < math.inf, "cyclic_weight must not be negative or infinite", cyclic_weight)
+    if cyclic and method.pairs == "none":
+        raise ValueError(f"'{name}' aligns no image-text pairs: leave out cyclic_weight={cyclic_weight!r}")
     if pairs is not None:
         _choose("pairs", pairs, tuple(p for p in PAIRS if p != "none"))
         if method.pairs == "none":
@@ -120,6 +125,8 @@ def build(
         raise ValueError(f"temperature_mode 'individual' needs a global objective, and '{name}' is a mini-batch one")
     if estimator == "reference" and method.contrast != "global":
         raise ValueError(f"estimator 'reference' needs a global objective, and '{name}' is a mini-batch one")
+    if estimator == "reference" and gamma_schedule == "adaptive":
+        raise ValueError("gamma_schedule 'adaptive' needs estimator 'per-term', which tells the terms apart")
     if not method.terms(pairs, weights):
         raise ValueError(f"weights {dict(weights or {})} leave '{name}' without a term")
     _require(math.isfinite(rho) and rho >= 0, "rho must not be negative", rho)
@@ -145,7 +152,7 @@ def build(
         rho=rho,
         pairs=pairs,
         weights=weights,
-        cyclic_weight=cyclic_weight,
+        cyclic_weight=cyclic,
         estimator=estimator,
         validate=validate,
         distributed=distributed,

@@ -17,11 +17,14 @@ from torch import Tensor
 NEG_INF = float("-inf")
 
 
-def update_log_u(log_u: Tensor, log_g: Tensor, gamma: float) -> Tensor:
-    """Log of (1 - gamma) u + gamma g, or log g where u is not seen yet (log u = -inf)."""
-    if gamma >= 1:
+def update_log_u(log_u: Tensor, log_g: Tensor, gamma: float | Tensor) -> Tensor:
+    """Log of (1 - gamma) u + gamma g, or log g where u is not seen yet (log u = -inf). gamma: one, or (T, 1)."""
+    if isinstance(gamma, Tensor):
+        mixed = torch.logaddexp(torch.log1p(-gamma) + log_u, gamma.log() + log_g)
+    elif gamma >= 1:
         return log_g
-    mixed = torch.logaddexp(math.log1p(-gamma) + log_u, math.log(gamma) + log_g)
+    else:
+        mixed = torch.logaddexp(math.log1p(-gamma) + log_u, math.log(gamma) + log_g)
     return torch.where(log_u == NEG_INF, log_g, mixed)
 
 

@@ -64,8 +64,8 @@ class Method:
     """Modalities whose two views are aligned with each other."""
     pool_negatives: bool = False
     """Also use the anchor's own view of the other samples as negatives (NT-Xent)."""
-    cyclic: bool = False
-    """Add CyCLIP's two consistency penalties."""
+    cyclic: float = 0.0
+    """Weight of each of CyCLIP's two consistency penalties, by default."""
     temperature: Temperature = "fixed"
     default_temperature: float = 0.01
     source: str = ""
@@ -106,7 +106,7 @@ METHODS: Mapping[str, Method] = {
         temperature="learnable", default_temperature=0.07, source="Radford et al. 2021, arXiv 2103.00020, figure 3",
     ),
     "cyclip": Method(
-        "CLIP with cross- and in-modal cyclic consistency", "batch", "first", cyclic=True,
+        "CLIP with cross- and in-modal cyclic consistency", "batch", "first", cyclic=0.25,
         temperature="learnable", default_temperature=0.07, source="Goel et al. 2022, arXiv 2205.14459, section 3",
     ),
     "siglip": Method(

@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from amclr.distributed import World, processes
 from amclr.objectives import contrast as math_of
+from amclr.objectives.adaptive import AdaptiveGamma, log_noise
 from amclr.objectives.blocks import NEG_INF, Blocks, Layout, Positives, Workspace
 from amclr.objectives.methods import PAIRS, VIEWS, Method, Pairs, Term, modality
 from amclr.objectives.tables import Table
@@ -91,7 +92,7 @@ class Objective(nn.Module):
         self.tau_min, self.tau_max = temperature_range
         self.tau_lr, self.tau_momentum = temperature_lr, temperature_momentum
         self.rho = rho if temperature_mode != "fixed" else 0.0
-        self.cyclic_weight = cyclic_weight if method.cyclic else 0.0
+        self.cyclic_weight = cyclic_weight
         self.estimator = estimator
         self.validate, self.distributed, self.averaged = validate, distributed, averaged
         self.products, self.backend = products, backend
@@ -99,6 +100,7 @@ class Objective(nn.Module):
         self.diagnose = False
         self.remember = False
         self._former: list[tuple[Table, Tensor, Tensor]] = []
+        self._former_statistics: dict[str, Tensor] = {}
         self._first_epoch = True
         self._stacked = tuple(v for v in VIEWS if v in self.required_views)
         self._layouts_of = {whole: self._layouts(whole) for whole in (True, False)}
@@ -119,6 +121,9 @@ class Objective(nn.Module):
                 for what, fill in fills.items():
                     columns = 1 if estimator == "reference" and what == "log_u" else len(self._columns[of])
                     self.add_module(f"{what}_{of}", Table(self.num_samples[of], columns, fill, storage, folder))
+        self.adaptive: AdaptiveGamma | None = None
+        if gamma_schedule == "adaptive" and method.contrast == "global":
+            self.adaptive = AdaptiveGamma(len(self.terms), gamma)
         if gamma_schedule == "cosine":
             self.start_epoch(0, 1)
 
@@ -152,6 +157,8 @@ class Objective(nn.Module):
         """Put back what the last call overwrote in the tables, if it was to be remembered; once."""
         for table, ids, former in self._former:
             table.write(ids, 0, table.values.shape[1], former)
+        if self._former and self.adaptive:
+            self.adaptive.load_state_dict(self._former_statistics)
         self.forget()
 
     def forget(self) -> None:
@@ -204,6 +211,8 @@ class Objective(nn.Module):
         if self.remember:
             self._former = [(table, id_of[of], table.read(id_of[of], 0, table.values.shape[1], table.values))
                             for of, table in ((name.rpartition("_")[2], t) for name, t in self._tables())]  # fmt: skip
+            if self.adaptive:
+                self._former_statistics = {name: b.clone() for name, b in self.adaptive.state_dict().items()}
         with torch.autocast(device.type, enabled=False):
             dtype = torch.promote_types(torch.float32, source)
             inputs = {v: views[v].to(dtype) for v in self._stacked}
@@ -303,6 +312,9 @@ class Objective(nn.Module):
                 values = log_total = torch.nn.functional.softplus(log_g + log_n)
                 log_u = log_total - log_n
             else:
+                if self.adaptive and self.training:
+                    self._observe(self.adaptive, wave, every, ids, log_g, taus, positives, some)
+                    metrics["gamma"] = self.adaptive.gamma().mean()
                 log_u = self._update_log_u(wave, log_g, ids, some, simple)
                 values, log_total = taus * (log_u + self.rho if self.rho else log_u), log_u + log_n
             if some is not None:
@@ -346,7 +358,11 @@ class Objective(nn.Module):
         """Whether the step's numbers per anchor can stay in the Triton kernels."""
         on_device = all(t.storage == "device" and t.values.device == like.device for _, t in self._tables())
         return (
-            on_device and self.estimator == "per-term" and self.temperature_mode != "individual" and not self.diagnose
+            on_device
+            and self.estimator == "per-term"
+            and self.temperature_mode != "individual"
+            and not self.diagnose
+            and not self.adaptive
         )
 
     def _few_launches(
@@ -506,6 +522,18 @@ class Objective(nn.Module):
             return math_of.mean_by_id(next(iter(ids.values())), values, some, log)
         return torch.cat([math_of.mean_by_id(ids[of], values[part], some, log) for part, of, _, _ in self._sides(wave)])
 
+    def _observe(
+        self, adaptive: AdaptiveGamma, wave: list[Layout], every: list[Tensor], ids: dict[str, Tensor], log_g: Tensor,
+        taus: float | Tensor, positives: Positives, some: Tensor | None,
+    ) -> None:  # fmt: skip
+        """Let the adaptive gamma see what a batch shows of a wave's terms, before their estimates are updated."""
+        place = {v: k for k, v in enumerate(self._stacked)}
+        terms = [t for layout in wave for t in layout.terms]
+        ends = [[place[v] for v in views] for views in zip(*((t.anchor, t.candidate) for t in terms), strict=True)]
+        noise = log_noise(every, *ends, taus, positives)
+        before = self._read("log_u", wave, ids, log_g)
+        adaptive.observe([self.terms.index(t) for t in terms], before, log_g, noise, some)
+
     def _update_log_u(
         self, wave: list[Layout], log_g: Tensor, ids: dict[str, Tensor], some: Tensor | None, simple: bool
     ) -> Tensor:
@@ -513,7 +541,12 @@ class Objective(nn.Module):
         if self.estimator == "reference":
             return self._update_reference(wave, log_g, ids, some, simple)
         before = self._read("log_u", wave, ids, log_g)
-        after = math_of.update_log_u(before, log_g, self.gamma)
+        if self.adaptive is None:
+            after = math_of.update_log_u(before, log_g, self.gamma)
+        else:
+            rows = [self.terms.index(t) for layout in wave for t in layout.terms]
+            gamma = self.adaptive.gamma()[rows, None].to(log_g.dtype)
+            after = math_of.update_log_u(self.adaptive.moved(rows, before), log_g, gamma)
         if self.training:
             mean = after if simple else self._mean_by_sample(wave, ids, after, some, log=True)
             self._write("log_u", wave, ids, _learned(mean, before, some))

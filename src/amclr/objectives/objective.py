@@ -529,8 +529,8 @@ class Objective(nn.Module):
         """Let the adaptive gamma see what a batch shows of a wave's terms, before their estimates are updated."""
         place = {v: k for k, v in enumerate(self._stacked)}
         terms = [t for layout in wave for t in layout.terms]
-        ends = [[place[v] for v in views] for views in zip(*((t.anchor, t.candidate) for t in terms), strict=True)]
-        noise = log_noise(every, *ends, taus, positives)
+        anchors, candidates = [place[t.anchor] for t in terms], [place[t.candidate] for t in terms]
+        noise = log_noise(every, anchors, candidates, taus, positives)
         before = self._read("log_u", wave, ids, log_g)
         adaptive.observe([self.terms.index(t) for t in terms], before, log_g, noise, some)
 

@@ -85,7 +85,7 @@ def read_classes(root: Path, classnames: str = "", templates: str = "", known: b
 
     Raises:
         UserError: for a folder without pictures by class, for files and names that are not there, and for names whose
-            library is missing.
+            library is missing, and for a prompt without {}.
     """
     file = Path(classnames) if classnames and classnames not in NAMES else None
     if file and not file.is_file():
@@ -111,11 +111,14 @@ def read_classes(root: Path, classnames: str = "", templates: str = "", known: b
         prompts, prompts_of = tuple(tables.read_lines(own_prompts)), own_prompts.name
     else:
         prompts, prompts_of = _prompts(templates or (found if usable else "amclr"))
+    if not prompts or (bad := next((p for p in prompts if "{}" not in p), "")):
+        told = f"the prompt '{bad}' has no {{}} for the class name" if prompts else "there is no prompt"
+        raise UserError(f"'{templates or own_prompts}': {told}: write a prompt per line, as 'a photo of a {{}}.'")
     return ClassSet(root, paths, labels, names, prompts, names_of, prompts_of, advice)
 
 
 def short_names(roots: Sequence[Path]) -> dict[str, Path]:
-    """Folders by a short name for each, all different: the folder's, or where that is train, val or test its parent's."""
+    """Folders by short names, all different: a folder's own, or its parent's if it is called train, val or test."""
     found: dict[str, Path] = {}
     for root in roots:
         parts = root.resolve().parts

@@ -31,7 +31,7 @@ from amclr.data.rows import SPLIT_NAMES, Reading, Reject, Row, caption_fault, cl
 from amclr.errors import UserError
 from amclr.randomness import derive
 
-OUTSIDE = "picture path leaves the folder"
+OUTSIDE, ABSENT = "picture path leaves the folder", "no such picture"
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +139,7 @@ class Manifest:
             return "no row was read"
         reasons = Counter(r.reason.split(":")[0] for r in self.rejects)
         commonest = ", ".join(f"{n} x {printable(reason)}" for reason, n in reasons.most_common(3))
-        elsewhere = any(reason.startswith(OUTSIDE) for reason in reasons)
+        elsewhere = any(reason.startswith((OUTSIDE, ABSENT)) for reason in reasons)
         hint = " (pictures elsewhere: --source.images FOLDER)" if elsewhere else ""
         return f"{commonest}{hint}; the first: {self.rejects[0]}"
 
@@ -359,7 +359,7 @@ class _Pictures:
         except (OSError, ValueError) as error:  # names that are too long, or hold NUL
             what = getattr(error, "strerror", None) or error
             return text, "", f"picture cannot be reached: {text[:80]} ({what})"
-        return text, "", f"{OUTSIDE if outside else 'no such picture'}: {text[:200]}"
+        return text, "", f"{OUTSIDE if outside else ABSENT}: {text[:200]}"
 
 
 def _with_splits(manifest: Manifest, val_fraction: float, only: str) -> Manifest:

@@ -301,7 +301,7 @@ SLIPS = [
     ({"zeroshot": {"a": 1}}, "zeroshot must be a list of folders"),
     ({"settings": ["epochs"]}, "settings must be names with values"),
     ({"zeroshot": ["nowhere"]}, "no folder 'nowhere'"),
-    ({"templates": "openai"}, "classnames and templates belong to zeroshot"),
+    ({"zeroshot": ["Images"], "templates": "opnai"}, "no folder 'Images'"),
     ({"paraphrased": "rulez"}, "no paraphrases at 'rulez': give rules"),
 ]  # fmt: skip
 

@@ -283,6 +283,8 @@ def test_the_upper_places_count_most() -> None:
     above, below = evaluate.rank_biased_overlap([[1, 2, 3], [1, 2, 3]], [[9, 1, 2], [1, 2, 9]], 0.5).tolist()
     assert above == pytest.approx(0.5 * (0 + 0.5 * 0.5 + 0.25 * 2 / 3) + 0.125 * 2 / 3)
     assert below == pytest.approx(0.5 * (1 + 0.5 + 0.25 * 2 / 3) + 0.125 * 2 / 3)
+    # A published value, from the README of an implementation of the extrapolated form: b4ny4n/rankmeasures.
+    assert evaluate.rank_biased_overlap([[1, 2, 3, 4, 5]], [[2, 3, 4, 1, 5]], 0.9).tolist() == pytest.approx([0.828])
     with pytest.raises(ValueError, match="p must lie between 0 and 1"):
         evaluate.rank_biased_overlap([[1]], [[1]], 1.0)
     for one, other in ([[1, 2]], [[1]]), ([1], [1]), ([[]], [[]]):

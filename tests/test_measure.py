@@ -207,7 +207,7 @@ def test_paraphrases_of_a_file(trained: Path, tmp_path: Path, capsys: pytest.Cap
     told = capsys.readouterr().out
     found = saved(trained, "patches-val")["paraphrased"]
     assert (found["captions"], found["without"]) == (len(again), len(captions) - len(again)) == (10, 6)
-    assert f"{len(again)} of 16 captions, 6 without a paraphrase left out" in told
+    assert f"{len(again)} of 16 captions, 6 without one left out" in told
     model = amclr.load(trained)
     images = model.encode_image([s.picture for s in samples])
     owner = [i for i, s in enumerate(samples) for c in s.captions if c in again]
@@ -282,6 +282,11 @@ def test_slips_are_one_line_with_advice(
     assert command("evaluate", trained, *options) == 1
     errors = capsys.readouterr().err.strip().splitlines()
     assert len(errors) == 1 and errors[0].startswith("amclr: ") and message in errors[0]
+
+
+def test_a_run_after_the_folders(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command("evaluate", "--zeroshot", "classes", "run") == 1
+    assert capsys.readouterr().err.startswith("amclr: name the run first: amclr evaluate RUN, and then --zeroshot")
 
 
 def test_the_help_lists_names_and_prompts(capsys: pytest.CaptureFixture[str]) -> None:

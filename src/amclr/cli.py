@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 COMMANDS = {
     "train": "train a dual encoder: with no arguments on generated scenes, in minutes on a laptop",
     "compare": "train the variants of an experiment file over several seeds: one table, figures, a report",
-    "evaluate": "retrieval and zero-shot classification with a trained model",
+    "evaluate": "retrieval, zero-shot classification, and what paraphrase changes, with a trained model",
     "paraphrase": "paraphrases of a data set's captions, made once, for training's second text views",
     "inspect": "what is in a data set: counts, caption lengths, bad rows, a contact sheet with both views",
 }
@@ -137,7 +137,7 @@ def _evaluate(arguments: list[str]) -> int:
     from amclr.config import SourceConfig, from_dict
 
     parser = _parser("evaluate")
-    parser.add_argument("run", type=str, help="run folder")
+    parser.add_argument("run", type=str, nargs="?", default="", help="run folder")
     parser.add_argument("--data", type=str, default="", help="data set for retrieval; empty is the run's own")
     parser.add_argument("--split", type=str, default="val", help="train, val, test or all")
     parser.add_argument(
@@ -174,6 +174,8 @@ def _evaluate(arguments: list[str]) -> int:
     )  # fmt: skip
     parser.add_class_arguments(SourceConfig, "source", skip={"paraphrases", "captions", "duplicates"})
     values = _parse(parser, arguments).as_dict()
+    if not values["run"]:  # --zeroshot would take it for one of its own
+        raise UserError("name the run first: amclr evaluate RUN, and then --zeroshot FOLDER ...")
     values["folder"], values["source"] = Path(values.pop("run")), from_dict(values["source"], SourceConfig)
     asked = values["wise"]
     try:

@@ -597,8 +597,6 @@ class Asked:
 def _asked(experiment: Experiment) -> Asked:
     """What an experiment asks of its runs. Raises UserError for folders, files and names that are not there."""
     roots = short_names([Path(root) for root in experiment.zeroshot])
-    if not roots and (experiment.classnames or experiment.templates):
-        raise UserError("classnames and templates belong to zeroshot: give its folders too, as in zeroshot: [FOLDER]")
     classes = {k: read_classes(root, experiment.classnames, experiment.templates) for k, root in roots.items()}
     rewording = Rewording.find(experiment.paraphrased) if experiment.paraphrased else None
     return Asked(classes, experiment.classnames, experiment.templates, rewording)

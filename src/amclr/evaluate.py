@@ -138,8 +138,8 @@ def rank_biased_overlap(first: Any, second: Any, p: float = PERSISTENCE) -> Tens
         RBO(S, T, p) = (1 - p) * sum over d = 1, 2, ... of p^(d-1) * A_d,    A_d = |S[:d] and T[:d] in common| / d,
 
     the agreement that a reader meets who goes from each place to the next one with probability p; with p = 0.9 the
-    first ten places have 86 % of the weight. Of lists known to a depth of k this is RBO_EXT (equation 30): beyond k
-    the agreement is taken to stay A_k, so that equal lists have 1 and lists without a common item 0:
+    first ten places have 86 % of the weight. Of lists known to a depth of k this is their RBO_EXT: beyond k the
+    agreement is taken to stay A_k, so that equal lists have 1, and lists without a common item 0:
 
         A_k * p^k + (1 - p) * sum over d = 1 .. k of p^(d-1) * A_d.
     """

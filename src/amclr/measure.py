@@ -584,7 +584,7 @@ def _recall_line(found: dict[str, Any], side: str, name: str) -> str:
 
 def _paraphrased_table(found: dict[str, Any]) -> str:
     total = found["captions"] + found["without"]
-    left_out = f", {found['without']} without a paraphrase left out" if found["without"] else ""
+    left_out = f", {found['without']} without one left out" if found["without"] else ""
     lines = [f"paraphrased by {printable(found['by'])}: {found['captions']} of {total} captions{left_out}"]
     lines += [RECALL_HEADER]
     own, again = found["as_is"], found["paraphrased"]

@@ -26,6 +26,7 @@ from amclr.compare import Comparison, Outcome, against, plan, read, sign_flip
 from amclr.engine import Stopped
 from amclr.errors import UserError
 from amclr.files import read_arrays
+from amclr.measure import evaluate_run
 from tests.conftest import COLOURS, Command, paint
 
 ROOT = Path(__file__).parents[1]
@@ -300,6 +301,8 @@ SLIPS = [
     ({"zeroshot": {"a": 1}}, "zeroshot must be a list of folders"),
     ({"settings": ["epochs"]}, "settings must be names with values"),
     ({"zeroshot": ["nowhere"]}, "no folder 'nowhere'"),
+    ({"zeroshot": ["Images"], "templates": "opnai"}, "no folder 'Images'"),
+    ({"paraphrased": "rulez"}, "no paraphrases at 'rulez': give rules"),
 ]  # fmt: skip
 
 
@@ -372,6 +375,54 @@ def test_the_command(amclr: Command, experiment: Path, classes: Path, tmp_path: 
     assert "run 2 of 2: amclr, seed 0: text retrieval" in done.stderr
     assert f"Made by `amclr compare {experiment} --seeds 1 --zeroshot {classes}`" in done.stdout
     assert (tmp_path / "runs/compare-small/report.html").is_file() and "colours top-1" in done.stdout
+
+
+def test_prompts_and_paraphrased_queries(
+    folder: Path, tmp_path: Path, classes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Measures of every run like the others: what `amclr evaluate` finds, tested, and measured once."""
+    rows = [f"{w} {list(COLOURS)[k % 4]} patch number {k},I see {w} {list(COLOURS)[k % 4]} patch; its number is {k}"
+            for k in range(0, 40, 2) for w in ("a", "one")]  # fmt: skip
+    (tmp_path / "mine.csv").write_text("\n".join(["caption,paraphrase", *rows]))
+    asked = {"paraphrased": str(tmp_path / "mine.csv"), "zeroshot": [str(classes)], "templates": "simple"}
+    file = written(tmp_path / "small.yaml", folder, **asked)
+    found = run(file)
+    assert not found.failed
+    monkeypatch.setattr("amclr.measure.draw_gallery", lambda *_: None)
+    names = ("paraphrased img_r_mean", "paraphrased drop", "paraphrased overlap", "paraphrased rbo")
+    for row in found.results["rows"]:
+        one = row["runs"][1]
+        own = evaluate_run(
+            Path(one["folder"]), paraphrased=asked["paraphrased"], zeroshot=asked["zeroshot"], templates="simple",
+            progress=False,
+        )  # fmt: skip
+        told = own["paraphrased"]
+        assert (told["captions"], told["without"]) == (8, 8)
+        drop = told["as_is"]["img_r_mean"] - told["paraphrased"]["img_r_mean"]
+        expected = (told["paraphrased"]["img_r_mean"], drop, told["overlap"], 100 * told["rbo"])
+        assert [one[name] for name in names] == pytest.approx(expected, abs=1e-3)
+        assert one["zeroshot colours"] == pytest.approx(own["zeroshot_top1"], abs=1e-3)
+    base, other = found.results["rows"]
+    for name in names:
+        test = other["against"][name]
+        means = [row["measures"][name]["mean"] for row in (other, base)]
+        assert test["difference"] == pytest.approx(means[0] - means[1]) and 0 < test["p_seeds"] <= 1
+        assert test["pictures"] == 8 and test["seeds"] == 2
+    assert "| image retrieval, paraphrased | RBO, paraphrased |" in found.table.replace("colours top-1 | ", "")
+    about = "4 names (as its folders are called), 7 prompts (simple, by open_clip)"
+    assert found.results["zeroshot"] == {"colours": about} and f"Zero-shot: colours: {about}." in found.table
+    assert f"Paraphrased by {asked['paraphrased']}: captions that have a paraphrase ask with it." in found.table
+    # Again: what is there is taken. With other prompts or paraphrases it is measured anew.
+    times = {
+        f: f.stat().st_mtime_ns
+        for f in (tmp_path / "out" / "runs").rglob("*.npz")
+        if "paraphrased" in f.name or "zeroshot" in f.name
+    }
+    assert len(times) == 8
+    assert run(file).results == found.results and all(f.stat().st_mtime_ns == t for f, t in times.items())
+    (tmp_path / "mine.csv").write_text("\n".join(["caption,paraphrase", *rows[:7]]))
+    run(written(file, folder, **asked | {"templates": "amclr"}))
+    assert all(f.stat().st_mtime_ns != t for f, t in times.items())
 
 
 @pytest.mark.slow

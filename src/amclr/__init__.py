@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from amclr import (
+        classes,
         compare,
         config,
         data,
@@ -35,6 +36,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Config",
+    "classes",
     "compare",
     "config",
     "data",

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 COMMANDS = {
     "train": "train a dual encoder: with no arguments on generated scenes, in minutes on a laptop",
     "compare": "train the variants of an experiment file over several seeds: one table, figures, a report",
-    "evaluate": "retrieval and zero-shot classification with a trained model",
+    "evaluate": "retrieval, zero-shot classification, and what paraphrase changes, with a trained model",
     "paraphrase": "paraphrases of a data set's captions, made once, for training's second text views",
     "inspect": "what is in a data set: counts, caption lengths, bad rows, a contact sheet with both views",
 }
@@ -134,39 +134,59 @@ def _compare(arguments: list[str]) -> int:
 
 
 def _evaluate(arguments: list[str]) -> int:
+    from amclr.config import SourceConfig, from_dict
+
     parser = _parser("evaluate")
-    parser.add_argument("run", type=str, help="run folder")
+    parser.add_argument("run", type=str, nargs="?", default="", help="run folder")
     parser.add_argument("--data", type=str, default="", help="data set for retrieval; empty is the run's own")
     parser.add_argument("--split", type=str, default="val", help="train, val, test or all")
-    parser.add_argument("--zeroshot", type=str, default="", help="folder with one folder of pictures per class")
     parser.add_argument(
-        "--classnames", type=str, default="", help="file of FOLDER<tab>NAME lines; empty finds classnames.txt"
+        "--captions", type=int, default=0, metavar="N", help="take the first N captions of each picture; 0: all"
     )
     parser.add_argument(
-        "--templates",
-        type=str,
-        default="",
-        help="file with one prompt per line, {} for the class name; empty finds templates.txt in the folder",
-    )
+        "--folds", type=int, default=1, metavar="N",
+        help="also the means over N folds of the pictures, in the data set's order: 5 for COCO's 1k figures",
+    )  # fmt: skip
+    parser.add_argument(
+        "--paraphrased", type=str, default="", metavar="rules|STORE|FILE",
+        help="also with paraphrased captions, by rules (English), or from a folder that `amclr paraphrase` wrote or a "
+        "file with the columns caption,paraphrase: recalls, and how alike the pictures are that both find",
+    )  # fmt: skip
+    parser.add_argument(
+        "--zeroshot", type=str, nargs="*", default=[], metavar="FOLDER",
+        help="folders that hold a folder of pictures per class",
+    )  # fmt: skip
+    parser.add_argument(
+        "--classnames", type=str, default="", metavar="FILE|NAME",
+        help="file of FOLDER<tab>NAME lines, or folders (their own names), imagenet, cifar10, cifar100; empty finds "
+        "classnames.txt, or else knows the folders of ImageNet (wnids), CIFAR-10 and CIFAR-100",
+    )  # fmt: skip
+    parser.add_argument(
+        "--templates", type=str, default="", metavar="FILE|NAME",
+        help="file with one prompt per line, {} for the class name, or amclr (seven), simple (open_clip's seven), "
+        "openai or imagenet (80), cifar10 (18), cifar100 (18), food101, pets or another set that CLIP_benchmark has "
+        "prompts for; empty finds templates.txt in the folder, or else takes those of the set that it is, or amclr",
+    )  # fmt: skip
     parser.add_argument("--retrieval", type=bool, default=True, help="measure retrieval")
     parser.add_argument(
         "--wise", type=str, default="", metavar="SHARES",
         help="measure between the weights that the run began with (0) and the trained ones (1): 0,0.25,0.5,0.75,1",
     )  # fmt: skip
-    options = _parse(parser, arguments)
+    parser.add_class_arguments(SourceConfig, "source", skip={"paraphrases", "captions", "duplicates"})
+    values = _parse(parser, arguments).as_dict()
+    if not values["run"]:  # --zeroshot would take it for one of its own
+        raise UserError("name the run first: amclr evaluate RUN, and then --zeroshot FOLDER ...")
+    values["folder"], values["source"] = Path(values.pop("run")), from_dict(values["source"], SourceConfig)
+    asked = values["wise"]
     try:
-        wise = [float(share) for share in options.wise.split(",")] if options.wise else []
+        values["wise"] = [float(share) for share in asked.split(",")] if asked else []
     except ValueError:
-        wise = [-1.0]
-    if not all(0 <= share <= 1 for share in wise):
-        raise UserError(f"--wise must be numbers between 0 and 1 with commas, as 0,0.5,1, got '{options.wise}'")
+        values["wise"] = [-1.0]
+    if not all(0 <= share <= 1 for share in values["wise"]):
+        raise UserError(f"--wise must be numbers between 0 and 1 with commas, as 0,0.5,1, got '{asked}'")
     from amclr import measure
 
-    results = measure.evaluate_run(
-        Path(options.run), data=options.data, split=options.split, zeroshot=options.zeroshot,
-        classnames=options.classnames, templates=options.templates, retrieval=options.retrieval, wise=wise,
-    )  # fmt: skip
-    print(measure.report(results))
+    print(measure.report(measure.evaluate_run(**values)))
     return 0
 
 

@@ -31,16 +31,17 @@ import yaml
 from filelock import FileLock, Timeout
 
 from amclr import report
+from amclr.classes import ClassSet, read_classes, short_names
 from amclr.config import Config, fixed_differences, flat, from_dict, problems
 from amclr.data import manifest as manifests
-from amclr.data import tables
+from amclr.data.paraphrases import Rewording
 from amclr.data.rows import printable
 from amclr.data.views import policies, title
 from amclr.engine import Stopped, build_objective, train
 from amclr.errors import UserError
 from amclr.evaluate import RECALLS
 from amclr.files import read_arrays, write_text
-from amclr.measure import measure_classes
+from amclr.measure import measure_classes, measure_run_paraphrased
 from amclr.objectives import METHODS
 from amclr.optim import choose_optimizer
 from amclr.recipes import RECIPES
@@ -75,6 +76,12 @@ class Experiment:
     """The variant that the others are tested against."""
     zeroshot: tuple[str, ...] = ()
     """Folders of pictures by class."""
+    classnames: str = ""
+    """Names of their classes, as `amclr evaluate --classnames` takes them."""
+    templates: str = ""
+    """Prompts for their classes, as `amclr evaluate --templates` takes them."""
+    paraphrased: str = ""
+    """`rules`, or a file or folder of paraphrases: what the captions find in other words, too."""
 
 
 @dataclass(frozen=True)
@@ -143,6 +150,7 @@ def read(file: Path, *, data: str = "", seeds: str = "", zeroshot: Sequence[str]
         variants=_variants(file, given.get("variants")), grid=grid,
         seeds=_seeds(seeds or given.get("seeds", (0, 1, 2))), baseline=str(given.get("baseline", "")),
         zeroshot=tuple(map(str, [folders] if isinstance(folders, str) else folders)),
+        **{key: str(given.get(key, "")) for key in ("classnames", "templates", "paraphrased")},
     )  # fmt: skip
     if experiment.recipe not in RECIPES:
         raise UserError(f"'{file}': unknown recipe '{experiment.recipe}': {_near(experiment.recipe, RECIPES)}")
@@ -231,8 +239,7 @@ def plan(experiment: Experiment, out: Path) -> list[Cell]:
         cells.append(cell)
         _check(base, cell.label)
     _check_data([next(iter(c.configs.values())) for c in cells])
-    for root in experiment.zeroshot:
-        tables.class_folders(Path(root))
+    _asked(experiment)
     return cells
 
 
@@ -345,8 +352,8 @@ def is_done(config: Config) -> bool:
     return (folder / "results.json").is_file() and read_arrays(folder / "queries.npz") is not None
 
 
-def run_one(cell: Cell, seed: int, labels: Mapping[str, str], progress: bool) -> Outcome:
-    """Train a run, go on with it, or take it as it is; and measure it on the folders of pictures by class."""
+def run_one(cell: Cell, seed: int, asked: Asked, progress: bool) -> Outcome:
+    """Train a run, go on with it, or take it as it is; and measure what is asked besides."""
     config = cell.configs[seed]
     outcome = Outcome(cell, seed, Path(config.out))
     try:
@@ -355,7 +362,7 @@ def run_one(cell: Cell, seed: int, labels: Mapping[str, str], progress: bool) ->
             if not begun:
                 _sweep(outcome.folder)
             train(None if begun else config, resume=outcome.folder if begun else None, progress=progress)
-        _measure(outcome, labels, progress)
+        _measure(outcome, asked, progress)
     except Stopped:
         raise
     except Exception as error:  # of many runs, one that fails should not cost the others
@@ -377,8 +384,8 @@ def _sweep(folder: Path) -> None:
         shutil.rmtree(folder)
 
 
-def _measure(outcome: Outcome, labels: Mapping[str, str], progress: bool) -> None:
-    """Collect what a finished run left, and what it finds among the pictures by class."""
+def _measure(outcome: Outcome, asked: Asked, progress: bool) -> None:
+    """Collect what a finished run left, and what it finds among the pictures by class and by paraphrases."""
     run = Run.open(outcome.folder)
     found = read_arrays(run.folder / "queries.npz")
     if found is None:
@@ -393,16 +400,35 @@ def _measure(outcome: Outcome, labels: Mapping[str, str], progress: bool) -> Non
     shares["r_mean"] = (shares["txt_r_mean"] + shares["img_r_mean"]) / 2
     outcome.asked = dict.fromkeys(shares, str(found["queries"]))
     model = None
-    files = {label: run.folder / f"zeroshot-{label}.npz" for label in labels}
+    files = {label: run.folder / f"zeroshot-{label}.npz" for label in asked.classes}
     for label, file in files.items():
-        kept = read_arrays(file)
-        if kept is None or str(kept["zeroshot"]) != labels[label]:
+        kept, classes = read_arrays(file), asked.classes[label]
+        if kept is None or str(kept["zeroshot"]) != classes.digest:
             model = model or load(run.folder)
-            measure_classes(model, Path(labels[label]), run.config, progress=progress, hits=file)
+            measure_classes(
+                model, classes.root, run.config, asked.classnames, asked.templates, progress=progress, hits=file
+            )
     for label, file in {**files, "own classes": run.folder / "queries-zeroshot.npz"}.items():
         if (kept := read_arrays(file)) is not None:
             shares[f"zeroshot {label}"] = 100 * kept["top1"][:, 0].astype(float) / len(kept["top1"])
             outcome.asked[f"zeroshot {label}"] = str(kept["queries"])
+    if asked.rewording:
+        file = run.folder / "queries-paraphrased.npz"
+        kept = read_arrays(file)
+        if kept is None or str(kept["by"]) != asked.rewording.digest:
+            measure_run_paraphrased(model or load(run.folder), run.config, asked.rewording, file, progress)
+            kept = read_arrays(file)
+        if kept is None or str(kept["of"]) != str(found["queries"]):
+            raise UserError(f"the validation pictures or captions of '{run.folder}' are others than when it was made: "
+                            "leave paraphrased out, or remove that run")  # fmt: skip
+        of = np.ones(len(RECALLS)) / len(RECALLS)
+        for name, of_query in (
+            ("paraphrased img_r_mean", kept["paraphrased"] @ of),
+            ("paraphrased drop", (kept["as_is"] - kept["paraphrased"]) @ of),
+            ("paraphrased overlap", kept["overlap"]), ("paraphrased rbo", kept["rbo"]),
+        ):  # fmt: skip
+            shares[name] = 100 * np.bincount(kept["image_of_text"], of_query, count) / len(of_query)
+            outcome.asked[name] = str(kept["queries"])
     outcome.shares = shares
     outcome.measures = {name: float(share.sum()) for name, share in shares.items()}
     pinned = json.loads((run.folder / "samples.json").read_text(encoding="utf-8"))
@@ -534,8 +560,9 @@ def compare(
         with FileLock(folder / ".lock", timeout=0):
             if progress and done:
                 print(f"{done} of {len(todo)} runs are done already", file=sys.stderr)
+            asked = _asked(experiment)
             outcomes = [
-                _told(run_one(cell, seed, _labels(experiment.zeroshot), progress), k, len(todo), progress)
+                _told(run_one(cell, seed, asked, progress), k, len(todo), progress)
                 for k, (cell, seed) in enumerate(todo)
             ]
             return _write(experiment, cells, outcomes, folder, command)
@@ -555,14 +582,24 @@ def _told(outcome: Outcome, number: int, of: int, progress: bool) -> Outcome:
     return outcome
 
 
-def _labels(roots: Sequence[str]) -> dict[str, str]:
+@dataclass(frozen=True)
+class Asked:
+    """What every run is measured on besides its validation split."""
+
+    classes: dict[str, ClassSet]
     """Folders of pictures by class, by a short name for each."""
-    found: dict[str, str] = {}
-    for root in map(Path, roots):
-        parts = root.resolve().parts
-        label = parts[-2] if parts[-1] in ("train", "val", "test") and len(parts) > 2 else parts[-1]
-        found[label if label not in found else f"{label}-{len(found)}"] = str(root)
-    return found
+    classnames: str
+    templates: str
+    rewording: Rewording | None
+    """What paraphrases the captions of the validation split."""
+
+
+def _asked(experiment: Experiment) -> Asked:
+    """What an experiment asks of its runs. Raises UserError for folders, files and names that are not there."""
+    roots = short_names([Path(root) for root in experiment.zeroshot])
+    classes = {k: read_classes(root, experiment.classnames, experiment.templates) for k, root in roots.items()}
+    rewording = Rewording.find(experiment.paraphrased) if experiment.paraphrased else None
+    return Asked(classes, experiment.classnames, experiment.templates, rewording)
 
 
 def _write(
@@ -589,6 +626,7 @@ def _write(
     results = {
         "name": experiment.name, "command": command, "experiment": asdict(experiment),
         "measures": {m: report.measure_name(m) for m in measures}, "chance": _chance(outcomes),
+        "zeroshot": {label: classes.about for label, classes in _asked(experiment).classes.items()},
         "training pictures": list(dict.fromkeys(o.trained_on for o in outcomes if o.trained_on)),
         "machines": _machines(outcomes), "rows": rows,
     }  # fmt: skip

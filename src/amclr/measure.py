@@ -1,4 +1,4 @@
-"""Measure a model on data: retrieval, zero-shot classification, the gallery; and look at a data set."""
+"""Measure a model on data: retrieval, zero-shot, paraphrased queries, the gallery; and look at a data set."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import fields, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,12 @@ from torch import Tensor
 
 from amclr import evaluate, figures
 from amclr.averaging import check_start, digest, end_of_line, line_names, mixed
+from amclr.classes import read_classes, short_names
 from amclr.config import Config, SourceConfig, problems
-from amclr.data import duplicates, tables
+from amclr.data import duplicates
 from amclr.data import manifest as manifests
 from amclr.data.manifest import Manifest, Sample
+from amclr.data.paraphrases import Rewording
 from amclr.data.pictures import BadPicture, Location, Picture, PictureStore, scan
 from amclr.data.rows import Reject, printable, write_rejects
 from amclr.data.texts import TextPolicy
@@ -157,15 +159,28 @@ class Evaluator:
         txt (N, 3), img (T, 3): as of `evaluate.retrieval_hits`. image_of_text (T,). queries: a digest of what is asked.
         """
         found = evaluate.retrieval_hits(images, texts, self.image_of_text)
-        asked = hashlib.sha256("\n".join([*(s.name for s in self.samples), *self.captions]).encode("utf-8", "replace"))
         return {
             **{side: rows.numpy().astype(np.float32) for side, rows in found.items()},
-            "image_of_text": self.image_of_text, "queries": np.array(asked.hexdigest()),
+            "image_of_text": self.image_of_text, "queries": np.array(self.asked()),
         }  # fmt: skip
+
+    def asked(self) -> str:
+        """A digest of the pictures and captions that it measures on."""
+        return _digest([*(s.name for s in self.samples), *self.captions])
+
+    def in_folds(self, images: Tensor, texts: Tensor, folds: int, names: Sequence[str] = ()) -> dict[str, float]:
+        """Means over folds of the pictures of the recalls of given embeddings. names: the pictures in their order."""
+        place = {name: i for i, name in enumerate(names)}
+        order = sorted(range(len(self.samples)), key=lambda i: place.get(self.samples[i].name, i))
+        return evaluate.retrieval_in_folds(images, texts, self.image_of_text, folds, order)
 
     def chance(self) -> float:
         """Mean of R@1, R@5 and R@10 in percent, for a random order of the pictures."""
         return float(np.mean(_chances(len(self.samples))))
+
+
+def _digest(lines: Iterable[str]) -> str:
+    return hashlib.sha256("\n".join(lines).encode("utf-8", "replace")).hexdigest()
 
 
 def _or_none(store: PictureStore, index: int) -> Tensor | None:
@@ -212,52 +227,84 @@ def draw_gallery(
 
 
 def evaluate_run(
-    folder: Path, *, data: str = "", split: str = "val", zeroshot: str = "", classnames: str = "", templates: str = "",
-    retrieval: bool = True, wise: Sequence[float] = (), progress: bool = True,
+    folder: Path, *, data: str = "", source: SourceConfig | None = None, split: str = "val", captions: int = 0,
+    folds: int = 1, paraphrased: str = "", zeroshot: str | Sequence[str] = (), classnames: str = "",
+    templates: str = "", retrieval: bool = True, wise: Sequence[float] = (), progress: bool = True,
 ) -> dict[str, Any]:  # fmt: skip
-    """Measure a run's best weights on a split of a data set and, where asked for, on a folder of classes.
+    """Measure a run's best weights on a split of a data set and, where asked for, on folders of pictures by class.
 
-    wise: measure at these shares of the way from the weights that the run began with to the trained ones
-    instead (WiSE-FT), and draw the curves. Returns the figures, and writes them (with a gallery of a data
-    set) under `evaluations/` in the run folder. Raises UserError for a folder, split or file that is not there.
+    Args:
+        folder: the run.
+        data: a data set instead of the run's own.
+        source: settings of the data set that count, where they are not the defaults, instead of the run's.
+        split: train, val, test, all, or another that the set has. Where its rows name their splits, the pictures of
+            others need not be there.
+        captions: take so many of each picture, the first ones; 0 takes all.
+        folds: if more than 1, also the means over so many folds of the pictures, in the data set's own order.
+        paraphrased: also paraphrase the captions, by `rules`, a file or a folder of paraphrases.
+        zeroshot: folders of pictures by class.
+        classnames: what they are called, as for `amclr.classes.read_classes`.
+        templates: prompts, likewise.
+        retrieval: whether to measure on the split.
+        wise: measure at these shares of the way from the weights that the run began with to the trained ones
+            instead (WiSE-FT), and draw the curves.
+        progress: show how far it is.
+
+    Returns the figures, and writes them (with a gallery of a data set) under `evaluations/` in the run folder.
+    Raises UserError for a folder, split or file that is not there, and for options that do not go together.
     """
-    if (classnames or templates) and not zeroshot:
+    roots = [zeroshot] if isinstance(zeroshot, str) and zeroshot else list(zeroshot)
+    if (classnames or templates) and not roots:
         raise UserError("--classnames and --templates belong to --zeroshot FOLDER: give it too")
-    if not (retrieval or zeroshot):
+    if not (retrieval or roots):
         raise UserError("nothing to measure: leave out --retrieval false, or give --zeroshot FOLDER")
+    if paraphrased and not retrieval:
+        raise UserError("--paraphrased belongs to retrieval: leave out --retrieval false")
+    if wise and len(roots) > 1:
+        raise UserError("--wise draws the curve of one folder of classes: give one --zeroshot FOLDER")
+    if captions < 0 or folds < 1:
+        raise UserError("--captions must be 0 (all of them) or more, and --folds 1 or more")
     run = Run.open(folder)
+    rewording = Rewording.find(paraphrased) if paraphrased else None
+    sets = short_names([Path(r) for r in roots])
+    for root in sets.values():  # a slip should show before anything is measured
+        read_classes(root, classnames, templates)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     line = Line(run, device) if wise else None
     model = line.model if line else run.load_model().to(device)
-    config = run.config
-    if data:  # columns and folders of the run's own data mean nothing in another set
-        kept = {k: getattr(config.source, k) for k in ("captions", "val_fraction", "max_bad", "scan_up_to")}
-        config = replace(config, data=data, source=SourceConfig(**kept))
-    # Paraphrases are for training alone.
-    config = replace(config, source=replace(config.source, paraphrases="none"))
+    config = _measured_on(run.config, data, source or SourceConfig())
     results: dict[str, Any] = {"run": str(folder), "objective": config.objective}
     out = folder / "evaluations"
     out.mkdir(exist_ok=True)
-    name = f"{manifests.label(config.data)}-{split}" if retrieval else f"zeroshot-{Path(zeroshot).resolve().name}"
-    classes, evaluator = Path(zeroshot) if zeroshot else None, None
+    evaluator = None
     if retrieval:
+        name = f"{manifests.label(config.data)}-{split}"
         cache = manifests.cache_folder(config)
-        manifest = manifests.prepare(config, cache, progress)
-        samples = manifest.split(split)
-        if not samples:
-            raise UserError(f"split '{split}' of {config.data} is empty")
+        manifest = manifests.prepare(config, cache, progress, only=split)
+        samples = [replace(s, captions=s.captions[:captions]) if captions else s for s in manifest.samples]
+        if folds > len(samples):
+            raise UserError(f"--folds must be {len(samples)} at the most, as many as there are pictures, got {folds}")
         evaluator = Evaluator(model, samples, config, cache, progress, again=bool(wise))
-        classes = classes or manifest.zeroshot
+        if manifest.zeroshot and not sets:
+            sets = {"own classes": manifest.zeroshot}
         results |= {"data": config.data, "split": split}
+    else:
+        name = f"zeroshot-{roots[0] and Path(roots[0]).resolve().name if len(sets) == 1 else '-'.join(sets)}"
 
     def measured() -> dict[str, Any]:
         found: dict[str, Any] = {}
         if evaluator:
             images, texts = evaluator.embeddings()
             found |= evaluator.figures(images, texts)
+            if folds > 1:
+                found["folds"] = {"count": folds, **evaluator.in_folds(images, texts, folds, manifest.order)}
+            if rewording:
+                found["paraphrased"] = measure_paraphrased(evaluator, images, texts, rewording, config, progress)
             if not line:
                 draw_gallery(model, evaluator, images, texts, out / f"{name}.png", f"{config.objective} on {name}")
-        return found | (measure_classes(model, classes, config, classnames, templates, progress) if classes else {})
+        by_set = {label: measure_classes(model, root, config, classnames, templates, progress)
+                  for label, root in sets.items()}  # fmt: skip
+        return found | ({"zeroshot_sets": by_set} if len(by_set) > 1 else next(iter(by_set.values()), {}))
 
     if line:
         results["wise"] = [{"wise": share, **measured()} for share in line.visit(wise)]
@@ -268,6 +315,84 @@ def evaluate_run(
         results |= measured()
     write_text(out / f"{name}.json", json.dumps(results, indent=2) + "\n")
     return results
+
+
+def _measured_on(config: Config, data: str, source: SourceConfig) -> Config:
+    """A run's settings, with those of the data set to measure on; without paraphrases, which are for training alone."""
+    base = config.source
+    if data:  # columns and folders of the run's own data mean nothing in another set
+        base = SourceConfig(**{k: getattr(base, k) for k in ("captions", "val_fraction", "max_bad", "scan_up_to")})
+    given = {f.name: value for f in fields(source) if (value := getattr(source, f.name)) != f.default}
+    return replace(config, data=data or config.data, source=replace(base, **{**given, "paraphrases": "none"}))
+
+
+def measure_paraphrased(
+    evaluator: Evaluator, images: Tensor, texts: Tensor, rewording: Rewording, config: Config, progress: bool = True,
+    hits: Path | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """What other words for the same captions change: recalls with each, and how alike the pictures are that both find.
+
+    images (N, D), texts (T, D): the evaluator's embeddings. Captions without a paraphrase are left out, as queries and
+    as candidates, and counted. hits: a file to write each caption's hits and agreement to, for comparing runs query by
+    query. Raises UserError where no caption has a paraphrase.
+
+    Returns by, captions, without; as_is and paraphrased, each as of `evaluate.retrieval` (text retrieval: among the
+    captions as they are, or among the paraphrases); overlap in percent, rbo in [0, 1].
+    """
+    found = [rewording.of(caption) for caption in evaluator.captions]
+    kept = np.flatnonzero([p is not None for p in found])
+    paraphrases = [p for p in found if p is not None]
+    if not paraphrases:
+        raise UserError(
+            f"none of the {len(found)} captions has a paraphrase by '{rewording.by}': give --paraphrased rules (for "
+            "English), or a store of these captions: amclr paraphrase DATA"
+        )
+    owner = evaluator.image_of_text[kept]
+    sides = texts[torch.from_numpy(kept)], Texts(evaluator.model, config, progress).encode_text(paraphrases)
+    alike = evaluate.agreement(*sides, images)
+    if hits:
+        own, again = (evaluate.retrieval_hits(images, side, owner)["img"] for side in sides)
+        rows = {"as_is": own, "paraphrased": again, **alike}
+        write_arrays(hits, {
+            **{name: row.cpu().numpy().astype(np.float32) for name, row in rows.items()}, "image_of_text": owner,
+            "by": np.array(rewording.digest), "of": np.array(evaluator.asked()),
+            "queries": np.array(_digest([evaluator.asked(), *(p or "" for p in found)])),
+        })  # fmt: skip
+    as_is, reworded = (evaluate.retrieval(images, side, owner) for side in sides)
+    return {
+        "by": rewording.by, "captions": len(paraphrases), "without": len(found) - len(paraphrases),
+        "as_is": as_is, "paraphrased": reworded, "places": min(evaluate.COMMON, len(images)),
+        "overlap": 100 * float(alike["overlap"].mean()), "rbo": float(alike["rbo"].mean()),
+    }  # fmt: skip
+
+
+def measure_run_paraphrased(
+    model: DualEncoder, config: Config, rewording: Rewording, hits: Path, progress: bool = True
+) -> dict[str, Any]:
+    """As `measure_paraphrased`, on the validation split that a run of this configuration is measured on."""
+    config = _measured_on(config, "", SourceConfig())
+    cache = manifests.cache_folder(config)
+    samples = manifests.prepare(config, cache, progress, only="val").samples
+    evaluator = Evaluator(model, samples, config, cache, progress)
+    return measure_paraphrased(evaluator, *evaluator.embeddings(), rewording, config, progress, hits)
+
+
+class Texts:
+    """A model as what embeds texts; where its text tower is frozen, it sees a text once, and its features are kept."""
+
+    def __init__(self, model: DualEncoder, config: Config, progress: bool = False) -> None:
+        self.model, self.cache, self.progress = model, manifests.cache_folder(config), progress
+
+    def encode_image(self, images: Iterable[Any]) -> Tensor:
+        """Pictures -> (n, D) unit rows."""
+        return self.model.encode_image(images, progress=self.progress)
+
+    def encode_text(self, texts: Iterable[str]) -> Tensor:
+        """Texts -> (n, D) unit rows."""
+        if self.model.text_tower not in self.model.frozen_towers:
+            return self.model.encode_text(texts, progress=self.progress)
+        features = caption_features(self.model, list(texts), self.cache, self.progress)
+        return self.model.project(None, torch.from_numpy(features.copy()))
 
 
 class Line:
@@ -312,7 +437,9 @@ class Monitor:
 
     def __init__(self, model: DualEncoder, root: Path, progress: bool = False) -> None:
         self.model, self.root = model, root
-        paths, labels, self.names, self.prompts = _classes(root)
+        # Prompts are embedded at every evaluation, so the many of a known set are not looked for.
+        classes = read_classes(root, known=False)
+        paths, labels, self.names, self.prompts = classes.paths, classes.labels, classes.names, classes.prompts
         chosen = evenly(labels, MONITORED)
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
             found = list(pool.map(self._prepared, (paths[i] for i in chosen)))
@@ -382,30 +509,20 @@ def evenly(labels: Sequence[int], most: int) -> list[int]:
     return [int(c[i * len(c) // k]) for c in classes for k in [min(len(c), each)] for i in range(k)]
 
 
-def _classes(
-    root: Path, classnames: str = "", templates: str = ""
-) -> tuple[list[Path], list[int], list[str], Sequence[str]]:
-    """Pictures by class: paths, labels, names of classes, and prompts."""
-    paths, labels, names = tables.class_folders(root, Path(classnames) if classnames else None)
-    file = Path(templates) if templates else root / "templates.txt"
-    if templates and not file.is_file():
-        raise UserError(f"no templates file '{file}': one prompt per line, with {{}} for the class name")
-    return paths, labels, names, tables.read_lines(file) if file.is_file() else evaluate.TEMPLATES
-
-
 def measure_classes(
     model: DualEncoder, root: Path, config: Config, classnames: str = "", templates: str = "", progress: bool = True,
     hits: Path | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Zero-shot accuracy on a folder of pictures by class. Pictures that cannot be decoded are left out and counted.
 
-    hits: a file to write each picture's top-1 hit to, (n, 1), for comparing runs picture by picture.
+    classnames, templates: as of `amclr.classes.read_classes`. hits: a file to write each picture's top-1 hit to,
+    (n, 1), for comparing runs picture by picture.
     """
-    paths, labels, names, prompts = _classes(root, classnames, templates)
-    places = [Location(str(p)) for p in paths]
+    classes = read_classes(root, classnames, templates)
+    places = [Location(str(p)) for p in classes.paths]
     verdicts = scan(places, model.config.image_size, progress=progress)
     bad = {place: v.reason for place, v in verdicts.items() if v.reason}
-    kept = [(p, y) for p, y in zip(places, labels, strict=True) if p not in bad]
+    kept = [(p, y) for p, y in zip(places, classes.labels, strict=True) if p not in bad]
     if not kept:
         raise UserError(f"no picture under '{root}' can be decoded; the first: {next(iter(bad.items()))}")
     if model_reads_pictures(model):
@@ -414,16 +531,21 @@ def measure_classes(
         samples = [Sample(p.file, p, ()) for p, _ in kept]
         images = model.project(_plain_features(model, samples, config, manifests.cache_folder(config), progress), None)
     try:
-        scores, target = evaluate.class_scores(model, images, [y for _, y in kept], names, prompts)
+        scores, target = evaluate.class_scores(
+            Texts(model, config, progress), images, [y for _, y in kept], classes.names, classes.prompts
+        )
     except ValueError as error:
         raise UserError(f"{templates or root}: {error}") from None
     found = evaluate.classify(scores, target)
     if hits:
-        asked = hashlib.sha256("\n".join(os.path.relpath(p.file, root) for p, _ in kept).encode("utf-8", "replace"))
+        asked = _digest(os.path.relpath(p.file, root) for p, _ in kept)
         top1 = evaluate.class_hits(scores, target, (1,)).cpu().numpy().astype(np.float32)
-        write_arrays(hits, {"top1": top1, "queries": np.array(asked.hexdigest()), "zeroshot": np.array(str(root))})
-    return {"zeroshot": str(root), "zeroshot_classes": len(names), "zeroshot_pictures": len(kept),
-            "zeroshot_rejects": len(bad), **found}  # fmt: skip
+        write_arrays(hits, {"top1": top1, "queries": np.array(asked), "zeroshot": np.array(classes.digest)})
+    return {
+        "zeroshot": str(root), "zeroshot_classes": len(classes.names), "zeroshot_pictures": len(kept),
+        "zeroshot_rejects": len(bad), "zeroshot_about": classes.about, "zeroshot_advice": classes.advice, **found,
+        "zeroshot_class_recall": evaluate.mean_class_recall(scores, target),
+    }  # fmt: skip
 
 
 def report(results: dict[str, Any]) -> str:
@@ -431,20 +553,49 @@ def report(results: dict[str, Any]) -> str:
     if "wise" in results:
         return _wise_table(results)
     parts = [_retrieval_table(results)] if "r_mean" in results else []
+    parts += [_paraphrased_table(results["paraphrased"])] if "paraphrased" in results else []
     parts += [_zeroshot_table(results)] if "zeroshot_top1" in results else []
+    parts += [_zeroshot_sets_table(results["zeroshot_sets"])] if "zeroshot_sets" in results else []
     return "\n\n".join(parts)
 
 
 def _retrieval_table(results: dict[str, Any]) -> str:
     left_out = f", {results['rejects']} left out" if results.get("rejects") else ""
     lines = [f"{results['split']} split: {results['pictures']} pictures, {results['captions']} captions{left_out}"]
-    lines += [f"{'':18}{'R@1':>8}{'R@5':>8}{'R@10':>8}{'mean':>8}{'median rank':>14}"]
-    for side, name in (("txt", "text retrieval"), ("img", "image retrieval")):
-        values = [results[f"{side}_r{k}"] for k in evaluate.RECALLS] + [results[f"{side}_r_mean"]]
-        lines.append(f"{name:18}" + "".join(f"{v:8.1f}" for v in values) + f"{results[f'{side}_median_rank']:14.0f}")
+    lines += [RECALL_HEADER, *(_recall_line(results, side, name) for side, name in SIDES.items())]
     chances = _chances(results["pictures"])
     lines.append(f"{'chance (image)':18}" + "".join(f"{v:8.1f}" for v in (*chances, float(np.mean(chances))))
                  + f"{(results['pictures'] + 1) / 2:14.0f}")  # fmt: skip
+    if folds := results.get("folds"):
+        size = results["pictures"] / folds["count"]
+        lines += ["", f"means over {folds['count']} folds of {size:g} pictures"]
+        lines += [RECALL_HEADER, *(_recall_line(folds, side, name) for side, name in SIDES.items())]
+    return "\n".join(lines)
+
+
+SIDES = {"txt": "text retrieval", "img": "image retrieval"}
+RECALL_HEADER = f"{'':18}{'R@1':>8}{'R@5':>8}{'R@10':>8}{'mean':>8}{'median rank':>14}"
+
+
+def _recall_line(found: dict[str, Any], side: str, name: str) -> str:
+    values = [found[f"{side}_r{k}"] for k in evaluate.RECALLS] + [found[f"{side}_r_mean"]]
+    return f"{name:18}" + "".join(f"{v:8.1f}" for v in values) + f"{found[f'{side}_median_rank']:14.0f}"
+
+
+def _paraphrased_table(found: dict[str, Any]) -> str:
+    total = found["captions"] + found["without"]
+    left_out = f", {found['without']} without one left out" if found["without"] else ""
+    lines = [f"paraphrased by {printable(found['by'])}: {found['captions']} of {total} captions{left_out}"]
+    lines += [RECALL_HEADER]
+    own, again = found["as_is"], found["paraphrased"]
+    drop = {name: own[name] - again[name] for name in own}
+    for side, name in SIDES.items():
+        lines += [_recall_line(own, side, name), _recall_line(again, side, "  paraphrased")]
+        lines += [_recall_line(drop, side, "  drop")]
+    lines.append(
+        f"pictures that a caption and its paraphrase find: {found['overlap']:.1f} % of the first {found['places']} in "
+        f"common, rank-biased overlap {found['rbo']:.3f} (p = {evaluate.PERSISTENCE})"
+    )
     return "\n".join(lines)
 
 
@@ -466,10 +617,34 @@ def _zeroshot_table(results: dict[str, Any]) -> str:
     classes, tops = results["zeroshot_classes"], [k for k in evaluate.TOPS if f"zeroshot_top{k}" in results]
     return "\n".join([
         f"zero-shot: {results['zeroshot_pictures']} pictures, {classes} classes",
-        f"{'':18}" + "".join(f"{f'top-{k}':>8}" for k in tops),
-        f"{'accuracy':18}" + "".join(f"{results[f'zeroshot_top{k}']:8.1f}" for k in tops),
-        f"{'chance':18}" + "".join(f"{100 * min(1, k / classes):8.1f}" for k in tops),
+        f"{'':18}" + "".join(f"{f'top-{k}':>8}" for k in tops) + f"{'per class':>12}",
+        f"{'accuracy':18}" + "".join(f"{results[f'zeroshot_top{k}']:8.1f}" for k in tops)
+        + f"{results['zeroshot_class_recall']:12.1f}",
+        f"{'chance':18}" + "".join(f"{100 * min(1, k / classes):8.1f}" for k in tops) + f"{100 / classes:12.1f}",
+        *_about(results),
     ])  # fmt: skip
+
+
+def _zeroshot_sets_table(sets: dict[str, dict[str, Any]]) -> str:
+    width = max(18, *(len(printable(label)) + 2 for label in sets))
+    header = "".join(f"{f'top-{k}':>8}" for k in evaluate.TOPS)
+    lines = [f"{'zero-shot':{width}}{'pictures':>10}{'classes':>9}{header}{'per class':>12}"]
+    for label, found in sets.items():
+        tops = [f"{found[k]:.1f}" if k in found else "–" for k in (f"zeroshot_top{k}" for k in evaluate.TOPS)]
+        lines.append(
+            f"{printable(label):{width}}{found['zeroshot_pictures']:10}{found['zeroshot_classes']:9}"
+            + "".join(f"{top:>8}" for top in tops) + f"{found['zeroshot_class_recall']:12.1f}"
+        )  # fmt: skip
+    return "\n".join(
+        [*lines, *(f"{printable(label)}: {line}" for label, found in sets.items() for line in _about(found))]
+    )
+
+
+def _about(found: dict[str, Any]) -> list[str]:
+    """Which names and prompts were used, pictures left out, and what to install for others."""
+    left_out = f"; {found['zeroshot_rejects']} pictures left out" if found["zeroshot_rejects"] else ""
+    lines = [f"{found['zeroshot_about']}{left_out}", found["zeroshot_advice"]]
+    return [printable(line) for line in lines if line]
 
 
 def _chances(pictures: int) -> list[float]:

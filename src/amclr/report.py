@@ -21,7 +21,11 @@ from amclr.files import write_text
 
 RETRIEVAL = {"txt_r_mean": "text retrieval", "img_r_mean": "image retrieval", "r_mean": "mean"}
 """Measures in the table, each the mean of R@1, R@5 and R@10 in percent; `mean` is that of both sides."""
-FIRST = {"txt_r1": "text R@1", "img_r1": "image R@1"}
+PARAPHRASED = {"paraphrased img_r_mean": "image retrieval, paraphrased", "paraphrased rbo": "RBO, paraphrased"}
+"""Measures in the table where queries are paraphrased: the same mean, and how alike the pictures are that a caption
+and its paraphrase find (rank-biased overlap, in percent)."""
+FIRST = {"txt_r1": "text R@1", "img_r1": "image R@1", "paraphrased drop": "drop, paraphrased",
+         "paraphrased overlap": "overlap at 10, paraphrased"}  # fmt: skip
 """Measures that table.csv, results.json and the report have besides."""
 
 
@@ -35,7 +39,7 @@ def write(results: Mapping[str, Any], folder: Path) -> None:
 
 def measure_name(measure: str) -> str:
     """What a measure is called in tables and figures."""
-    return (RETRIEVAL | FIRST).get(measure) or f"{measure.removeprefix('zeroshot ')} top-1"
+    return (RETRIEVAL | PARAPHRASED | FIRST).get(measure) or f"{measure.removeprefix('zeroshot ')} top-1"
 
 
 def _heading(results: Mapping[str, Any]) -> str:
@@ -50,7 +54,7 @@ def _table(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     baseline, grid = results["experiment"]["baseline"], list(results["experiment"]["grid"])
     tested = [f"mean against {baseline}", "p, seeds", "p, pictures"] if baseline else []
     shown = [m for m in results["measures"] if m in RETRIEVAL]
-    tops = [m for m in results["measures"] if m.startswith("zeroshot")]
+    tops = [m for m in results["measures"] if m in PARAPHRASED or m.startswith("zeroshot")]
     header = ["variant", *grid, *(RETRIEVAL[m] for m in shown), *tested, *(measure_name(m) for m in tops),
               "passes (thousands)", "seconds", "runs"]  # fmt: skip
     body = []
@@ -106,6 +110,13 @@ def _notes(results: Mapping[str, Any]) -> list[str]:
             "clusters, for other pictures with these weights; it knows nothing of the spread over seeds. Neither is "
             "corrected for the number of variants."
         )
+    if any(m in PARAPHRASED for m in results["measures"]):
+        notes.append(
+            f"Paraphrased by {results['experiment']['paraphrased']}: captions that have a paraphrase ask with it. RBO: "
+            "rank-biased overlap (p = 0.9) of the pictures that a caption and its paraphrase find, in percent."
+        )
+    if zeroshot := results.get("zeroshot"):
+        notes.append("Zero-shot: " + "; ".join(f"{label}: {about}" for label, about in zeroshot.items()) + ".")
     if len(sets) > 1:
         notes.append(f"Not all runs had the same training pictures: {'; '.join(sets)}.")
     failed = [

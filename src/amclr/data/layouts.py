@@ -15,7 +15,7 @@ from amclr.data.remote import braces
 from amclr.data.rows import PICTURE_SUFFIXES, Reading, Row
 from amclr.errors import UserError
 
-PICTURE_FOLDERS = ("Images", "images", "Flicker8k_Dataset", "flickr30k_images")
+PICTURE_FOLDERS = ("Images", "images", "Flicker8k_Dataset", "flickr30k_images", "flickr30k-images")
 CAPTION_FILES = (
     "captions.txt", "captions.csv", "captions.tsv", "captions.jsonl", "captions.json", "captions.parquet",
     "metadata.csv", "metadata.jsonl", "metadata.parquet", "dataset.json", "dataset_*.json", "captions_*.json",

@@ -31,7 +31,7 @@ from amclr.data.rows import SPLIT_NAMES, Reading, Reject, Row, caption_fault, cl
 from amclr.errors import UserError
 from amclr.randomness import derive
 
-OUTSIDE = "picture path leaves the folder"
+OUTSIDE, ABSENT = "picture path leaves the folder", "no such picture"
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +84,8 @@ class Manifest:
     """The stores that paraphrases came from."""
     looks: dict[Location, bytes] = field(default_factory=dict)
     """Perceptual hashes of the pictures that were compared."""
+    order: tuple[str, ...] = ()
+    """Names in the order in which they were read, where a split was read alone."""
 
     def split(self, name: str) -> tuple[Sample, ...]:
         """The samples of a split (`train`, `val`, `test`, or `all`), in the manifest's order."""
@@ -137,7 +139,7 @@ class Manifest:
             return "no row was read"
         reasons = Counter(r.reason.split(":")[0] for r in self.rejects)
         commonest = ", ".join(f"{n} x {printable(reason)}" for reason, n in reasons.most_common(3))
-        elsewhere = any(reason.startswith(OUTSIDE) for reason in reasons)
+        elsewhere = any(reason.startswith((OUTSIDE, ABSENT)) for reason in reasons)
         hint = " (pictures elsewhere: --source.images FOLDER)" if elsewhere else ""
         return f"{commonest}{hint}; the first: {self.rejects[0]}"
 
@@ -145,30 +147,34 @@ class Manifest:
 # -- reading -----------------------------------------------------------------------------------
 
 
-def load(config: Config, cache: Path, progress: bool = True) -> Manifest:
+def load(config: Config, cache: Path, progress: bool = True, only: str = "") -> Manifest:
     """Read the data set that `config.data` names (see its help), without looking into its pictures.
 
+    only: a split that is wanted alone; rows that say that they are of another one are passed over, whatever is
+    wrong with them, and there need be no training pictures.
     Raises UserError where there is none, or nothing in it that can be read.
     """
     data = config.data
     if data == "scenes":
         where = cache / f"scenes-{derive(scenes.FORMAT, repr(config.scenes)):016x}"
         scenes.write_scenes(where, config.scenes, progress=progress)
-        found = replace(_read(where, config, cache, progress), zeroshot=where / "zeroshot", format="scenes")
+        found = replace(_read(where, config, cache, progress, only), zeroshot=where / "zeroshot", format="scenes")
     elif data.startswith("pipe:"):
         raise UserError(f"'{printable(data)}' would run a command: save what it prints as a file and give that")
     elif data.startswith("hf:"):
         name = data.removeprefix("hf:")
         reading = Reading(Path(name), [], config.source, cache, progress)
-        found = _collect(reading, columns.read_hub_dataset(reading, name), "Hugging Face dataset")
+        found = _collect(reading, columns.read_hub_dataset(reading, name), "Hugging Face dataset", only)
     elif "://" in data:
-        found = _read(remote.fetch(data, cache, progress), config, cache, progress)
+        found = _read(remote.fetch(data, cache, progress), config, cache, progress, only)
     elif data.endswith((".yaml", ".yml")):
-        return _mix(Path(data).expanduser(), config, cache, progress)
+        return _mix(Path(data).expanduser(), config, cache, progress, only)
     else:
-        found = _read(Path(data).expanduser(), config, cache, progress)
+        found = _read(Path(data).expanduser(), config, cache, progress, only)
+    if only == "val" and "val" not in found.splits and "train" in found.splits:
+        return load(config, cache, progress)  # it is held out of the training pictures, which were passed over
     found = _with_paraphrases(found, config.source.paraphrases)
-    return _with_splits(found, config.source.val_fraction)
+    return _with_splits(found, config.source.val_fraction, only)
 
 
 def _with_paraphrases(manifest: Manifest, setting: str) -> Manifest:
@@ -185,10 +191,10 @@ def _with_paraphrases(manifest: Manifest, setting: str) -> Manifest:
     )
 
 
-def _read(path: Path, config: Config, cache: Path, progress: bool) -> Manifest:
+def _read(path: Path, config: Config, cache: Path, progress: bool, only: str) -> Manifest:
     root, files, kind = find(path, config.source)
     reading = Reading(root, files, config.source, cache, progress)
-    return _collect(reading, kind.read(reading), kind.name)
+    return _collect(reading, kind.read(reading), kind.name, only)
 
 
 @contextmanager
@@ -220,12 +226,18 @@ class _Entry:
 
 
 @_no_garbage()
-def _collect(reading: Reading, rows: Iterable[Row], called: str) -> Manifest:
-    """Group rows by picture; reject what cannot be used."""
+def _collect(reading: Reading, rows: Iterable[Row], called: str, only: str) -> Manifest:
+    """Group rows by picture; reject what cannot be used, of one split where `only` names it."""
     pictures = _Pictures(reading.root, reading.source.images)
     entries: dict[str, _Entry] = {}
     splits: dict[str, set[str]] = {}
     for row in tqdm(rows, "Reading captions", unit="row", delay=2, leave=False, disable=not reading.progress):
+        split = row.split.strip().lower()
+        split = SPLIT_NAMES.get(split, split)
+        if only and split:
+            splits.setdefault(split, set())
+            if only not in (split, "all"):
+                continue
         reading.rows += max(1, len(row.captions))
 
         def reject(reason: str, row: Row = row) -> None:
@@ -269,14 +281,14 @@ def _collect(reading: Reading, rows: Iterable[Row], called: str) -> Manifest:
                 elif not fault:
                     entry.captions[caption] = {**(entry.captions[caption] or {}), text: None}
         if row.split:
-            split = row.split.strip().lower()
-            splits.setdefault(SPLIT_NAMES.get(split, split), set()).add(name)
+            splits.setdefault(split, set()).add(name)
+    order = tuple(entries) if only else ()
     lost = len(reading.lost - entries.keys())
     samples = tuple(entries.pop(name).sample(name) for name in sorted(entries))
     named = {split: frozenset(names) for split, names in splits.items()}
     named |= _listed_splits(reading, pictures, {s.name for s in samples})
     return Manifest(reading.root, samples, tuple(reading.rejects), reading.rows, named, format=called, lost=lost,
-                    notes=tuple(reading.notes))  # fmt: skip
+                    notes=tuple(reading.notes), order=order)  # fmt: skip
 
 
 def _listed_splits(reading: Reading, pictures: _Pictures, samples: set[str]) -> dict[str, frozenset[str]]:
@@ -347,11 +359,14 @@ class _Pictures:
         except (OSError, ValueError) as error:  # names that are too long, or hold NUL
             what = getattr(error, "strerror", None) or error
             return text, "", f"picture cannot be reached: {text[:80]} ({what})"
-        return text, "", f"{OUTSIDE if outside else 'no such picture'}: {text[:200]}"
+        return text, "", f"{OUTSIDE if outside else ABSENT}: {text[:200]}"
 
 
-def _with_splits(manifest: Manifest, val_fraction: float) -> Manifest:
+def _with_splits(manifest: Manifest, val_fraction: float, only: str) -> Manifest:
     """The manifest with a train and a val split, held out where it brings none of its own."""
+    given = only in manifest.splits or (only == "all" and manifest.splits)
+    if given and (only != "train" or "val" in manifest.splits):
+        return manifest
     splits = dict(manifest.splits)
     apart = frozenset().union(*(names for split, names in splits.items() if split != "train"))
     rest = splits.get("train", frozenset(s.name for s in manifest.samples) - apart)
@@ -396,7 +411,7 @@ class MixEntry:
     """Settings of `source` that differ from the run's."""
 
 
-def _mix(file: Path, config: Config, cache: Path, progress: bool) -> Manifest:
+def _mix(file: Path, config: Config, cache: Path, progress: bool, only: str) -> Manifest:
     """Data sets that a YAML file lists, each with a weight, as one."""
     try:
         listed = yaml.safe_load(file.read_text(encoding="utf-8"))
@@ -414,6 +429,7 @@ def _mix(file: Path, config: Config, cache: Path, progress: bool) -> Manifest:
     rows, lost, zeroshot = 0, 0, None
     notes: list[str] = []
     stores: tuple[str, ...] = ()
+    order: list[str] = []
     for entry in listed:
         try:
             wanted = from_dict({"data": None, **entry} if isinstance(entry, dict) else entry, MixEntry)
@@ -432,7 +448,7 @@ def _mix(file: Path, config: Config, cache: Path, progress: bool) -> Manifest:
             raise UserError(f"'{file}' has two data sets called '{name}': give one another name")
         named = wanted.data == "scenes" or wanted.data.startswith(("hf:", "pipe:")) or "://" in wanted.data
         data = wanted.data if named else str(file.parent / Path(wanted.data).expanduser())
-        part = load(replace(config, data=data, source=source), cache, progress)
+        part = load(replace(config, data=data, source=source), cache, progress, only)
         parts[name] = float(wanted.weight)
         rows, lost = rows + part.rows, lost + part.lost
         notes += [f"{name}: {note}" for note in part.notes]
@@ -442,9 +458,10 @@ def _mix(file: Path, config: Config, cache: Path, progress: bool) -> Manifest:
             splits[split] = splits.get(split, frozenset()) | {f"{name}/{n}" for n in names}
         zeroshot = zeroshot or part.zeroshot
         stores += part.paraphrases
+        order += [f"{name}/{n}" for n in part.order]
     samples.sort(key=lambda s: s.name)
     return Manifest(file, tuple(samples), tuple(rejects), rows, splits, zeroshot, "mix", parts, lost,
-                    notes=tuple(notes), paraphrases=stores)  # fmt: skip
+                    notes=tuple(notes), paraphrases=stores, order=tuple(order))  # fmt: skip
 
 
 # -- ready to train on ----------------------------------------------------------------------------
@@ -455,11 +472,12 @@ def cache_folder(config: Config) -> Path:
     return Path(config.cache or os.environ.get("AMCLR_CACHE") or "~/.cache/amclr").expanduser()
 
 
-def prepare(config: Config, cache: Path, progress: bool = True, scan_all: bool = False) -> Manifest:
+def prepare(config: Config, cache: Path, progress: bool = True, scan_all: bool = False, only: str = "") -> Manifest:
     """Load the data set, decode every picture once, and leave out what cannot be used, up to the limit.
 
     The pictures of a set beyond `source.scan_up_to` are decoded only with `scan_all`; what an
     earlier scan found is left out all the same, and training passes over the rest.
+    only: as for `load`; the manifest then holds the samples of that split alone.
     """
     try:
         cache.mkdir(parents=True, exist_ok=True)
@@ -467,7 +485,11 @@ def prepare(config: Config, cache: Path, progress: bool = True, scan_all: bool =
         raise UserError(
             f"cannot make the cache folder '{cache}' ({error.strerror}): give another --cache, or set AMCLR_CACHE"
         ) from None
-    manifest = load(config, cache, progress)
+    manifest = load(config, cache, progress, only)
+    if only:
+        manifest = replace(manifest, samples=manifest.split(only))
+        if not (manifest.samples or manifest.rejects):
+            raise UserError(f"split '{only}' of {config.data} is empty")
     manifest.enforce_limit(config.source.max_bad)
     verdicts = cache / f"scan-{derive(str(manifest.root.resolve())):016x}.jsonl"
     look = scan_all or len(manifest.samples) <= config.source.scan_up_to

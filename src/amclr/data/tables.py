@@ -386,15 +386,11 @@ def class_folders(root: Path, classnames: Path | None = None) -> tuple[list[Path
     if not root.is_dir():
         raise UserError(f"no folder '{root}': zero-shot classification needs a folder with one folder per class")
     inside = folders(root)
-    named: dict[str, str] = {}
-    for file in (classnames,) if classnames else (root / "classnames.txt", root.parent / "classnames.txt"):
-        if file.is_file():
-            for text in read_lines(file):
-                key, _, name = text.partition("\t")
-                named[key] = name.split(",")[0].strip()
-            break
-        if classnames:
-            raise UserError(f"no class names file '{classnames}'")
+    if classnames and not classnames.is_file():
+        raise UserError(f"no class names file '{classnames}'")
+    file = classnames or names_file(root)
+    pairs = [text.partition("\t") for text in read_lines(file)] if file else []
+    named = {key: name.split(",")[0].strip() for key, _, name in pairs}
     paths: list[Path] = []
     labels: list[int] = []
     names: list[str] = []
@@ -408,6 +404,11 @@ def class_folders(root: Path, classnames: Path | None = None) -> tuple[list[Path
     if not names:
         raise UserError(f"'{root}' holds no folder with pictures: expected {root}/CLASS/PICTURE.jpg")
     return paths, labels, names
+
+
+def names_file(root: Path) -> Path | None:
+    """The file with names of the classes that a folder of pictures by class has in it or beside it, if any."""
+    return next((f for f in (root / "classnames.txt", root.parent / "classnames.txt") if f.is_file()), None)
 
 
 def read_lines(file: Path) -> list[str]:

@@ -110,7 +110,7 @@ def test_a_comparison(
             own = json.loads((Path(one["folder"]) / "results.json").read_text())
             for measure in ("txt_r_mean", "img_r_mean", "r_mean", "txt_r1", "img_r1"):
                 assert one[measure] == pytest.approx(own[measure], abs=1e-4)
-            assert 0 < one["seconds"] < 60 and [e for e, _ in one["curve"]] == [1.0, 2.0]
+            assert 0 < one["seconds"] < 60 and [e["epoch"] for e in one["curve"]] == [1.0, 2.0]
         values = [one["r_mean"] for one in row["runs"]]
         assert row["measures"]["r_mean"]["mean"] == pytest.approx(np.mean(values))
         assert row["measures"]["r_mean"]["sd"] == pytest.approx(np.std(values, ddof=1))

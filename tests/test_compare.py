@@ -385,7 +385,7 @@ def parent_of(pid: int) -> int:
 @pytest.fixture
 def longer(folder: Path, tmp_path: Path) -> Path:
     """An experiment of four runs that take some seconds each."""
-    return written(tmp_path / "longer.yaml", folder, settings={**BASE["settings"], "epochs": 150, "eval_every": 50})
+    return written(tmp_path / "longer.yaml", folder, settings={**BASE["settings"], "epochs": 40, "eval_every": 20})
 
 
 def steps_logged(folder: Path) -> list[int]:
@@ -397,7 +397,7 @@ def as_one_after_the_other(amclr: Command, file: Path, out: Path) -> bool:
     """Whether a comparison gone on with, its runs side by side, is the same as with one run after the other."""
     again = amclr("compare", file, "--jobs", "2", "--out", out)
     assert again.returncode == 0, again.stderr[-2000:]
-    assert all(steps_logged(f) == [*range(1, 600, 10), 600] for f in (out / "runs").glob("*/seed?"))
+    assert all(steps_logged(f) == [*range(1, 160, 10), 160] for f in (out / "runs").glob("*/seed?"))
     whole = amclr("compare", file, "--out", "whole")
     assert whole.returncode == 0, whole.stderr[-2000:]
     return measured(out) == measured(file.parent / "whole")

@@ -217,13 +217,17 @@ def draw(results: Mapping[str, Any], folder: Path) -> dict[str, str]:
             figures.points(panels(tops), folder / "zeroshot.png", heading, "zero-shot top-1 (%)", legend)
             drawn["zeroshot.png"] = "Zero-shot accuracy: mean and standard deviation over the seeds, and every seed."
         many: dict[str, dict[str, tuple[list[float], np.ndarray]]] = {}
+        # Where one variant has more epochs than another beside it, an epoch is no measure of both.
+        by_epoch = len({(group, row["epochs"]) for _, group, row in rows}) == len({group for _, group, _ in rows})
         for variant, group, row in rows:
             found = [run["curve"] for run in row["runs"] if not run["failure"]]
-            if found and len({tuple(e["epoch"] for e in curve) for curve in found}) == 1:
-                epochs = [e["epoch"] for e in found[0]]
-                many.setdefault(group, {})[variant] = epochs, np.array([[e["r_mean"] for e in c] for c in found])
+            if found and len({tuple(e["steps"] for e in curve) for curve in found}) == 1:
+                x = [e["epoch"] if by_epoch else e["passes"] / 1e3 for e in found[0]]
+                panel = many.setdefault(f"{legend} {group}".strip(), {})
+                panel[variant] = x, np.array([[e["r_mean"] for e in curve] for curve in found])
         if many:
-            figures.many_curves(many, folder / "learning.png", heading, "mean recall (%)")
+            across = "epoch" if by_epoch else "encoder passes (thousands)"
+            figures.many_curves(many, folder / "learning.png", heading, "mean recall (%)", across)
             drawn["learning.png"] = "Learning curves: mean over the seeds, and one standard deviation to each side."
         costs = [
             (variant, group, [

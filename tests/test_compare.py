@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -366,10 +367,10 @@ class Beside:
 
     def until_they_train(self) -> dict[int, Path]:
         """Wait until two runs go on at once, and have made steps."""
-        deadline = time.monotonic() + 200
+        deadline = time.monotonic() + 300
         while len(running := self.workers()) < 2 or not all((f / "metrics.jsonl").is_file() for f in running.values()):
             assert self.process.poll() is None and time.monotonic() < deadline, self.said.read_text()[-2000:]
-            time.sleep(0.02)
+            time.sleep(0.1)
         return running
 
 
@@ -383,9 +384,10 @@ def parent_of(pid: int) -> int:
 
 
 @pytest.fixture
-def longer(folder: Path, tmp_path: Path) -> Path:
-    """An experiment of four runs that take some seconds each."""
-    return written(tmp_path / "longer.yaml", folder, settings={**BASE["settings"], "epochs": 40, "eval_every": 20})
+def longer(folder: Path, tmp_path: Path) -> Callable[[int], Path]:
+    """An experiment of two objectives over so many seeds, whose runs take some seconds each."""
+    settings = {**BASE["settings"], "epochs": 40, "eval_every": 20}
+    return lambda seeds: written(tmp_path / "longer.yaml", folder, settings=settings, seeds=seeds)
 
 
 def steps_logged(folder: Path) -> list[int]:
@@ -404,8 +406,8 @@ def as_one_after_the_other(amclr: Command, file: Path, out: Path) -> bool:
 
 
 @pytest.mark.slow
-def test_a_run_whose_process_is_killed_is_named(longer: Path, amclr: Command) -> None:
-    beside = Beside(longer)
+def test_a_run_whose_process_is_killed_is_named(longer: Callable[[int], Path], amclr: Command) -> None:
+    beside = Beside(file := longer(2))
     pid, victim = next(iter(beside.until_they_train().items()))
     os.kill(pid, signal.SIGKILL)
     assert beside.process.wait(timeout=300) == 1
@@ -414,14 +416,16 @@ def test_a_run_whose_process_is_killed_is_named(longer: Path, amclr: Command) ->
     assert f"- {name}: its process was ended by SIGKILL" in said and "amclr: 1 of 4 runs failed" in said
     rows = json.loads((beside.out / "results.json").read_text())["rows"]
     assert sorted(len(row["measures"]["r_mean"]["values"]) for row in rows) == [1, 2], "the others have finished"
-    assert as_one_after_the_other(amclr, longer, beside.out)
+    assert as_one_after_the_other(amclr, file, beside.out)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_two_runs_are_stopped_and_gone_on_with(number: signal.Signals, longer: Path, amclr: Command) -> None:
+def test_two_runs_are_stopped_and_gone_on_with(
+    number: signal.Signals, longer: Callable[[int], Path], amclr: Command
+) -> None:
     """After SIGTERM the command waits for the two; killed, it cannot, and they end by themselves. Neither is lost."""
-    beside = Beside(longer)
+    beside = Beside(file := longer(1))
     running = beside.until_they_train()
     beside.process.send_signal(number)
     code = beside.process.wait(timeout=60)
@@ -435,7 +439,7 @@ def test_two_runs_are_stopped_and_gone_on_with(number: signal.Signals, longer: P
             time.sleep(0.05)
     for folder in running.values():
         assert (folder / "checkpoints" / "last.pt").is_file() and not (folder / "results.json").is_file()
-    assert as_one_after_the_other(amclr, longer, beside.out)
+    assert as_one_after_the_other(amclr, file, beside.out)
 
 
 @pytest.mark.slow

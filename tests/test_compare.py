@@ -250,6 +250,7 @@ def test_at_equal_cost_by_hand() -> None:
         "passes": (300, [35.0]),
     }
     assert compare.at_equal_cost({"cheap": cheap, "failed": [[]]}) == {"cheap": {}, "failed": {}}
+    assert compare.at_equal_cost({}) == {}
 
 
 def test_seconds_of_an_evaluation() -> None:

@@ -572,7 +572,7 @@ def at_equal_cost(curves: Mapping[str, Sequence[Sequence[Mapping[str, float]]]])
     """
     every = [curve for runs in curves.values() for curve in runs]
     found: dict[str, dict[str, Any]] = {name: {} for name in curves}
-    for cost in ("steps", "passes", "seconds") if all(every) else ():
+    for cost in ("steps", "passes", "seconds") if every and all(every) else ():
         at = min(curve[-1][cost] for curve in every)
         for name, runs in curves.items():
             best = [max((e["r_mean"] for e in curve if e[cost] <= at), default=None) for curve in runs]

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,17 @@ from PIL import Image, ImageColor
 
 from amclr import cli, compare, engine, figures, report
 from amclr.compare import Comparison, Outcome, against, plan, read, sign_flip
+from amclr.config import Config, flat
+from amclr.data import manifest as manifests
+from amclr.data import pictures
 from amclr.engine import Stopped
 from amclr.errors import UserError
+from amclr.features import caption_features, image_features
 from amclr.files import read_arrays
 from amclr.measure import evaluate_run
+from amclr.run import begin
 from tests.conftest import COLOURS, Command, paint
+from tests.processes import Processes
 
 ROOT = Path(__file__).parents[1]
 
@@ -111,7 +118,10 @@ def test_a_comparison(
             own = json.loads((Path(one["folder"]) / "results.json").read_text())
             for measure in ("txt_r_mean", "img_r_mean", "r_mean", "txt_r1", "img_r1"):
                 assert one[measure] == pytest.approx(own[measure], abs=1e-4)
-            assert 0 < one["seconds"] < 60 and [e for e, _ in one["curve"]] == [1.0, 2.0]
+            assert 0 < one["seconds"] < 60 and [e["epoch"] for e in one["curve"]] == [1.0, 2.0]
+            assert [(e["steps"], e["passes"]) for e in one["curve"]] == [(4, 8 * views * 8), (8, 16 * views * 8)]
+            assert 0 < one["curve"][0]["seconds"] < one["curve"][1]["seconds"] == pytest.approx(one["seconds"])
+            assert max(e["r_mean"] for e in one["curve"]) == pytest.approx(one["r_mean"], abs=1e-4)
         values = [one["r_mean"] for one in row["runs"]]
         assert row["measures"]["r_mean"]["mean"] == pytest.approx(np.mean(values))
         assert row["measures"]["r_mean"]["sd"] == pytest.approx(np.std(values, ddof=1))
@@ -122,6 +132,14 @@ def test_a_comparison(
         test = rows["amclr", optimiser]["against"]["r_mean"]
         assert test["difference"] == pytest.approx(own - base) and (test["seeds"], test["pictures"]) == (2, 8)
         assert not rows["sogclr", optimiser]["against"]
+    # At equal cost: 128 passes are all of SogCLR's, and the first epoch of AmCLR.
+    for (variant, _), row in rows.items():
+        equal = row["at equal cost"]
+        assert (equal["steps"]["at"], equal["passes"]["at"]) == (8, 128)
+        assert equal["steps"]["values"] == [max(e["r_mean"] for e in one["curve"]) for one in row["runs"]]
+        last = 1 if variant == "amclr" else 2
+        assert equal["passes"]["values"] == [max(e["r_mean"] for e in one["curve"][:last]) for one in row["runs"]]
+    assert "| variant | optim.name | by 8 steps | by 0.128 thousand passes | by equal seconds |" in found.table
     assert (
         "**small (all of them)**" in found.table
         and "with seeds as many as here, 2, it cannot go below 0.5" in found.table
@@ -173,6 +191,301 @@ def test_runs_of_a_seed_begin_and_go_on_alike(folder: Path, tmp_path: Path, monk
             assert torch.equal(one[2][:, :width], other[2][:, :width])
     assert not torch.equal(seen["sogclr", 0][1][0], seen["sogclr", 1][1][0])
     assert not all(torch.equal(v, seen["sogclr", 1][0][k]) for k, v in seen["sogclr", 0][0].items())
+
+
+# -- budgets ---------------------------------------------------------------------------------------
+
+
+def test_as_many_passes(folder: Path, tmp_path: Path) -> None:
+    """Epochs by hand: 32 pictures; views at a step 2 (SogCLR), 4 (AmCLR), 2 (SimCLR), 4 (CLIP with all pairs)."""
+    variants = {
+        "sogclr": None,
+        "amclr": None,
+        "simclr": None,
+        "wide": {"objective": "clip", "loss.pairs": "all"},
+        "uneven": {"objective": "sogclr", "batch_size": 12},  # 24 of the pictures an epoch
+    }
+    file = written(tmp_path / "e.yaml", folder, variants=variants, equal="passes", grid={"epochs": [3, 5]})
+    cells = plan(read(file), tmp_path / "out")
+    epochs = {(c.variant, c.point["epochs"]): {config.epochs for config in c.configs.values()} for c in cells}
+    assert epochs == {
+        ("sogclr", 3): {6}, ("amclr", 3): {3}, ("simclr", 3): {6}, ("wide", 3): {3}, ("uneven", 3): {8},
+        ("sogclr", 5): {10}, ("amclr", 5): {5}, ("simclr", 5): {10}, ("wide", 5): {5}, ("uneven", 5): {13},
+    }  # fmt: skip
+    alone = plan(read(written(file, folder, variants=["sogclr"], equal="passes")), tmp_path / "out")
+    assert alone[0].configs[0].epochs == 2, "nothing is more expensive"
+
+
+def test_equal_passes(experiment: Path, folder: Path, steps_made: Counter[tuple[str, int]]) -> None:
+    found = run(written(experiment, folder, equal="passes", seeds=1))
+    assert steps_made == {("sogclr", 0): 2 * STEPS, ("amclr", 0): STEPS}
+    rows = {row["variant"]: row for row in found.results["rows"]}
+    passes = [r["budget"]["picture_passes"]["mean"] + r["budget"]["caption_passes"]["mean"] for r in rows.values()]
+    assert passes == [256, 256] and (rows["sogclr"]["epochs"], rows["amclr"]["epochs"]) == (4, 2)
+    config = yaml.safe_load((Path(rows["sogclr"]["runs"][0]["folder"]) / "config.yaml").read_text())
+    assert config["epochs"] == 4, "so that its schedule ends with it"
+    assert " epochs | passes (thousands) |" in found.table and " | 4 | 0.256 | " in found.table
+    assert "by 8 steps | by 0.256 thousand passes" in found.table
+    with pytest.raises(UserError, match="epochs is 4 there, 2 here"):
+        run(written(experiment, folder, seeds=1))
+
+
+def curve(*evaluations: tuple[int, int, float, float]) -> list[dict[str, float]]:
+    return [dict(zip(("steps", "passes", "seconds", "r_mean"), e, strict=True)) for e in evaluations]
+
+
+def test_at_equal_cost_by_hand() -> None:
+    cheap = [
+        curve((10, 100, 1.0, 20.0), (20, 200, 2.0, 30.0), (30, 300, 3.0, 25.0)),
+        curve((10, 100, 1.5, 22.0), (20, 200, 3.0, 24.0), (30, 300, 4.5, 40.0)),
+    ]
+    dear = [curve((10, 200, 4.0, 35.0), (20, 400, 8.0, 50.0))]
+    found = compare.at_equal_cost({"cheap": cheap, "dear": dear})
+    assert {k: (v["at"], v["values"]) for k, v in found["cheap"].items()} == {
+        "steps": (20, [30.0, 24.0]), "passes": (300, [30.0, 40.0]), "seconds": (3.0, [30.0, 24.0]),
+    }  # fmt: skip
+    assert found["cheap"]["passes"]["mean"] == 35 and found["cheap"]["passes"]["sd"] == pytest.approx(50**0.5)
+    # After 3 seconds, the expensive one had not been evaluated.
+    assert {k: (v["at"], v["values"]) for k, v in found["dear"].items()} == {
+        "steps": (20, [50.0]),
+        "passes": (300, [35.0]),
+    }
+    assert compare.at_equal_cost({"cheap": cheap, "failed": [[]]}) == {"cheap": {}, "failed": {}}
+    assert compare.at_equal_cost({}) == {}
+
+
+def test_seconds_of_an_evaluation() -> None:
+    """Time is logged at steps 1, 11 and 16: 2 s, then 10 x 1 s, then 5 x 3 s; evaluations lie in between."""
+    rows = [
+        {"kind": "train", "step": 1, "seconds_per_step": 2.0}, {"kind": "eval", "step": 6, "epoch": 1.0, "r_mean": 5.0},
+        {"kind": "train", "step": 11, "seconds_per_step": 1.0}, {"kind": "eval", "step": 12, "epoch": 2.0, "r_mean": 7.0},
+        {"kind": "train", "step": 16, "seconds_per_step": 3.0}, {"kind": "eval", "step": 16, "epoch": 3.0, "r_mean": 6.0},
+    ]  # fmt: skip
+    found = compare._curve(Config(objective="amclr", batch_size=8), rows)
+    assert [(e["steps"], e["passes"], e["seconds"]) for e in found] == [(6, 192, 7.0), (12, 384, 15.0), (16, 512, 27.0)]
+
+
+# -- cut -------------------------------------------------------------------------------------------
+
+
+def test_hopeless_ones_are_cut(
+    experiment: Path,
+    folder: Path,
+    tmp_path: Path,
+    steps_made: Counter[tuple[str, int]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(report, "draw", lambda *_: {})
+    same = {"baseline": ""}
+    found = run(written(experiment, folder, **same, cut={"behind": 0.01}))
+    rows = {row["variant"]: row for row in found.results["rows"]}
+    first = {name: row["runs"][0]["r_mean"] for name, row in rows.items()}
+    hopeless = {name for name in rows if first[name] < max(first.values()) - 0.01}
+    assert len(hopeless) == 1 and {name for name, row in rows.items() if row["cut"]} == hopeless
+    made = {(name, seed) for name in rows for seed in (0, 1) if not (seed and name in hopeless)}
+    assert set(steps_made) == made and not found.failed and found.runs == len(made)
+    for name in hopeless:
+        behind = max(first.values()) - first[name]
+        assert rows[name]["cut"] == {"after": 1, "behind": pytest.approx(behind)} and len(rows[name]["runs"]) == 1
+        assert f"- {name}: cut after 1 seed, {behind:.1f} behind" in found.table and "| 1, cut |" in found.table
+    # Again, nothing is trained and all is as it was; without the cut, the others are made too; with it they do not count.
+    before = steps_made.copy()
+    assert run(experiment).results == found.results and steps_made == before
+    assert run(written(experiment, folder, **same)).runs == 4 and sum(steps_made.values()) == 4 * STEPS
+    assert run(written(experiment, folder, **same, cut={"behind": 0.01})).results["rows"] == found.results["rows"]
+
+
+def result(variant: str, seed: int, recall: float, point: int = 0) -> Outcome:
+    failure = "" if recall else "no luck"
+    return Outcome(compare.Cell(variant, {"size": point}, {}), seed, Path(), failure, {"r_mean": recall})
+
+
+def test_who_is_hopeless() -> None:
+    """Baselines and those that failed are not; the best at the same point of the grid, over the same seeds, counts."""
+    plans = compare.Experiment({}, baseline="base", cut={"behind": 4.0, "after": 1})
+    first = [
+        result("base", 0, 10.0), result("best", 0, 30.0), result("near", 0, 26.0), result("far", 0, 25.9),
+        result("broken", 0, 0.0), result("far", 0, 5.0, point=1), result("base", 0, 6.0, point=1),
+    ]  # fmt: skip
+    assert compare.hopeless(first, plans, 1) == {"far,size=0": {"after": 1, "behind": pytest.approx(4.1)}}
+    # Of what is left, the means of both seeds count: 28 for the best, 25 for near.
+    second = [result("base", 1, 10.0), result("best", 1, 26.0), result("near", 1, 24.0), result("broken", 1, 99.0)]
+    assert compare.hopeless([*first, *second], plans, 2) == {}
+    assert compare.hopeless([*first, *second[:2], result("near", 1, 21.9)], plans, 2) == {
+        "near,size=0": {"after": 2, "behind": pytest.approx(4.05)}
+    }
+
+
+# -- several at a time -----------------------------------------------------------------------------
+
+
+def measured(found: Comparison | Path) -> list[Any]:
+    """What must not depend on what ran beside what."""
+    rows = (
+        json.loads((found / "results.json").read_text())["rows"] if isinstance(found, Path) else found.results["rows"]
+    )
+    return [(row["variant"], row["grid"], row["measures"], row["against"], row["cut"]) for row in rows]
+
+
+@pytest.mark.slow
+def test_two_at_a_time_are_the_same(
+    experiment: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(report, "draw", lambda *_: {})
+    assert cli.main(["compare", str(experiment), "--seeds", "1", "--jobs", "2", "--out", str(tmp_path / "two")]) == 0
+    said = capsys.readouterr()
+    lines = [line for line in said.err.splitlines() if line.startswith("run ")]
+    assert [line[:11] for line in lines] == ["run 1 of 2:", "run 2 of 2:"] and "2 at a time" in said.err
+    assert {line.split()[4] for line in lines} == {"sogclr,", "amclr,"}
+    assert "Runs were made 2 at a time: seconds are those beside others" in said.out and "--jobs 2`" in said.out
+    one = run(experiment, seeds="1")
+    assert measured(tmp_path / "two") == measured(one) and "at a time" not in one.table
+    assert not list((tmp_path / "two").rglob("*output.txt"))
+    # Taken as they are, whatever the number now is; what they ran beside is not forgotten.
+    monkeypatch.setattr(compare, "train", lambda *_, **__: pytest.fail("trained a run that was done"))
+    monkeypatch.setattr(compare, "side_by_side", lambda *_: pytest.fail("started a process for a run that was done"))
+    for jobs in (1, 3):
+        again = compare.compare(experiment, seeds="1", out=str(tmp_path / "two"), jobs=jobs, progress=False)
+        assert measured(again) == measured(one) and "made 2 at a time" in again.table
+
+
+class Beside:
+    """`amclr compare FILE --jobs 2 --out out` in a process of its own, with those that it started."""
+
+    def __init__(self, file: Path) -> None:
+        self.out, self.said = file.parent / "out", file.parent / "said.txt"
+        with self.said.open("w") as said:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "amclr", "compare", str(file), "--jobs", "2", "--out", "out"],
+                cwd=file.parent, stdout=said, stderr=said, env={**os.environ, "OMP_NUM_THREADS": "1"},
+            )  # fmt: skip
+
+    def workers(self) -> dict[int, Path]:
+        """The processes of its runs, and where these lie: what they print goes beside that."""
+        found = [int(p.name) for p in Path("/proc").iterdir() if p.name.isdigit()]
+        found = [pid for pid in found if parent_of(pid) == self.process.pid]
+        return {pid: Path(os.readlink(f"/proc/{pid}/fd/1").replace("-output.txt", "")) for pid in found}
+
+    def until_they_train(self) -> dict[int, Path]:
+        """Wait until two runs go on at once, and have made steps."""
+        deadline = time.monotonic() + 300
+        while len(running := self.workers()) < 2 or not all((f / "metrics.jsonl").is_file() for f in running.values()):
+            assert self.process.poll() is None and time.monotonic() < deadline, self.said.read_text()[-2000:]
+            time.sleep(0.1)
+        return running
+
+
+def parent_of(pid: int) -> int:
+    """The parent of a process that runs; 0 where it has ended."""
+    try:
+        state, parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:2]
+    except OSError:
+        return 0
+    return int(parent) if state != "Z" else 0
+
+
+@pytest.fixture
+def longer(folder: Path, tmp_path: Path) -> Callable[[int], Path]:
+    """An experiment of two objectives over so many seeds, whose runs take some seconds each."""
+    settings = {**BASE["settings"], "epochs": 40, "eval_every": 20}
+    return lambda seeds: written(tmp_path / "longer.yaml", folder, settings=settings, seeds=seeds)
+
+
+def steps_logged(folder: Path) -> list[int]:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [row["step"] for row in rows if row["kind"] == "train"]
+
+
+def as_one_after_the_other(amclr: Command, file: Path, out: Path) -> bool:
+    """Whether a comparison gone on with, its runs side by side, is the same as with one run after the other."""
+    again = amclr("compare", file, "--jobs", "2", "--out", out)
+    assert again.returncode == 0, again.stderr[-2000:]
+    assert all(steps_logged(f) == [*range(1, 160, 10), 160] for f in (out / "runs").glob("*/seed?"))
+    whole = amclr("compare", file, "--out", "whole")
+    assert whole.returncode == 0, whole.stderr[-2000:]
+    return measured(out) == measured(file.parent / "whole")
+
+
+@pytest.mark.slow
+def test_a_run_whose_process_is_killed_is_named(longer: Callable[[int], Path], amclr: Command) -> None:
+    beside = Beside(file := longer(2))
+    pid, victim = next(iter(beside.until_they_train().items()))
+    os.kill(pid, signal.SIGKILL)
+    assert beside.process.wait(timeout=300) == 1
+    said, name = beside.said.read_text(), f"{victim.parent.name}, seed {victim.name[-1]}"
+    assert f": {name}: failed: its process was ended by SIGKILL: memory may have run out" in said
+    assert f"- {name}: its process was ended by SIGKILL" in said and "amclr: 1 of 4 runs failed" in said
+    rows = json.loads((beside.out / "results.json").read_text())["rows"]
+    assert sorted(len(row["measures"]["r_mean"]["values"]) for row in rows) == [1, 2], "the others have finished"
+    assert as_one_after_the_other(amclr, file, beside.out)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_two_runs_are_stopped_and_gone_on_with(
+    number: signal.Signals, longer: Callable[[int], Path], amclr: Command
+) -> None:
+    """After SIGTERM the command waits for the two; killed, it cannot, and they end by themselves. Neither is lost."""
+    beside = Beside(file := longer(1))
+    running = beside.until_they_train()
+    beside.process.send_signal(number)
+    code = beside.process.wait(timeout=60)
+    if number == signal.SIGTERM:
+        assert code == 143 and not any(map(parent_of, running))
+        assert "this goes on: amclr compare" in beside.said.read_text().splitlines()[-1]
+    else:
+        deadline = time.monotonic() + 60
+        while any(map(parent_of, running)):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    for folder in running.values():
+        assert (folder / "checkpoints" / "last.pt").is_file() and not (folder / "results.json").is_file()
+    assert as_one_after_the_other(amclr, file, beside.out)
+
+
+@pytest.mark.slow
+def test_a_cut_is_the_same_side_by_side(experiment: Path, folder: Path, tmp_path: Path) -> None:
+    """Three variants over three seeds, two runs at a time: the same are cut, and no run of theirs is begun."""
+    file = written(experiment, folder, variants=["sogclr", "amclr", "clip"], seeds=3, cut={"behind": 0.5})
+    one, two = (compare.compare(file, out=str(tmp_path / str(n)), jobs=n, progress=False) for n in (1, 2))
+    assert measured(one) == measured(two) and any(row["cut"] for row in one.results["rows"])
+    made = [
+        sorted(f.parent.relative_to(tmp_path / n).as_posix() for f in (tmp_path / n).rglob("config.yaml")) for n in "12"
+    ]
+    assert made[0] == made[1] and len(made[0]) == one.runs < 9
+
+
+def test_runs_that_want_the_same_at_once(folder: Path, own_cache: Path, tmp_path: Path) -> None:
+    """Features and verdicts on pictures: of two processes one computes them, and the other waits."""
+    config = compare._changed(Config(), {"data": str(folder), **flat(BASE["settings"])}, "")
+    model = begin(config, ["a red patch"], tmp_path / "run")
+    texts = [f"patch {k}" for k in range(300)]
+    log = tmp_path / "made.txt"
+
+    def counted(what: str, function: Any) -> Any:
+        def call(*arguments: Any, **named: Any) -> Any:
+            with log.open("a") as handle:
+                handle.write(f"{what}\n")
+            time.sleep(0.05)
+            return function(*arguments, **named)
+
+        return call
+
+    def work(rank: int) -> None:
+        model.text_tower.forward = counted("captions", model.text_tower.forward)
+        model.image_tower.forward = counted("pictures", model.image_tower.forward)
+        pictures.read_picture = counted("decoded", pictures.read_picture)
+        samples = manifests.prepare(config, own_cache, False).split("train")
+        store = pictures.PictureStore([s.picture for s in samples], 32, progress=False)
+        made = image_features(model, samples, "weak", 2, config, own_cache, store, False)
+        rows = caption_features(model, texts, own_cache, False)
+        assert not np.isnan(made).any() and rows.shape[0] == 300
+
+    Processes(2, work, logs=tmp_path / "logs").succeed()
+    said = Counter(log.read_text().split())
+    # 40 pictures are looked at, and 32 decoded again for their features of 64 views; 300 captions are 3 chunks.
+    assert said["decoded"] == 40 + 32 and said["captions"] == 3 and said["pictures"] == -(-64 // model.pictures_at_once)
 
 
 # -- what goes wrong -----------------------------------------------------------------------------
@@ -303,6 +616,13 @@ SLIPS = [
     ({"zeroshot": ["nowhere"]}, "no folder 'nowhere'"),
     ({"zeroshot": ["Images"], "templates": "opnai"}, "no folder 'Images'"),
     ({"paraphrased": "rulez"}, "no paraphrases at 'rulez': give rules"),
+    ({"equal": "pases"}, "equal: did you mean 'passes'?"),
+    ({"equal": "passes", "variants": {"sogclr": None, "mine": {"epochs": 4}}}, "variant 'mine' sets epochs, which follow from equal: passes"),
+    ({"cut": 5}, "cut must be names with values"),
+    ({"cut": {"behnd": 5}}, "cut: unknown key 'behnd': did you mean 'behind'?"),
+    ({"cut": {"behind": 0}}, "cut: behind must be a number of points above 0"),
+    ({"cut": {"after": 1}}, "cut: behind must be a number of points above 0"),
+    ({"cut": {"behind": 5, "after": 0}}, "cut: after must be a number of seeds, 1 at the least"),
 ]  # fmt: skip
 
 
@@ -331,6 +651,9 @@ def test_slips_in_the_file_itself(tmp_path: Path, folder: Path, capsys: pytest.C
     written(file, tmp_path / "nowhere")
     assert cli.main(["compare", str(file)]) == 1 and "no data set at" in capsys.readouterr().err
     written(file, folder)
+    assert (
+        cli.main(["compare", str(file), "--jobs", "0"]) == 1 and "--jobs must be 1 or more" in capsys.readouterr().err
+    )
     assert cli.main(["compare", str(file), "--seeds", "none"]) == 1 and "--seeds 3" in capsys.readouterr().err
     assert cli.main(["compare", str(file), "--sedes", "2"]) == 1 and "did you mean --seeds?" in capsys.readouterr().err
 

@@ -120,13 +120,17 @@ def _compare(arguments: list[str]) -> int:
     parser.add_argument(
         "--zeroshot", type=str, nargs="*", default=[], help="folders of pictures by class instead of the file's"
     )
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="so many runs at a time, each with a GPU, or its part of the cores"
+    )
     options = _parse(parser, arguments)
     from amclr import compare, engine
 
     try:
         found = compare.compare(
-            Path(options.file), data=options.data, seeds=options.seeds, out=options.out, zeroshot=options.zeroshot
-        )
+            Path(options.file), data=options.data, seeds=options.seeds, out=options.out, zeroshot=options.zeroshot,
+            jobs=options.jobs,
+        )  # fmt: skip
     except engine.Stopped as stopped:
         return _fail(str(stopped), stopped.code)
     print(f"{found.table}\nreport: {found.folder / 'report.html'}  (table.md, table.csv, results.json, figures)")

@@ -1,7 +1,8 @@
-"""`compare`: the runs of an experiment file, one after the other, and what they say together.
+"""`compare`: the runs of an experiment file, one after the other or side by side, and what they say together.
 
     OUT/runs/VARIANT/seedN    run folders           OUT/table.md, table.csv    means and spread over the seeds
     OUT/results.json          all of it, by run     OUT/report.html            tables and figures in one file
+    OUT/side-by-side.json     how many ran at a time
 
 Runs of a seed have the same order of samples, the same views and the same starting weights, whatever their
 objective: all of these are functions of the seed.
@@ -21,7 +22,7 @@ import statistics
 import sys
 import traceback
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -29,11 +30,13 @@ from typing import Any
 import numpy as np
 import yaml
 from filelock import FileLock, Timeout
+from tqdm import tqdm
 
 from amclr import report
 from amclr.classes import ClassSet, read_classes, short_names
 from amclr.config import Config, fixed_differences, flat, from_dict, problems
 from amclr.data import manifest as manifests
+from amclr.data.batches import BatchPlan
 from amclr.data.paraphrases import Rewording
 from amclr.data.rows import printable
 from amclr.data.views import policies, title
@@ -41,12 +44,16 @@ from amclr.engine import Stopped, build_objective, train
 from amclr.errors import UserError
 from amclr.evaluate import RECALLS
 from amclr.files import read_arrays, write_text
+from amclr.jobs import Call, Lost, side_by_side
 from amclr.measure import measure_classes, measure_run_paraphrased
 from amclr.objectives import METHODS
 from amclr.optim import choose_optimizer
 from amclr.recipes import RECIPES
 from amclr.run import Run, load
+from amclr.signals import ending
 
+EQUAL = ("steps", "passes")
+BESIDE = "side-by-side.json"
 EXACT, DRAWS = 14, 9_999
 """Up to so many clusters every choice of signs is tried; of more, so many are drawn."""
 
@@ -74,6 +81,12 @@ class Experiment:
     """A list of seeds, or how many."""
     baseline: str = ""
     """The variant that the others are tested against."""
+    equal: str = "steps"
+    """steps: all have the epochs that are set. passes: those that see fewer views at a step have more epochs, so that
+    all end with as many encoder passes."""
+    cut: dict[str, float] = field(default_factory=dict)
+    """Empty, or `behind` and `after`: from so many seeds on, a variant so many points of mean recall behind the best at
+    its point of the grid is not run with those that remain."""
     zeroshot: tuple[str, ...] = ()
     """Folders of pictures by class."""
     classnames: str = ""
@@ -149,9 +162,12 @@ def read(file: Path, *, data: str = "", seeds: str = "", zeroshot: Sequence[str]
         recipe=str(given.get("recipe", "frozen")), settings=settings,
         variants=_variants(file, given.get("variants")), grid=grid,
         seeds=_seeds(seeds or given.get("seeds", (0, 1, 2))), baseline=str(given.get("baseline", "")),
+        equal=str(given.get("equal", "steps")), cut=_cut(file, given.get("cut", {})),
         zeroshot=tuple(map(str, [folders] if isinstance(folders, str) else folders)),
         **{key: str(given.get(key, "")) for key in ("classnames", "templates", "paraphrased")},
     )  # fmt: skip
+    if experiment.equal not in EQUAL:
+        raise UserError(f"'{file}': equal: {_near(experiment.equal, EQUAL)}")
     if experiment.recipe not in RECIPES:
         raise UserError(f"'{file}': unknown recipe '{experiment.recipe}': {_near(experiment.recipe, RECIPES)}")
     if experiment.baseline and experiment.baseline not in experiment.variants:
@@ -199,6 +215,22 @@ def _seeds(given: Any) -> tuple[int, ...]:
     return tuple(seeds)
 
 
+def _cut(file: Path, given: Any) -> dict[str, float]:
+    """When a variant is not gone on with: {} for never."""
+    if not (values := _mapping(file, "cut", given)):
+        return {}
+    for key in values:
+        if key not in ("behind", "after"):
+            raise UserError(f"'{file}': cut: unknown key '{key}': {_near(key, ('behind', 'after'))}")
+    behind, after = values.get("behind"), values.get("after", 1)
+    if isinstance(behind, bool) or not isinstance(behind, int | float) or not behind > 0:
+        raise UserError(f"'{file}': cut: behind must be a number of points above 0, as in cut: {{behind: 5}}, "
+                        f"got {behind!r}")  # fmt: skip
+    if type(after) is not int or after < 1:
+        raise UserError(f"'{file}': cut: after must be a number of seeds, 1 at the least, got {after!r}")
+    return {"behind": float(behind), "after": after}
+
+
 def _mapping(file: Path, where: str, given: Any) -> dict[str, Any]:
     if not isinstance(given, Mapping):
         raise UserError(f"'{file}': {where} must be names with values, as in {where.split(':')[0]}: {{NAME: VALUE}}, "
@@ -216,31 +248,56 @@ def _near(name: object, known: Iterable[str], otherwise: str = "") -> str:
 def plan(experiment: Experiment, out: Path) -> list[Cell]:
     """All runs, with their settings checked. Raises UserError naming the slip, before anything has been trained."""
     cells: list[Cell] = []
-    folders: dict[str, str] = {}
-    made: list[tuple[Config, str]] = []
+    made: list[Config] = []
     points = [
         dict(zip(experiment.grid, values, strict=True)) for values in itertools.product(*experiment.grid.values())
     ]
     for point, (variant, own) in itertools.product(points, experiment.variants.items()):
         if both := next((name for name in own if name in point), None):
             raise UserError(f"variant '{variant}' sets {both}, which the grid varies: leave it out of one of them")
+        if experiment.equal == "passes" and "epochs" in own:
+            raise UserError(
+                f"variant '{variant}' sets epochs, which follow from equal: passes: leave one of them out "
+                "(epochs under settings are those of the variant that takes most)"
+            )
         base = RECIPES[experiment.recipe]()
         for where, changes in (("settings", experiment.settings), (f"variant '{variant}'", own), ("grid", point)):
             base = _changed(base, changes, where)
         cell = Cell(variant, point, {})
-        if cell.folder in folders:
-            raise UserError(f"'{cell.label}' and '{folders[cell.folder]}' would have one folder: rename a variant")
-        folders[cell.folder] = cell.label
-        if same := next((label for other, label in made if other == base), ""):
+        if other := next((c for c in cells if c.folder == cell.folder), None):
+            raise UserError(f"'{cell.label}' and '{other.label}' would have one folder: rename a variant")
+        if base in made:
+            same = cells[made.index(base)].label
             raise UserError(f"'{cell.label}' and '{same}' are the same run, setting by setting: leave one out")
-        made.append((base, cell.label))
+        _check(base, cell.label)
+        made.append(base)
+        cells.append(cell)
+    visits = _check_data(made)
+    if experiment.equal == "passes":
+        made = as_many_passes(made, visits, [c.point for c in cells])
+    for cell, base in zip(cells, made, strict=True):
         for seed in experiment.seeds:
             cell.configs[seed] = replace(base, seed=seed, out=str(out / "runs" / cell.folder / f"seed{seed}"))
-        cells.append(cell)
-        _check(base, cell.label)
-    _check_data([next(iter(c.configs.values())) for c in cells])
     _asked(experiment)
     return cells
+
+
+def as_many_passes(configs: Sequence[Config], visits: Sequence[int], points: Sequence[object]) -> list[Config]:
+    """The settings with more epochs for those that take fewer encoder passes than the most expensive at their point.
+
+    visits: pictures that an epoch of each visits. Epochs are whole, so passes are equal to half an epoch of each.
+    """
+    each = [sum(passes_per_step(c)) * (n // c.batch_size) for c, n in zip(configs, visits, strict=True)]
+    whole = [c.epochs * passes for c, passes in zip(configs, each, strict=True)]
+    most = [max(w for w, p in zip(whole, points, strict=True) if p == point) for point in points]
+    return [replace(c, epochs=round(m / passes)) for c, m, passes in zip(configs, most, each, strict=True)]
+
+
+def passes_per_step(config: Config) -> tuple[int, int]:
+    """Views of pictures, and of captions, that a step passes through a tower or its head."""
+    views = build_objective(config, 1).required_views
+    pictures = sum(v.startswith("image") for v in views)
+    return config.batch_size * pictures, config.batch_size * (len(views) - pictures)
 
 
 def _changed(config: Config, changes: Mapping[str, Any], where: str) -> Config:
@@ -291,17 +348,25 @@ def _check(config: Config, label: str) -> None:
         raise UserError("amclr compare trains each run in one process: leave out torchrun and devices")
 
 
-def _check_data(configs: Iterable[Config]) -> None:
-    """Raise UserError where there is no data, or less than a batch of it; each set is read once."""
+def _check_data(configs: Iterable[Config]) -> list[int]:
+    """How many pictures an epoch of each visits. Each set is read once.
+
+    Raises UserError where there is no data, or less than a batch of it.
+    """
     read: dict[str, int] = {}
+    found = []
     for config in configs:
         key = repr((config.data, config.source, config.scenes, config.cache))
         if key not in read:
-            cache = manifests.cache_folder(config)
-            read[key] = len(manifests.load(config, cache).split("train"))
+            manifest = manifests.load(config, manifests.cache_folder(config))
+            samples = manifest.split("train")
+            weights = np.array([s.weight for s in samples]) if manifest.parts else None
+            read[key] = BatchPlan(np.arange(len(samples)), 1, 0, weights).steps_per_epoch if samples else 0
         if read[key] < config.batch_size:
             raise UserError(f"{read[key]} training pictures are fewer than one batch: lower batch_size, which is "
                             f"{config.batch_size}, to at most that")  # fmt: skip
+        found.append(read[key])
+    return found
 
 
 # -- the runs ----------------------------------------------------------------------------------
@@ -326,8 +391,8 @@ class Outcome:
     """A digest of the training pictures."""
     budget: dict[str, float] = field(default_factory=dict)
     """Steps, passes of pictures and captions through a tower, seconds of the training loop."""
-    curve: list[tuple[float, float]] = field(default_factory=list)
-    """Epoch and mean recall of each evaluation."""
+    curve: list[dict[str, float]] = field(default_factory=list)
+    """Epoch, steps, passes, seconds and mean recall of each evaluation."""
 
 
 def is_done(config: Config) -> bool:
@@ -357,12 +422,15 @@ def run_one(cell: Cell, seed: int, asked: Asked, progress: bool) -> Outcome:
     config = cell.configs[seed]
     outcome = Outcome(cell, seed, Path(config.out))
     try:
-        if not is_done(config):
-            begun = (outcome.folder / "config.yaml").is_file()
-            if not begun:
-                _sweep(outcome.folder)
-            train(None if begun else config, resume=outcome.folder if begun else None, progress=progress)
-        _measure(outcome, asked, progress)
+        outcome.folder.parent.mkdir(parents=True, exist_ok=True)
+        # Where a comparison was killed, its processes may yet be at their last step.
+        with FileLock(outcome.folder.with_name(f".{outcome.folder.name}.lock")):
+            if not is_done(config):
+                begun = (outcome.folder / "config.yaml").is_file()
+                if not begun:
+                    _sweep(outcome.folder)
+                train(None if begun else config, resume=outcome.folder if begun else None, progress=progress)
+            _measure(outcome, asked, progress)
     except Stopped:
         raise
     except Exception as error:  # of many runs, one that fails should not cost the others
@@ -434,23 +502,37 @@ def _measure(outcome: Outcome, asked: Asked, progress: bool) -> None:
     pinned = json.loads((run.folder / "samples.json").read_text(encoding="utf-8"))
     outcome.trained_on = f"{pinned['training pictures']}, sha256 {pinned['sha256 of their names'][:12]}"
     rows = run.metrics()
-    outcome.curve = [(row["epoch"], row["r_mean"]) for row in rows if row["kind"] == "eval"]
+    outcome.curve = _curve(run.config, rows)
     outcome.budget = _budget(run.config, rows)
 
 
 def _budget(config: Config, rows: Sequence[dict[str, Any]]) -> dict[str, float]:
     """What a run took. Seconds are those of the loop, evaluations between steps included, features beforehand not."""
-    steps, seconds = 0, 0.0
+    logged, seconds = _seconds(rows)
+    steps = max((row["step"] for row in rows if row["kind"] == "eval"), default=logged[-1])
+    pictures, captions = passes_per_step(config)
+    return {"steps": steps, "picture_passes": pictures * steps, "caption_passes": captions * steps,
+            "seconds": seconds[-1]}  # fmt: skip
+
+
+def _seconds(rows: Iterable[dict[str, Any]]) -> tuple[list[int], list[float]]:
+    """The steps at which time was logged, and the seconds of the loop until each."""
+    steps, seconds = [0], [0.0]
     for row in rows:
         if row["kind"] == "train":
-            seconds += row["seconds_per_step"] * (row["step"] - steps)
-            steps = row["step"]
-    steps = max((row["step"] for row in rows if row["kind"] == "eval"), default=steps)
-    views = build_objective(config, 1).required_views
-    pictures = sum(v.startswith("image") for v in views)
-    each = config.batch_size * steps
-    return {"steps": steps, "picture_passes": pictures * each, "caption_passes": (len(views) - pictures) * each,
-            "seconds": seconds}  # fmt: skip
+            seconds.append(seconds[-1] + row["seconds_per_step"] * (row["step"] - steps[-1]))
+            steps.append(row["step"])
+    return steps, seconds
+
+
+def _curve(config: Config, rows: Sequence[dict[str, Any]]) -> list[dict[str, float]]:
+    """Mean recall at each evaluation, and what had been spent by then. Seconds between two that were logged: evenly."""
+    each, (logged, seconds) = sum(passes_per_step(config)), _seconds(rows)
+    return [
+        {"epoch": row["epoch"], "steps": row["step"], "passes": each * row["step"],
+         "seconds": float(np.interp(row["step"], logged, seconds)), "r_mean": row["r_mean"]}
+        for row in rows if row["kind"] == "eval"
+    ]  # fmt: skip
 
 
 # -- statistics --------------------------------------------------------------------------------
@@ -507,6 +589,44 @@ def spread(values: Sequence[float]) -> dict[str, Any]:
             "values": list(values)}  # fmt: skip
 
 
+def at_equal_cost(curves: Mapping[str, Sequence[Sequence[Mapping[str, float]]]]) -> dict[str, dict[str, Any]]:
+    """The best recall of each variant by the time that all of them got to, by steps, passes and seconds.
+
+    curves: the evaluations of each run of each variant, as in `Outcome.curve`. Of each kind of cost, the most that
+    all runs reached (`at`), and the best mean recall of each run up to there with its spread. Where a run had not
+    been evaluated by then, its variant has no entry of that kind.
+    """
+    every = [curve for runs in curves.values() for curve in runs]
+    found: dict[str, dict[str, Any]] = {name: {} for name in curves}
+    for cost in ("steps", "passes", "seconds") if every and all(every) else ():
+        at = min(curve[-1][cost] for curve in every)
+        for name, runs in curves.items():
+            best = [max((e["r_mean"] for e in curve if e[cost] <= at), default=None) for curve in runs]
+            if values := [b for b in best if b is not None] if None not in best else []:
+                found[name][cost] = {"at": at, **spread(values)}
+    return found
+
+
+def hopeless(outcomes: Sequence[Outcome], experiment: Experiment, seeds: int) -> dict[str, dict[str, float]]:
+    """Which variants are too far behind after so many seeds, by label: that number, and the points behind.
+
+    Means are compared at the same point of the grid, of variants that have a result of every one of the seeds.
+    """
+    recalls: dict[str, list[float]] = {}
+    cells = {o.cell.label: o.cell for o in outcomes}
+    for outcome in outcomes:
+        if not outcome.failure:
+            recalls.setdefault(outcome.cell.label, []).append(outcome.measures["r_mean"])
+    means = {label: statistics.mean(own) for label, own in recalls.items() if len(own) == seeds}
+    found = {}
+    for label, mean in means.items():
+        cell = cells[label]
+        behind = max(m for other, m in means.items() if cells[other].point == cell.point) - mean
+        if cell.variant != experiment.baseline and behind > experiment.cut["behind"]:
+            found[label] = {"after": seeds, "behind": behind}
+    return found
+
+
 # -- all of it ---------------------------------------------------------------------------------
 
 
@@ -535,51 +655,186 @@ class Comparison:
 
 
 def compare(
-    file: Path, *, data: str = "", seeds: str = "", out: str = "", zeroshot: Sequence[str] = (), progress: bool = True
-) -> Comparison:
+    file: Path, *, data: str = "", seeds: str = "", out: str = "", zeroshot: Sequence[str] = (), jobs: int = 1,
+    progress: bool = True,
+) -> Comparison:  # fmt: skip
     """Make the runs of an experiment file and write what they say together; the Python form of `amclr compare`.
 
-    data, seeds, zeroshot: instead of what the file says; out: where to (runs/compare-NAME). Finished runs
-    are taken as they are, others go on where they were, and a run that fails does not stop those after it.
+    data, seeds, zeroshot: instead of what the file says; out: where to (runs/compare-NAME); jobs: so many runs at a
+    time, each in a process of its own. Finished runs are taken as they are, others go on where they were, and a run
+    that fails does not stop those after it.
     Raises UserError for a slip in the file, before anything is trained, and Stopped after a signal.
     """
+    if jobs < 1:
+        raise UserError(f"--jobs must be 1 or more, got {jobs}")
     experiment = read(file, data=data, seeds=seeds, zeroshot=zeroshot)
     name = re.sub(r"[^\w.=,+-]", "_", experiment.name)
     folder = Path(out or f"runs/compare-{name}")
     cells = plan(experiment, folder)
-    todo = [(cell, seed) for seed in experiment.seeds for cell in cells]
-    done = sum(is_done(cell.configs[seed]) for cell, seed in todo)  # a folder in use shows before anything runs
+    # A folder in use shows before anything runs.
+    done = sum(is_done(config) for cell in cells for config in cell.configs.values())
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot make the folder '{folder}': {error.strerror}: give another --out") from None
-    given = {"data": data, "seeds": seeds, "out": out}
+    given = {"data": data, "seeds": seeds, "out": out, "jobs": str(jobs) if jobs > 1 else ""}
     parts = ["amclr", "compare", str(file), *(p for k, v in given.items() if v for p in (f"--{k}", v))]
     command = shlex.join([*parts, *(["--zeroshot", *zeroshot] if zeroshot else [])])
     try:
-        with FileLock(folder / ".lock", timeout=0):
+        with FileLock(folder / ".lock", timeout=0), ending():
             if progress and done:
-                print(f"{done} of {len(todo)} runs are done already", file=sys.stderr)
-            asked = _asked(experiment)
-            outcomes = [
-                _told(run_one(cell, seed, asked, progress), k, len(todo), progress)
-                for k, (cell, seed) in enumerate(todo)
-            ]
-            return _write(experiment, cells, outcomes, folder, command)
+                print(f"{done} of {len(cells) * len(experiment.seeds)} runs are done already", file=sys.stderr)
+            outcomes, cut = _all_runs(experiment, cells, Runs(folder, experiment, _asked(experiment), jobs, progress))
+            return _write(experiment, cells, outcomes, cut, folder, command)
     except Timeout:
         raise UserError(f"another amclr compare is at work in '{folder}': wait for it, or give another --out") from None
     except (Stopped, KeyboardInterrupt) as error:
-        stopped = error if isinstance(error, Stopped) else Stopped(signal.SIGINT, folder)
+        stopped = error if isinstance(error, Stopped) else Stopped(getattr(error, "signum", signal.SIGINT), folder)
         stopped.args = (f"stopped; what is done is kept, and this goes on: {command}",)
         raise stopped from None
 
 
-def _told(outcome: Outcome, number: int, of: int, progress: bool) -> Outcome:
-    if progress:
-        said = outcome.failure or ", ".join(f"{report.measure_name(k)} {v:.1f}" for k, v in outcome.measures.items())
-        name = f"{printable(outcome.cell.label)}, seed {outcome.seed}"
-        print(f"run {number + 1} of {of}: {name}: {'failed: ' * bool(outcome.failure)}{said}", file=sys.stderr)
-    return outcome
+def _all_runs(
+    experiment: Experiment, cells: Sequence[Cell], runs: Runs
+) -> tuple[list[Outcome], dict[str, dict[str, float]]]:
+    """Make the runs, seed by seed; and which variants were cut, by label.
+
+    Where variants may be cut, the next seed begins when all runs of the last one have ended, whatever ran beside what.
+    """
+    seeds, outcomes = experiment.seeds, list[Outcome]()
+    first = int(experiment.cut.get("after", len(seeds)))
+    cut: dict[str, dict[str, float]] = {}
+    for new in (seeds[:first], *((seed,) for seed in seeds[first:])):
+        so_far = seeds.index(new[-1]) + 1
+        left = [cell for cell in cells if cell.label not in cut]
+        runs.total = len(outcomes) + len(left) * (len(new) + len(seeds) - so_far)
+        outcomes += runs.make([(cell, seed) for seed in new for cell in left])
+        if so_far < len(seeds):
+            cut |= hopeless(outcomes, experiment, so_far)
+    return outcomes, cut
+
+
+@dataclass
+class Runs:
+    """Makes runs, one after the other or side by side, and tells of each."""
+
+    folder: Path
+    experiment: Experiment
+    asked: Asked
+    jobs: int
+    progress: bool
+    total: int = 0
+    """All runs that there will be."""
+    told: int = 0
+    """Runs made so far."""
+
+    def make(self, todo: Sequence[tuple[Cell, int]]) -> list[Outcome]:
+        """Make runs, or take them as they are; what came of each, in their order."""
+        apart = [run for run in todo if not self._is_measured(run[0].configs[run[1]])] if self.jobs > 1 else []
+        at_once = min(self.jobs, len(apart))
+        self._note([cell.configs[seed] for cell, seed in todo], at_once if apart else 1)
+        found = {
+            (cell.label, seed): self._tell(run_one(cell, seed, self.asked, self.progress))
+            for cell, seed in todo if (cell, seed) not in apart
+        }  # fmt: skip
+        if apart:
+            found |= self._side_by_side(apart, at_once)
+        return [found[cell.label, seed] for cell, seed in todo]
+
+    def _side_by_side(self, todo: Sequence[tuple[Cell, int]], at_once: int) -> dict[tuple[str, int], Outcome]:
+        """Make runs, so many at a time, under one bar."""
+        configs = [cell.configs[seed] for cell, seed in todo]
+        outputs = [Path(c.out).with_name(f"{Path(c.out).name}-output.txt") for c in configs]
+        calls = [Call(_apart, (*run, self.experiment), output) for run, output in zip(todo, outputs, strict=True)]
+        sizes = np.array([c.epochs * sum(passes_per_step(c)) for c in configs], dtype=float)
+        shares = np.array([_share_done(c) for c in configs])
+        found: dict[tuple[str, int], Outcome] = {}
+
+        def told() -> str:
+            return f"{self.told} of {self.total} runs made, {at_once} at a time"
+
+        bar = tqdm(
+            total=float(sizes.sum()), initial=float(sizes @ shares), smoothing=0, miniters=0, disable=not self.progress,
+            mininterval=1 if sys.stderr.isatty() else 60, leave=False,
+            desc=told(), bar_format="{desc}: {percentage:.0f}%|{bar}| {elapsed} so far, {remaining} left",
+        )  # fmt: skip
+
+        def tick() -> None:
+            for k, (cell, seed) in enumerate(todo):
+                shares[k] = 1.0 if (cell.label, seed) in found else _share_done(configs[k])
+            bar.set_description_str(told(), refresh=False)
+            bar.update(float(sizes @ shares) - bar.n)
+
+        with bar, closing(side_by_side(calls, at_once, tick)) as ended:
+            for k, result in ended:
+                cell, seed = todo[k]
+                outcome = result if isinstance(result, Outcome) else Outcome(cell, seed, Path(configs[k].out))
+                outcome.cell = cell
+                if isinstance(result, Lost):
+                    see = f" (see {outputs[k]})" if outputs[k].is_file() else ""
+                    outcome.failure = printable(f"{result}{see}")
+                elif result is None:
+                    outcome.failure = "a signal stopped its process"
+                found[cell.label, seed] = self._tell(outcome, bar)
+        return found
+
+    def _tell(self, outcome: Outcome, bar: Any = None) -> Outcome:
+        self.told += 1
+        if self.progress:
+            said = outcome.failure or ", ".join(
+                f"{report.measure_name(k)} {v:.1f}" for k, v in outcome.measures.items()
+            )
+            name = f"{printable(outcome.cell.label)}, seed {outcome.seed}"
+            line = f"run {self.told} of {self.total}: {name}: {'failed: ' * bool(outcome.failure)}{said}"
+            (tqdm if bar is None else bar).write(line, file=sys.stderr)
+        return outcome
+
+    def _is_measured(self, config: Config) -> bool:
+        """Whether a run is there with all that is asked of it, so that it takes a moment to read."""
+        files = [f"zeroshot-{label}.npz" for label in self.asked.classes]
+        files += ["queries-paraphrased.npz"] if self.asked.rewording else []
+        return is_done(config) and all((Path(config.out) / file).is_file() for file in files)
+
+    def _note(self, configs: Sequence[Config], at_once: int) -> None:
+        """Keep how many ran at a time while a run was being trained: its seconds are to be read with that."""
+        before = beside(self.folder)
+        noted = dict(before)
+        for config in configs:
+            if not is_done(config):
+                begun = (Path(config.out) / "config.yaml").is_file()
+                noted[_place(config.out)] = max(at_once, before.get(_place(config.out), 1) if begun else 1)
+        if noted != before:
+            write_text(self.folder / BESIDE, json.dumps(noted, indent=1) + "\n")
+
+
+def beside(folder: Path) -> dict[str, int]:
+    """How many runs at a time there were while a run was trained, by VARIANT/seedN."""
+    file = folder / BESIDE
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def _place(out: str | Path) -> str:
+    """VARIANT/seedN of a run folder."""
+    return "/".join(Path(out).parts[-2:])
+
+
+def _apart(cell: Cell, seed: int, experiment: Experiment) -> Outcome | None:
+    """`run_one` in a process of its own; None where a signal stopped it."""
+    try:
+        return run_one(cell, seed, _asked(experiment), progress=False)
+    except (Stopped, KeyboardInterrupt):
+        return None
+
+
+def _share_done(config: Config) -> float:
+    """How much of its training a run has behind it, from 0 to 1, by the last rows of its metrics."""
+    try:
+        with (Path(config.out) / "metrics.jsonl").open("rb") as handle:
+            handle.seek(max(0, handle.seek(0, os.SEEK_END) - 4096))
+            epochs = re.findall(rb'"epoch": ([\d.]+)', handle.read())
+    except OSError:
+        return 0.0
+    return float(epochs[-1]) / config.epochs if epochs else 0.0
 
 
 @dataclass(frozen=True)
@@ -603,11 +858,17 @@ def _asked(experiment: Experiment) -> Asked:
 
 
 def _write(
-    experiment: Experiment, cells: Sequence[Cell], outcomes: Sequence[Outcome], folder: Path, command: str
-) -> Comparison:
+    experiment: Experiment, cells: Sequence[Cell], outcomes: Sequence[Outcome], cut: Mapping[str, Any], folder: Path,
+    command: str,
+) -> Comparison:  # fmt: skip
     """Put the results together, and write tables, figures and report."""
     own = {cell.label: [o for o in outcomes if o.cell is cell] for cell in cells}
     measures = list(dict.fromkeys(m for o in outcomes for m in o.measures))
+    equal: dict[str, dict[str, Any]] = {}
+    for _, same in itertools.groupby(cells, key=lambda cell: cell.point):
+        fine_runs = {c.label: [o.curve for o in own[c.label] if not o.failure] for c in same}
+        equal |= at_equal_cost({label: runs for label, runs in fine_runs.items() if runs})
+    at_a_time = beside(folder)
     rows = []
     for cell in cells:
         fine = [o for o in own[cell.label] if not o.failure]
@@ -615,13 +876,15 @@ def _write(
         config = next(iter(cell.configs.values()))
         rows.append({
             "variant": cell.variant, "grid": cell.point, "captions": config.source.captions, "views": _views(config),
+            "epochs": config.epochs, "cut": cut.get(cell.label),
             "measures": {m: spread([o.measures[m] for o in fine if m in o.measures]) for m in measures
                          if any(m in o.measures for o in fine)},
             "budget": {k: spread([o.budget[k] for o in fine]) for k in (fine[0].budget if fine else ())},
             "against": {m: found for m in measures if cell.variant != experiment.baseline
                         if (found := against(fine, base, m))},
+            "at equal cost": equal.get(cell.label, {}),
             "runs": [{"seed": o.seed, "folder": str(o.folder), "failure": o.failure, **o.measures, **o.budget,
-                      "curve": o.curve} for o in own[cell.label]],
+                      "at a time": at_a_time.get(_place(o.folder), 1), "curve": o.curve} for o in own[cell.label]],
         })  # fmt: skip
     results = {
         "name": experiment.name, "command": command, "experiment": asdict(experiment),

@@ -256,11 +256,12 @@ def points(
 
 
 def many_curves(
-    groups: Mapping[str, Mapping[str, tuple[Sequence[float], np.ndarray]]], file: Path, title: str, label: str
-) -> None:
+    groups: Mapping[str, Mapping[str, tuple[Sequence[float], np.ndarray]]], file: Path, title: str, label: str,
+    across: str = "epoch",
+) -> None:  # fmt: skip
     """Draw learning curves of variants, a panel per group: the mean over runs and one standard deviation about it.
 
-    groups: group -> variant -> epochs (E,) and values (runs, E).
+    groups: group -> variant -> epochs (E,), or what `across` says instead, and values (runs, E).
     """
     variants, _ = _names([(v, g) for g, found in groups.items() for v in found])
     with plt.rc_context(STYLE):
@@ -269,16 +270,16 @@ def many_curves(
             layout="constrained",
         )  # fmt: skip
         for panel, (group, found) in zip(axes[0], groups.items(), strict=True):
-            for variant, (epochs, values) in found.items():
+            for variant, (x, values) in found.items():
                 k = variants.index(variant)
                 colour, mean = VARIANTS[k % len(VARIANTS)], values.mean(axis=0)
-                panel.plot(epochs, mean, color=colour, linestyle=DASHES[k // len(VARIANTS) % len(DASHES)],
+                panel.plot(x, mean, color=colour, linestyle=DASHES[k // len(VARIANTS) % len(DASHES)],
                            marker=MARKERS[k % len(MARKERS)], markersize=4, linewidth=1.5, label=variant)  # fmt: skip
                 if len(values) > 1:
                     sd = values.std(axis=0, ddof=1)
-                    panel.fill_between(epochs, mean - sd, mean + sd, color=colour, alpha=0.12, linewidth=0)
-            panel.set(xlabel="epoch", title=group)
-            panel.xaxis.set_major_locator(plt.MaxNLocator(6, integer=True))
+                    panel.fill_between(x, mean - sd, mean + sd, color=colour, alpha=0.12, linewidth=0)
+            panel.set(xlabel=across, title=group)
+            panel.xaxis.set_major_locator(plt.MaxNLocator(6, steps=[1, 2, 5, 10], integer=across == "epoch"))
         axes[0, 0].set(ylabel=label)
         shown = {t: h for panel in axes[0] for h, t in zip(*panel.get_legend_handles_labels(), strict=True)}
         figure.legend(shown.values(), shown, frameon=False, loc="outside right upper")
@@ -319,7 +320,7 @@ def cost(
             axes[0].plot([], [], **style(v, 0), label=variant)
         for g, group in enumerate(groups if len(groups) > 1 else ()):
             axes[0].plot([], [], **{**style(0, g), "color": "0.4", "markerfacecolor": "0.4"}, label=f"{legend} {group}")
-        axes[0].set(xlabel="encoder passes (thousands; side by side where equal)", ylabel=label)
+        axes[0].set(xlabel="encoder passes (thousands)\nside by side where equal", ylabel=label)
         axes[0].set_xlim(0, 1.25 * most)
         axes[1].set_xlim(0, 1.15 * longest)
         axes[1].set(xlabel="seconds of training")

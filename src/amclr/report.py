@@ -9,7 +9,7 @@ import base64
 import csv
 import html
 import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +28,20 @@ FIRST = {"txt_r1": "text R@1", "img_r1": "image R@1", "paraphrased drop": "drop,
          "paraphrased overlap": "overlap at 10, paraphrased"}  # fmt: skip
 """Measures that table.csv, results.json and the report have besides."""
 
+EQUAL = "At equal cost: mean recall"
+EQUAL_NOTE = (
+    "The best evaluation of each run up to where all runs at its point of the grid got to. Schedules are those of the "
+    "whole runs: one that was to end there would have lowered its learning rate by then."
+)
+
 
 def write(results: Mapping[str, Any], folder: Path) -> None:
     """Write table.csv, table.md, the figures and report.html."""
     write_text(folder / "table.csv", _csv(results))
     parts = [f"**{_heading(results)}**", _markdown(*_table(results)), *_notes(results)]
-    write_text(folder / "table.md", "\n\n".join(parts) + "\n")
+    if equal := _at_equal_cost(results):
+        parts += [f"**{EQUAL}**", _markdown(*equal), EQUAL_NOTE]
+    write_text(folder / "table.md", "\n\n".join([*parts, f"Made by `{results['command']}`"]) + "\n")
     write_text(folder / "report.html", _html(results, draw(results, folder), folder))
 
 
@@ -55,8 +63,11 @@ def _table(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     tested = [f"mean against {baseline}", "p, seeds", "p, pictures"] if baseline else []
     shown = [m for m in results["measures"] if m in RETRIEVAL]
     tops = [m for m in results["measures"] if m in PARAPHRASED or m.startswith("zeroshot")]
+    # Where epochs are in the grid they stand there.
+    epochs = len({row["epochs"] for row in results["rows"]}) > 1 and "epochs" not in grid
+    epochs = epochs or results["experiment"]["equal"] == "passes"
     header = ["variant", *grid, *(RETRIEVAL[m] for m in shown), *tested, *(measure_name(m) for m in tops),
-              "passes (thousands)", "seconds", "runs"]  # fmt: skip
+              *(["epochs"] if epochs else []), "passes (thousands)", "seconds", "runs"]  # fmt: skip
     body = []
     for row in results["rows"]:
         found = row["against"].get("r_mean")
@@ -64,6 +75,7 @@ def _table(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
         if found:
             test = [f"{found['difference']:+.1f}", _p(found["p_seeds"]), _p(found["p_pictures"])]
         fine = sum(not run["failure"] for run in row["runs"])
+        runs = str(fine) if fine == len(row["runs"]) else f"{fine} of {len(row['runs'])}"
         passes, seconds = "–", "–"
         if row["budget"]:
             total = row["budget"]["picture_passes"]["mean"] + row["budget"]["caption_passes"]["mean"]
@@ -71,8 +83,31 @@ def _table(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
         body.append([
             row["variant"], *(str(row["grid"][name]) for name in grid),
             *(_spread(row["measures"].get(m)) for m in shown), *test, *(_spread(row["measures"].get(m)) for m in tops),
-            passes, seconds, str(fine) if fine == len(row["runs"]) else f"{fine} of {len(row['runs'])}",
+            *([str(row["epochs"])] if epochs else []), passes, seconds, f"{runs}, cut" if row["cut"] else runs,
         ])  # fmt: skip
+    return header, body
+
+
+def _at_equal_cost(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]] | None:
+    """Header and rows of the table at equal cost; None where fewer than two variants can be compared."""
+    grid, rows = list(results["experiment"]["grid"]), [row for row in results["rows"] if row["at equal cost"]]
+    if len({row["variant"] for row in rows}) < 2:
+        return None
+    told: dict[str, Callable[[float], str]] = {
+        "steps": "{:,.0f} steps".format, "passes": lambda at: f"{at / 1000:,.4g} thousand passes",
+        "seconds": "{:,.1f} seconds".format,
+    }  # fmt: skip
+    # What is the same at all points of the grid is told once.
+    amounts = {k: {row["at equal cost"][k]["at"] for row in rows if k in row["at equal cost"]} for k in told}
+    header = ["variant", *grid]
+    header += [f"by {tell(*amounts[k])}" if len(amounts[k]) == 1 else f"by equal {k}" for k, tell in told.items()]
+    body = []
+    for row in rows:
+        line = [row["variant"], *(str(row["grid"][name]) for name in grid)]
+        for kind, tell in told.items():
+            found = row["at equal cost"].get(kind)
+            line.append(_spread(found) + (f" ({tell(found['at'])})" if found and len(amounts[kind]) > 1 else ""))
+        body.append(line)
     return header, body
 
 
@@ -101,8 +136,11 @@ def _notes(results: Mapping[str, Any]) -> list[str]:
         "Retrieval is the mean of R@1, R@5 and R@10 on the validation split, of the epoch with the best mean"
         + (f" (chance {results['chance']:.1f})" if results["chance"] is not None else "")
         + "; all in percent, mean ± standard deviation over the seeds. Passes: views of pictures and captions through "
-        "a tower, or through its head where the tower is frozen. Seconds: the training loop with its evaluations.",
+        "a tower, or through its head where the tower is frozen. Seconds: the training loop with its evaluations."
+        + _company(results),
     ]
+    if results["experiment"]["equal"] == "passes":
+        notes.append("Equal passes: variants that see fewer views at a step have more epochs, and schedules as long.")
     if results["experiment"]["baseline"]:
         notes.append(
             "p, seeds: sign-flip test of the mean with the seeds as clusters, for other seeds on these pictures; with "
@@ -120,12 +158,30 @@ def _notes(results: Mapping[str, Any]) -> list[str]:
     if len(sets) > 1:
         notes.append(f"Not all runs had the same training pictures: {'; '.join(sets)}.")
     failed = [
-        f"- {','.join([row['variant'], *map(str, row['grid'].values())])}, seed {run['seed']}: {run['failure']}"
+        f"- {_row_name(row)}, seed {run['seed']}: {run['failure']}"
         for row in results["rows"] for run in row["runs"] if run["failure"]
     ]  # fmt: skip
     if failed:
         notes.append("Failed (the same command tries them again):\n\n" + "\n".join(failed))
-    return [*notes, f"Made by `{results['command']}`"]
+    if cut := [
+        f"- {_row_name(row)}: cut after {row['cut']['after']} seed{'s' * (row['cut']['after'] > 1)}, "
+        f"{row['cut']['behind']:.1f} behind" for row in results["rows"] if row["cut"]
+    ]:  # fmt: skip
+        notes.append("Not run with the other seeds, since too far behind the best:\n\n" + "\n".join(cut))
+    return notes
+
+
+def _row_name(row: Mapping[str, Any]) -> str:
+    return ",".join([row["variant"], *map(str, row["grid"].values())])
+
+
+def _company(results: Mapping[str, Any]) -> str:
+    """What to know of seconds where runs did not run alone."""
+    found = sorted({run["at a time"] for row in results["rows"] for run in row["runs"]})
+    if found in ([], [1]):
+        return ""
+    told = f"{found[-1]} at a time" if len(found) == 1 else f"{' or '.join(map(str, found))} at a time"
+    return f" Runs were made {told}: seconds are those beside others, not to be compared with those of runs alone."
 
 
 def _markdown(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
@@ -143,6 +199,8 @@ def _csv(results: Mapping[str, Any]) -> str:
             line |= {name: found["mean"], f"{name} sd": found["sd"]}
         for name, found in row["against"].items():
             line |= {f"{name} {key}": found[key] for key in ("difference", "p_seeds", "p_pictures")}
+        for name, found in row["at equal cost"].items():
+            line |= {f"r_mean by equal {name}": found["mean"], f"equal {name}": found["at"]}
         lines.append(line)
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, list(dict.fromkeys(k for line in lines for k in line)))
@@ -170,13 +228,17 @@ def draw(results: Mapping[str, Any], folder: Path) -> dict[str, str]:
             figures.points(panels(tops), folder / "zeroshot.png", heading, "zero-shot top-1 (%)", legend)
             drawn["zeroshot.png"] = "Zero-shot accuracy: mean and standard deviation over the seeds, and every seed."
         many: dict[str, dict[str, tuple[list[float], np.ndarray]]] = {}
+        # Where one variant has more epochs than another beside it, an epoch is no measure of both.
+        by_epoch = len({(group, row["epochs"]) for _, group, row in rows}) == len({group for _, group, _ in rows})
         for variant, group, row in rows:
             found = [run["curve"] for run in row["runs"] if not run["failure"]]
-            if found and len({tuple(e for e, _ in curve) for curve in found}) == 1:
-                epochs = [e for e, _ in found[0]]
-                many.setdefault(group, {})[variant] = epochs, np.array([[r for _, r in curve] for curve in found])
+            if found and len({tuple(e["steps"] for e in curve) for curve in found}) == 1:
+                x = [e["epoch"] if by_epoch else e["passes"] / 1e3 for e in found[0]]
+                panel = many.setdefault(f"{legend} {group}".strip(), {})
+                panel[variant] = x, np.array([[e["r_mean"] for e in curve] for curve in found])
         if many:
-            figures.many_curves(many, folder / "learning.png", heading, "mean recall (%)")
+            across = "epoch" if by_epoch else "encoder passes (thousands)"
+            figures.many_curves(many, folder / "learning.png", heading, "mean recall (%)", across)
             drawn["learning.png"] = "Learning curves: mean over the seeds, and one standard deviation to each side."
         costs = [
             (variant, group, [
@@ -208,6 +270,10 @@ def _html(results: Mapping[str, Any], pictures: Mapping[str, str], folder: Path)
         data = base64.b64encode((folder / name).read_bytes()).decode()
         return f'<img alt="{html.escape(pictures[name])}" src="data:image/png;base64,{data}">'
 
+    def paragraph(note: str) -> str:
+        return f"<p>{html.escape(note)}</p>".replace("\n", "<br>")
+
+    equal = _at_equal_cost(results)
     runs = [
         [row["variant"], ", ".join(map(str, row["grid"].values())), str(run["seed"]),
          *(f"{run[m]:.2f}" if m in run else "–" for m in results["measures"]),
@@ -217,8 +283,8 @@ def _html(results: Mapping[str, Any], pictures: Mapping[str, str], folder: Path)
     experiment = {k: list(v) if isinstance(v, tuple) else v for k, v in results["experiment"].items()}
     heading = html.escape(_heading(results))
     parts = [
-        f"<h1>{heading}</h1>", table(*_table(results)),
-        *(f"<p>{html.escape(note)}</p>".replace("\n", "<br>") for note in _notes(results)),
+        f"<h1>{heading}</h1>", table(*_table(results)), *map(paragraph, _notes(results)),
+        *([f"<h2>{EQUAL}</h2>", table(*equal), paragraph(EQUAL_NOTE)] if equal else []),
         *(f"<figure>{image(n)}<figcaption>{html.escape(text)}</figcaption></figure>" for n, text in pictures.items()),
         "<h2>Runs</h2>",
         table(["variant", "grid", "seed", *results["measures"].values(), "seconds", "folder"], runs),

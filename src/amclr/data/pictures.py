@@ -216,9 +216,9 @@ def scan(
     known = _verdicts(cache) if cache else {}
     keys = {place: f"{place.file}|{place.stamp}" for place in places}
 
-    def missing(key: str) -> bool:
-        verdict = known.get(key)
-        return verdict is None or (compare and not verdict.reason and verdict.looks is None)
+    def missing() -> list[Location]:
+        verdicts = ((place, known.get(key)) for place, key in keys.items())
+        return [p for p, v in verdicts if v is None or (compare and not v.reason and v.looks is None)]
 
     def verdict(place: Location) -> Verdict:
         try:
@@ -227,18 +227,23 @@ def scan(
             return Verdict(str(error))
         return Verdict("", picture_hash(picture) if compare else None)
 
-    todo = [place for place in keys if missing(keys[place])] if look else []
-    if todo:
-        workers = min(32, os.cpu_count() or 1)
-        bar = tqdm(total=len(todo), desc="Checking pictures", unit="picture", disable=not progress, leave=False)
-        with bar, ThreadPoolExecutor(workers) as pool, _appending(cache) as handle:
-            for some in (todo[k : k + 256] for k in range(0, len(todo), 256)):
-                found = {keys[p]: v for p, v in zip(some, pool.map(verdict, some), strict=True)}
-                rows = ([key, v.reason, b64encode(v.looks or b"").decode()] for key, v in found.items())
-                handle.write("".join(json.dumps(row) + "\n" for row in rows))
-                handle.flush()
-                known.update(found)
-                bar.update(len(some))
+    todo = missing() if look else []
+    # Of two runs that look at the same pictures at once, one decodes them and the other waits.
+    with FileLock(cache.with_suffix(".lock")) if todo and cache else nullcontext():
+        if todo and cache:
+            known |= _verdicts(cache)
+            todo = missing()
+        if todo:
+            workers = min(32, os.cpu_count() or 1)
+            bar = tqdm(total=len(todo), desc="Checking pictures", unit="picture", disable=not progress, leave=False)
+            with bar, ThreadPoolExecutor(workers) as pool, _appending(cache) as handle:
+                for some in (todo[k : k + 256] for k in range(0, len(todo), 256)):
+                    found = {keys[p]: v for p, v in zip(some, pool.map(verdict, some), strict=True)}
+                    rows = ([key, v.reason, b64encode(v.looks or b"").decode()] for key, v in found.items())
+                    handle.write("".join(json.dumps(row) + "\n" for row in rows))
+                    handle.flush()
+                    known.update(found)
+                    bar.update(len(some))
     return {place: known[keys[place]] for place in places if keys[place] in known}
 
 

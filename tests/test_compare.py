@@ -333,6 +333,7 @@ def test_two_at_a_time_are_the_same(
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setattr(report, "draw", lambda *_: {})
+    experiment.write_text(f"{experiment.read_text()}\nparaphrased: {reworded(tmp_path / 'mine.csv')}\n")
     assert cli.main(["compare", str(experiment), "--seeds", "1", "--jobs", "2", "--out", str(tmp_path / "two")]) == 0
     said = capsys.readouterr()
     lines = [line for line in said.err.splitlines() if line.startswith("run ")]
@@ -677,8 +678,8 @@ def test_settings_in_any_form(tmp_path: Path, folder: Path) -> None:
 def test_our_experiments_can_be_run(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compare, "_check_data", lambda _: None)  # theirs is not here
     cells = plan(read(file), tmp_path)
-    assert len(cells) >= 4 and all(len(c.configs) == 3 for c in cells)
-    assert read(file).baseline == "sogclr" and read(file).regime and read(file).name == file.stem
+    assert len(cells) >= 4 and all(len(c.configs) >= 3 for c in cells)
+    assert read(file).baseline and read(file).regime and read(file).name == file.stem
 
 
 @pytest.mark.slow
@@ -700,14 +701,19 @@ def test_the_command(amclr: Command, experiment: Path, classes: Path, tmp_path: 
     assert (tmp_path / "runs/compare-small/report.html").is_file() and "colours top-1" in done.stdout
 
 
+def reworded(file: Path) -> str:
+    """Paraphrases of some of the captions, as a file."""
+    rows = [f"{w} {list(COLOURS)[k % 4]} patch number {k},I see {w} {list(COLOURS)[k % 4]} patch; its number is {k}"
+            for k in range(0, 40, 2) for w in ("a", "one")]  # fmt: skip
+    file.write_text("\n".join(["caption,paraphrase", *rows]))
+    return str(file)
+
+
 def test_prompts_and_paraphrased_queries(
     folder: Path, tmp_path: Path, classes: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Measures of every run like the others: what `amclr evaluate` finds, tested, and measured once."""
-    rows = [f"{w} {list(COLOURS)[k % 4]} patch number {k},I see {w} {list(COLOURS)[k % 4]} patch; its number is {k}"
-            for k in range(0, 40, 2) for w in ("a", "one")]  # fmt: skip
-    (tmp_path / "mine.csv").write_text("\n".join(["caption,paraphrase", *rows]))
-    asked = {"paraphrased": str(tmp_path / "mine.csv"), "zeroshot": [str(classes)], "templates": "simple"}
+    asked = {"paraphrased": reworded(tmp_path / "mine.csv"), "zeroshot": [str(classes)], "templates": "simple"}
     file = written(tmp_path / "small.yaml", folder, **asked)
     found = run(file)
     assert not found.failed
@@ -743,7 +749,8 @@ def test_prompts_and_paraphrased_queries(
     }
     assert len(times) == 8
     assert run(file).results == found.results and all(f.stat().st_mtime_ns == t for f, t in times.items())
-    (tmp_path / "mine.csv").write_text("\n".join(["caption,paraphrase", *rows[:7]]))
+    some = (tmp_path / "mine.csv").read_text().splitlines()[:8]
+    (tmp_path / "mine.csv").write_text("\n".join(some))
     run(written(file, folder, **asked | {"templates": "amclr"}))
     assert all(f.stat().st_mtime_ns != t for f, t in times.items())
 

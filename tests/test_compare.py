@@ -678,7 +678,7 @@ def test_settings_in_any_form(tmp_path: Path, folder: Path) -> None:
 def test_our_experiments_can_be_run(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compare, "_check_data", lambda _: None)  # theirs is not here
     cells = plan(read(file), tmp_path)
-    assert len(cells) >= 4 and all(len(c.configs) >= 3 for c in cells)
+    assert len(cells) >= 4 and all(len(c.configs) >= 1 for c in cells)
     assert read(file).baseline and read(file).regime and read(file).name == file.stem
 
 

@@ -62,9 +62,12 @@ bench-speed: $(VENV)/bench ## time and memory of a training step under the setti
 bench-loader: $(VENV)/bench ## pictures per second against open_clip's loaders (DATA=folder that holds flickr8k)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.loader --data $(DATA)/flickr8k
 
-bench-flickr8k: $(VENV)/pretrained ## every objective on Flickr8k, frozen encoders (DATA=folder that holds flickr8k)
-	$(BIN)/amclr compare experiments/flickr8k-frozen.yaml --out runs/bench-flickr8k --data $(DATA)/flickr8k \
-		--zeroshot $(wildcard $(DATA)/cifar10/test $(DATA)/tiny-imagenet/val)
+FLICKR8K := flickr8k-frozen flickr8k-frozen-one-caption flickr8k-frozen-same-views flickr8k-frozen-small-batch
+bench-flickr8k: $(VENV)/pretrained ## the comparisons on Flickr8k, frozen encoders (DATA=folder that holds flickr8k); hours
+	for name in $(FLICKR8K); do \
+		$(BIN)/amclr compare experiments/$$name.yaml --out runs/bench-$$name --data $(DATA)/flickr8k \
+			--zeroshot $(wildcard $(DATA)/cifar10/test $(DATA)/tiny-imagenet/val) || exit 1; \
+	done
 
 clean: ## remove the environment and caches
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -156,7 +156,8 @@ class LossConfig:
     temperature_mode: Literal["fixed", "learnable", "individual"] | None = None
     """fixed, one learnable, or one per sample and term (global objectives)."""
     gamma: float = 0.8
-    """Weight of the batch in the running estimate; 1 keeps no memory. With cosine: its final value."""
+    """Weight of the batch in the running estimate; 1 keeps no memory. With cosine: its final value; with adaptive: its
+    least."""
     gamma_schedule: Literal["constant", "cosine", "adaptive"] = "constant"
     """constant; cosine from 1 to gamma over the epochs; or adaptive, between gamma and 1 as the batch's noise and
     the estimates' age ask for."""

@@ -26,7 +26,10 @@ ROWS = 16
 
 
 class AdaptiveGamma(nn.Module):
-    """Drift, noise and innovation of each term, as running means, and the gamma that follows. All buffers: (T,)."""
+    """Drift, noise and innovation of each term, as running means, and the gamma that follows. All buffers: (T,).
+
+    terms: how many there are. least: the least that gamma may be.
+    """
 
     drift: Tensor
     noise: Tensor
@@ -36,10 +39,8 @@ class AdaptiveGamma(nn.Module):
     def __init__(self, terms: int, least: float) -> None:
         super().__init__()
         self.least = least
-        self.register_buffer("drift", torch.zeros(terms))
-        self.register_buffer("noise", torch.zeros(terms))
-        self.register_buffer("innovation", torch.zeros(terms))
-        self.register_buffer("steps", torch.zeros(terms))
+        for name in ("drift", "noise", "innovation", "steps"):
+            self.register_buffer(name, torch.zeros(terms))
 
     def gamma(self) -> Tensor:
         """Gamma of every term, (T,): 1 until some samples have been seen a second time."""

@@ -28,6 +28,13 @@ class ScenesConfig:
     """Side of a picture in pixels."""
     captions: int = 5
     """Captions per picture, paraphrases of each other."""
+    tail: float = 0.0
+    """How unequally often training pictures show the 40 kinds of things (colour and shape): the kind of rank k as
+    k ** -tail. 0 is all alike; 1.25, the most there can be, the commonest a hundred times as often as the rarest.
+    The seed says which are rare. Validation, test and zero-shot pictures stay balanced."""
+    noise: float = 0.0
+    """Share of the training pictures whose captions describe another picture. The seed says which; more noise adds
+    others to them."""
     seed: int = 0
     """Seed of the scenes; the set is a function of it."""
 
@@ -403,6 +410,8 @@ def problems(config: Config) -> list[str]:
         ("scenes.zeroshot", config.scenes.zeroshot, 0, 1e9),
         ("scenes.size", config.scenes.size, 16, 1024),
         ("scenes.captions", config.scenes.captions, 1, 32),
+        ("scenes.tail", config.scenes.tail, 0, 1.25),
+        ("scenes.noise", config.scenes.noise, 0, 1),
     ]
     found = _outside(bounds)
     for tower, lr, rank in (("image", m.image_lr, m.image_adapters), ("text", m.text_lr, m.text_adapters)):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import itertools
 import re
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,9 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from amclr.config import ScenesConfig
-from amclr.data import scenes
-from amclr.data.scenes import Scene, Thing, describe, render, sample_scenes, write_scenes
+from amclr.config import Config, ScenesConfig, problems
+from amclr.data import manifest, scenes
+from amclr.data.scenes import KINDS, Scene, Thing, describe, ranked_kinds, render, sample_scenes, write_scenes
 from amclr.errors import UserError
 
 TINY = ScenesConfig(train=12, val=6, test=6, zeroshot=44, size=32, captions=3)
@@ -214,3 +216,130 @@ def test_zeroshot_pictures_are_single_things_of_the_test_split(tmp_path: Path) -
 def test_too_many_captions_is_said() -> None:
     with pytest.raises(UserError, match="lower --scenes.captions"):
         describe(Scene("sand", (Thing("cone", "red", "medium", "metal", 0, 0),), 1), 500)
+
+
+# -- long tails and captions of other pictures ---------------------------------------------------------
+
+
+def chi_square(counts: np.ndarray, tail: float) -> float:
+    """How far counts by rank are from Zipf's law: 39 degrees of freedom, above 80 once in ten thousand times."""
+    expected = np.array([k**-tail for k in range(1, 41)])
+    expected *= counts.sum() / expected.sum()
+    return float(((counts - expected) ** 2 / expected).sum())
+
+
+@pytest.mark.parametrize("tail", [0.6, 1.25])
+def test_a_tail_follows_zipfs_law(tail: float) -> None:
+    made = list(itertools.islice(sample_scenes(0, "train", tail=tail), 500))
+    assert all(len(s.kinds) == len(s.things) for s in made)
+    assert not {s.signature for s in made} & {s.signature for split in ("val", "test") for s in some(split, 50)}
+    shown = Counter(kind for s in made for kind in s.kinds)
+    counts = np.array([shown[kind] for kind in ranked_kinds(0)])
+    assert counts.sum() == sum(len(s.things) for s in made) > 800
+    assert chi_square(counts, tail) < 80 < min(chi_square(counts, tail + off) for off in (-0.3, 0.3))
+    for name in ("ground", "number"):  # the rest is as without a tail
+        of = [s.ground if name == "ground" else len(s.things) for s in made]
+        shares = {"ground": dict.fromkeys(scenes.GROUNDS, 0.2), "number": {1: 0.45, 2: 0.4, 3: 0.15}}[name]
+        assert all(abs(of.count(v) / len(of) - share) < 0.1 for v, share in shares.items())  # type: ignore[arg-type]
+
+
+def test_the_law_holds_however_many_things_a_scene_has() -> None:
+    """Of three things one is of the commonest kind nearly always: drawn one by one, in three of four scenes."""
+    first = ranked_kinds(3)[0]
+    made = list(itertools.islice(sample_scenes(3, "train", objects=3, tail=1.25), 120))
+    assert sum(first in s.kinds for s in made) >= 116
+    places = [next(t.column for t in s.things if (t.colour, t.shape) == first) for s in made if first in s.kinds]
+    assert min(places.count(column) for column in range(3)) > 20, "it stands anywhere"
+
+
+def test_which_kinds_are_rare_is_a_matter_of_the_seed() -> None:
+    assert ranked_kinds(0) == ranked_kinds(0) != ranked_kinds(1)
+    assert sorted(ranked_kinds(0)) == sorted(ranked_kinds(1)) == sorted(KINDS)
+    taken = [list(itertools.islice(sample_scenes(0, "train", tail=1.0), n)) for n in (10, 20)]
+    assert taken[0] == taken[1][:10] != some(count=10)
+
+
+def lines_of(file: Path) -> dict[str, list[str]]:
+    """Captions by picture."""
+    found: dict[str, list[str]] = {}
+    with file.open(newline="") as handle:
+        for row in csv.DictReader(handle):
+            found.setdefault(row["image"], []).append(row["caption"])
+    return found
+
+
+def is_true(scene: Scene, caption: str) -> bool:
+    try:
+        check(scene, caption)
+    except AssertionError:
+        return False
+    return True
+
+
+def test_tail_and_noise_change_training_pictures_alone(tmp_path: Path) -> None:
+    settings = replace(TINY, train=32, val=4, test=4, size=16, seed=5)
+    plain = write_scenes(tmp_path / "plain", settings, workers=1, progress=False)
+    tailed = write_scenes(tmp_path / "tailed", replace(settings, tail=1.25, noise=0.25), workers=1, progress=False)
+    noisy = write_scenes(tmp_path / "noisy", replace(settings, noise=0.5), workers=1, progress=False)
+    of = {folder: lines_of(folder / "captions.txt") for folder in (plain, tailed, noisy)}
+    held = [n for n in of[plain] if not n.startswith("train")]
+    assert len(held) == 8 and all(of[plain][n] == of[tailed][n] == of[noisy][n] for n in held)
+    pictures = [f"Images/{n}" for n in held] + [
+        str(p.relative_to(plain)) for p in sorted((plain / "zeroshot").glob("*/*.png"))
+    ]
+    assert len(pictures) == 8 + 44
+    for file in pictures:
+        assert (plain / file).read_bytes() == (tailed / file).read_bytes() == (noisy / file).read_bytes()
+    for name in (plain / "train.txt").read_text().split():  # captions are wrong, pictures are not
+        assert (plain / "Images" / name).read_bytes() == (noisy / "Images" / name).read_bytes()
+    assert not (plain / "noise.csv").exists()
+    made = {plain: list(itertools.islice(sample_scenes(5, "train"), 32))}
+    made |= {noisy: made[plain], tailed: list(itertools.islice(sample_scenes(5, "train", tail=1.25), 32))}
+    for folder, count in ((plain, 0), (tailed, 8), (noisy, 16)):
+        truth = {f"train-{i:06d}.png": scene for i, scene in enumerate(made[folder])}
+        false = {n for n, scene in truth.items() if not any(is_true(scene, c) for c in of[folder][n])}
+        assert len(false) == count and all(is_true(truth[n], c) for n in truth.keys() - false for c in of[folder][n])
+        if count:
+            with (folder / "noise.csv").open(newline="") as handle:
+                rows = list(csv.DictReader(handle))
+            assert {r["image"] for r in rows} == false
+            for row in rows:
+                assert of[folder][row["image"]][0] == row["caption"] and is_true(
+                    truth[row["captions_of"]], row["caption"]
+                )
+                assert is_true(truth[row["image"]], row["true_caption"])
+        shown = dict(line.split("\t") for line in (folder / "zeroshot" / "shown.tsv").read_text().splitlines())
+        counted = Counter(f"{t.colour}_{t.shape}" for scene in truth.values() for t in scene.things)
+        assert {k: int(v) for k, v in shown.items()} == {f"{c}_{s}": counted[f"{c}_{s}"] for c, s in KINDS}
+
+
+def test_more_noise_adds_to_less() -> None:
+    made = some(count=80)
+    wrong = {share: scenes.exchanged(made, share, 0) for share in (0.0, 0.1, 0.25, 1.0)}
+    assert [len(w) for w in wrong.values()] == [0, 8, 20, 80]
+    assert wrong[0.1].items() <= wrong[0.25].items() <= wrong[1.0].items()
+    assert scenes.exchanged(made, 0.1, 1).keys() != wrong[0.1].keys()
+    assert all(own != other for own, other in wrong[1.0].items())
+
+
+def test_what_a_set_cannot_be_is_said(tmp_path: Path) -> None:
+    wrong = problems(Config(scenes=ScenesConfig(tail=2.0, noise=-0.1)))
+    assert wrong == [
+        "--scenes.tail must lie between 0 and 1.25, got 2",
+        "--scenes.noise must lie between 0 and 1, got -0.1",
+    ]
+    with pytest.raises(UserError, match=r"--scenes.tail 2 .* give at most 1.25"):
+        next(sample_scenes(0, "train", tail=2.0))
+    with pytest.raises(UserError, match="raise --scenes.train"):
+        write_scenes(tmp_path / "set", replace(TINY, train=1, noise=1.0), workers=1, progress=False)
+    assert not (tmp_path / "set").exists()
+
+
+def test_tail_and_noise_are_told(tmp_path: Path) -> None:
+    settings = replace(TINY, train=20, zeroshot=0, tail=1.0, noise=0.3)
+    told = manifest.load(Config(scenes=settings), tmp_path, progress=False).notes
+    shown, wrong = told
+    assert re.match(r"of 20 training pictures 1?\d show the commonest of 40 kinds, 0 the rarest: .*shown.tsv", shown)
+    assert re.match(r"6 of 20 training pictures have another's captions: .*noise.csv", wrong)
+    assert Path(wrong.split(": ")[1]).is_file() and Path(shown.split(": ")[1]).is_file()
+    assert not manifest.load(Config(scenes=replace(TINY, zeroshot=0)), tmp_path, progress=False).notes

@@ -158,7 +158,10 @@ def load(config: Config, cache: Path, progress: bool = True, only: str = "") -> 
     if data == "scenes":
         where = cache / f"scenes-{derive(scenes.FORMAT, repr(config.scenes)):016x}"
         scenes.write_scenes(where, config.scenes, progress=progress)
-        found = replace(_read(where, config, cache, progress, only), zeroshot=where / "zeroshot", format="scenes")
+        found = replace(
+            _read(where, config, cache, progress, only), zeroshot=where / "zeroshot", format="scenes",
+            notes=scenes.notes(where, config.scenes),
+        )  # fmt: skip
     elif data.startswith("pipe:"):
         raise UserError(f"'{printable(data)}' would run a command: save what it prints as a file and give that")
     elif data.startswith("hf:"):

@@ -2,16 +2,19 @@
 
 A scene is symbolic first: one to three objects, each with shape, colour, size, material and a place,
 on a ground. `render` draws it by casting rays at exact shapes; `describe` words it. All of it is a
-function of the seed, and the splits share no symbolic scene.
+function of the seed, and the splits share no symbolic scene. What training pictures show may have a long
+tail, and some of their captions may be wrong, both in known measure; the other splits stay as they are.
 """
 
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -42,6 +45,8 @@ SHAPES = ("ball", "cube", "cylinder", "cone", "pyramid")
 MATERIALS = ("rubber", "metal", "wooden")
 SIZES = {"small": 0.38, "medium": 0.53, "large": 0.70}
 GROUNDS = ("grass", "sand", "snow", "boards", "tiles")
+KINDS = tuple((colour, shape) for colour in COLOURS for shape in SHAPES)
+"""Kinds of things: the classes of the zero-shot pictures, and what a long tail ranks."""
 COLUMNS, ROWS = 3, 2
 SPLITS = {"train": 8, "val": 9, "test": 10}
 """A scene whose hash modulo 10 lies below the bound (and not below the one before) belongs to the split."""
@@ -72,6 +77,11 @@ class Scene:
         """The scene without its seed: what the splits must not share."""
         return "|".join([self.ground, *("-".join(map(str, vars(t).values())) for t in self.things)])
 
+    @property
+    def kinds(self) -> set[tuple[str, str]]:
+        """Colour and shape of each thing: no two are alike in both."""
+        return {(t.colour, t.shape) for t in self.things}
+
 
 def _hash(*parts: object) -> int:
     return int.from_bytes(blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest(), "little")
@@ -82,28 +92,68 @@ def _split_of(signature: str) -> str:
     return next(name for name, bound in SPLITS.items() if bucket < bound)
 
 
-def sample_scenes(seed: int, split: str, objects: int | None = None) -> Iterator[Scene]:
+def sample_scenes(seed: int, split: str, objects: int | None = None, tail: float = 0.0) -> Iterator[Scene]:
     """Endless different scenes of a split (`train`, `val` or `test`); the first n are the same for every n.
 
-    objects: how many each has; None draws 1 to 3.
+    objects: how many each has; None draws 1 to 3. tail: above 0, things are of the kind of rank k (`ranked_kinds`)
+    with a probability in proportion to k ** -tail. Of the commonest kinds there are then fewer different scenes
+    than it takes, and they come again with other seeds.
     """
+    if tail:
+        yield from _tailed(seed, split, objects, tail)
     seen: set[str] = set()
     attempt = 0
     while True:
         draw = np.random.default_rng(_hash(seed, split, objects, attempt))
         attempt += 1
-        scene = _draw_scene(draw, objects or int(draw.choice(3, p=(0.45, 0.4, 0.15))) + 1)
+        scene = _draw_scene(draw, objects or _how_many(draw))
         if scene.signature not in seen and _split_of(scene.signature) == split:
             seen.add(scene.signature)
             yield scene
 
 
-def _draw_scene(draw: np.random.Generator, count: int) -> Scene:
+def ranked_kinds(seed: int) -> list[tuple[str, str]]:
+    """The kinds of things from the commonest to the rarest, where there is a tail."""
+    return [KINDS[i] for i in np.random.default_rng(_hash(seed, "tail")).permutation(len(KINDS))]
+
+
+def _tailed(seed: int, split: str, objects: int | None, tail: float) -> Iterator[Scene]:
+    """Scenes whose things follow Zipf's law over `ranked_kinds`, however many things a scene has.
+
+    Were kinds drawn one after the other, each other than those before, the commonest would come less often than
+    the law says. Systematic sampling (Madow 1949) puts each kind in a scene with exactly the probability that it
+    should: points one apart on a line, of which each kind, in random order, has its probability as length.
+    """
+    ranked, share = ranked_kinds(seed), np.arange(1.0, len(KINDS) + 1) ** -tail
+    share /= share.sum()
+    if COLUMNS * share[0] > 1:
+        raise UserError(f"--scenes.tail {tail:g} has the commonest kind stand in a scene twice: give at most 1.25")
+    for number in itertools.count():
+        draw = np.random.default_rng(_hash(seed, split, objects, "tail", number))
+        count = objects or _how_many(draw)
+        order = draw.permutation(len(KINDS))
+        points = np.searchsorted(np.cumsum(count * share[order]), draw.random() + np.arange(count), side="right")
+        kinds = [ranked[order[min(p, len(KINDS) - 1)]] for p in draw.permutation(points)]
+        while True:  # the kinds stay, or those with fewer scenes in this split would come less often
+            scene = _draw_scene(draw, count, kinds)
+            if _split_of(scene.signature) == split:
+                yield scene
+                break
+
+
+def _how_many(draw: np.random.Generator) -> int:
+    return int(draw.choice(3, p=(0.45, 0.4, 0.15))) + 1
+
+
+def _draw_scene(draw: np.random.Generator, count: int, kinds: Sequence[tuple[str, str]] = ()) -> Scene:
+    """A scene of so many things; kinds: theirs, from left to right, where they are not to be drawn too."""
     columns = sorted(int(c) for c in draw.choice(COLUMNS, count, replace=False))
     things: list[Thing] = []
     looks: set[tuple[str, str]] = set()
     while len(things) < count:
         shape, colour, size, material = (str(draw.choice(list(a))) for a in (SHAPES, COLOURS, SIZES, MATERIALS))
+        if kinds:
+            colour, shape = kinds[len(things)]
         if (shape, colour) in looks:  # "a red ball left of a red ball" would name nothing
             continue
         looks.add((shape, colour))
@@ -483,10 +533,11 @@ def write_scenes(folder: Path, settings: ScenesConfig, *, workers: int | None = 
     """Write the set in the Kaggle Flickr8k layout, with split lists and a zero-shot folder; return `folder`.
 
     Images/NAME.png, captions.txt (image,caption), train.txt, val.txt, test.txt, and
-    zeroshot/COLOUR_SHAPE/N.png with zeroshot/classnames.txt and templates.txt. A folder that holds the set already is
+    zeroshot/COLOUR_SHAPE/N.png with zeroshot/classnames.txt, templates.txt and shown.tsv: how many training
+    pictures show a kind. With noise, noise.csv lists what is wrong. A folder that holds the set already is
     left as it is. The folder appears only when it is complete.
 
-    Raises UserError if the folder holds something else.
+    Raises UserError if the folder holds something else, or the settings ask for what cannot be.
     """
     record = {"format": FORMAT, **asdict(settings)}
     if folder.exists():
@@ -504,13 +555,22 @@ def write_scenes(folder: Path, settings: ScenesConfig, *, workers: int | None = 
             table = csv.writer(handle)
             table.writerow(["image", "caption"])
             for split in SPLITS:
-                names = []
-                for i, scene in zip(range(getattr(settings, split)), sample_scenes(settings.seed, split), strict=False):
-                    names.append(f"{split}-{i:06d}.png")
-                    jobs.append((scene, part / "Images" / names[-1]))
-                    table.writerows([names[-1], text] for text in describe(scene, settings.captions))
+                tail, noise = (settings.tail, settings.noise) if split == "train" else (0.0, 0.0)
+                made = list(itertools.islice(sample_scenes(settings.seed, split, tail=tail), getattr(settings, split)))
+                names = [f"{split}-{i:06d}.png" for i in range(len(made))]
+                texts = [describe(scene, settings.captions) for scene in made]
+                wrong = exchanged(made, noise, settings.seed)
+                for i, name in enumerate(names):
+                    table.writerows([name, text] for text in texts[wrong.get(i, i)])
+                if wrong:
+                    _write_wrong(part / "noise.csv", names, texts, wrong)
+                if split == "train":
+                    shown = Counter(kind for scene in made for kind in scene.kinds)
+                jobs += [(scene, part / "Images" / name) for scene, name in zip(made, names, strict=True)]
                 (part / f"{split}.txt").write_text("".join(f"{name}\n" for name in names))
         jobs += _zeroshot_jobs(settings, part / "zeroshot")
+        lines = [f"{colour}_{shape}\t{shown[colour, shape]}\n" for colour, shape in KINDS]
+        (part / "zeroshot" / "shown.tsv").write_text("".join(lines))
         _render_all(jobs, settings.size, workers or os.cpu_count() or 1, progress)
         (part / "settings.json").write_text(json.dumps(record, indent=2) + "\n")
         try:
@@ -523,6 +583,48 @@ def write_scenes(folder: Path, settings: ScenesConfig, *, workers: int | None = 
     return folder
 
 
+def exchanged(scenes: Sequence[Scene], noise: float, seed: int) -> dict[int, int]:
+    """Scenes that are to have another's captions, and whose: exactly a share of `noise`, rounded to whole scenes.
+
+    They come in an order of the seed, so that more noise adds to less. Each takes those of the next in this order
+    that has a thing of a kind which it has not: captions name all things, so every one of them is false.
+
+    Raises UserError where there is none.
+    """
+    order = np.random.default_rng(_hash(seed, "noise")).permutation(len(scenes)).tolist()
+    wrong: dict[int, int] = {}
+    for k, own in enumerate(order[: round(noise * len(scenes))]):
+        others = (order[(k + step) % len(order)] for step in range(1, len(order)))
+        other = next((o for o in others if not scenes[o].kinds <= scenes[own].kinds), None)
+        if other is None:
+            raise UserError("--scenes.noise needs training pictures of different things: raise --scenes.train")
+        wrong[own] = other
+    return wrong
+
+
+def _write_wrong(file: Path, names: Sequence[str], texts: Sequence[list[str]], wrong: Mapping[int, int]) -> None:
+    """List the pictures with captions of another: which, whose, the first caption, and the one that is true."""
+    with file.open("w", newline="", encoding="utf-8") as handle:
+        table = csv.writer(handle)
+        table.writerow(["image", "captions_of", "caption", "true_caption"])
+        table.writerows([names[i], names[wrong[i]], texts[wrong[i]][0], texts[i][0]] for i in sorted(wrong))
+
+
+def notes(folder: Path, settings: ScenesConfig) -> tuple[str, ...]:
+    """What to know of a set that `write_scenes` has written, a sentence each: its tail, its noise."""
+    found = []
+    if settings.tail:
+        shown = folder / "zeroshot" / "shown.tsv"
+        counts = sorted(int(line.split("\t")[1]) for line in shown.read_text().splitlines())
+        found.append(
+            f"of {settings.train} training pictures {counts[-1]} show the commonest of {len(counts)} kinds, "
+            f"{counts[0]} the rarest: {shown}"
+        )
+    if wrong := round(settings.noise * settings.train):
+        found.append(f"{wrong} of {settings.train} training pictures have another's captions: {folder / 'noise.csv'}")
+    return tuple(found)
+
+
 TEMPLATES = ("a {}", "there is a {}", "a picture of a {}", "a {} on grass", "a {} on sand", "a {} on tiles")
 """Prompts in the words of the captions."""
 
@@ -530,15 +632,14 @@ TEMPLATES = ("a {}", "there is a {}", "a picture of a {}", "a {} on grass", "a {
 def _zeroshot_jobs(settings: ScenesConfig, root: Path) -> list[tuple[Scene, Path]]:
     """Single things of the test split, as equally many per class as the number allows."""
     root.mkdir()
-    classes = [(colour, shape) for colour in COLOURS for shape in SHAPES]
     (root / "templates.txt").write_text("".join(f"{t}\n" for t in TEMPLATES))
-    (root / "classnames.txt").write_text("".join(f"{c}_{s}\t{c} {s}\n" for c, s in classes))
-    share, rest = divmod(settings.zeroshot, len(classes))
-    wanted = {pair: share + (k < rest) for k, pair in enumerate(classes)}
+    (root / "classnames.txt").write_text("".join(f"{c}_{s}\t{c} {s}\n" for c, s in KINDS))
+    share, rest = divmod(settings.zeroshot, len(KINDS))
+    wanted = {pair: share + (k < rest) for k, pair in enumerate(KINDS)}
     jobs: list[tuple[Scene, Path]] = []
     if not settings.zeroshot:
         return jobs
-    made = dict.fromkeys(classes, 0)
+    made = dict.fromkeys(KINDS, 0)
     # The set of symbolic scenes is finite: past it, the same ones are drawn with other seeds.
     for round_ in range(10_000):
         for scene in _all_singles(settings.seed, round_):

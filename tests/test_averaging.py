@@ -494,7 +494,7 @@ def test_frozen_norms_of_a_compiled_tower(published: ModelConfig) -> None:
     for model in (plain, compiled):
         out = model.train().image_tower(batch)
         out.square().sum().backward()
-        found.append((out.detach(), model.image_tower.trunk.conv1.weight.grad))
+        found.append((out.detach(), model.image_tower.trunk.layer1[0].conv1.weight.grad))
     torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(found[1][1], found[0][1], rtol=1e-2, atol=1e-4 * float(found[0][1].abs().max()))
     assert before and all(torch.equal(v, compiled.state_dict()[k]) for k, v in before.items())

@@ -421,22 +421,15 @@ def test_frozen_norms_normalise_by_what_they_came_with(published: ModelConfig) -
         assert model.text_tower.training and model.image_tower.training and model.image_tower.trunk.training
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        pytest.param({}, id="plain"),
-        pytest.param({"micro_batch": 3, "recompute": True}, id="in parts, recomputed", marks=pytest.mark.slow),
-    ],
-)
-def test_the_rest_is_trained_where_norms_are_frozen(
-    folder: Path, published: ModelConfig, changes: dict[str, Any]
-) -> None:
-    recompute = "recompute" in changes
-    changes = {k: v for k, v in changes.items() if k != "recompute"}
+@pytest.mark.slow
+def test_the_rest_is_trained_where_norms_are_frozen(folder: Path, published: ModelConfig) -> None:
+    """In parts, and recomputed, too."""
     before = encoder(published).state_dict()
     for frozen_norms in (True, False):
-        model = replace(published, freeze_norms=frozen_norms, recompute=recompute)
-        config = config_for(folder, f"run-{frozen_norms}", model=model, objective="clip", ema=0.5, epochs=1, **changes)
+        model = replace(published, freeze_norms=frozen_norms, recompute=True)
+        config = config_for(
+            folder, f"run-{frozen_norms}", model=model, objective="clip", ema=0.5, epochs=1, micro_batch=3
+        )
         state = train(config, progress=False).load_last()
         assert state is not None
         kept = statistics(state["model"])
@@ -481,23 +474,6 @@ def test_frozen_norms_want_a_pretrained_tower(tmp_path: Path) -> None:
     assert problems(Config(model=ModelConfig(image_tower="resnet10t", image_pretrained=False, freeze_norms=True)))
     assert not problems(Config(model=ModelConfig(image_tower="resnet10t", freeze_norms=True)))
     assert not problems(Config(model=replace(TINY, freeze_norms=True), start=str(tmp_path)))
-
-
-@pytest.mark.slow
-def test_frozen_norms_of_a_compiled_tower(published: ModelConfig) -> None:
-    """A minute."""
-    plain = encoder(replace(published, freeze_norms=True))
-    compiled = encoder(replace(published, freeze_norms=True, compile=True))
-    batch = torch.stack([plain.prepare(p) for p in pictures(4)])
-    before = {k: v.clone() for k, v in statistics(compiled.state_dict()).items()}
-    found = []
-    for model in (plain, compiled):
-        out = model.train().image_tower(batch)
-        out.square().sum().backward()
-        found.append((out.detach(), model.image_tower.trunk.layer1[0].conv1.weight.grad))
-    torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-3, atol=1e-4)
-    torch.testing.assert_close(found[1][1], found[0][1], rtol=1e-2, atol=1e-4 * float(found[0][1].abs().max()))
-    assert before and all(torch.equal(v, compiled.state_dict()[k]) for k, v in before.items())
 
 
 @needs_packages

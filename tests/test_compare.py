@@ -449,18 +449,6 @@ def test_two_runs_are_stopped_and_gone_on_with(
     assert as_one_after_the_other(file, beside.out)
 
 
-@pytest.mark.slow
-def test_a_cut_is_the_same_side_by_side(experiment: Path, folder: Path, tmp_path: Path, one_thread: None) -> None:
-    """Three variants over two seeds, two runs at a time: the same are cut, and no run of theirs is begun."""
-    file = written(experiment, folder, variants=["sogclr", "amclr", "clip"], seeds=2, cut={"behind": 0.5})
-    one, two = (compare.compare(file, out=str(tmp_path / str(n)), jobs=n, progress=False) for n in (1, 2))
-    assert measured(one) == measured(two) and any(row["cut"] for row in one.results["rows"])
-    made = [
-        sorted(f.parent.relative_to(tmp_path / n).as_posix() for f in (tmp_path / n).rglob("config.yaml")) for n in "12"
-    ]
-    assert made[0] == made[1] and len(made[0]) == one.runs < 6
-
-
 def test_runs_that_want_the_same_at_once(folder: Path, own_cache: Path, tmp_path: Path) -> None:
     """Features and verdicts on pictures: of two processes one computes them, and the other waits."""
     config = compare._changed(Config(), {"data": str(folder), **flat(BASE["settings"])}, "")

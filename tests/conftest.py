@@ -6,6 +6,7 @@ import csv
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,12 +21,20 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 REAL = Path(os.environ.get("AMCLR_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
+BEGUN = time.monotonic()
 COLOURS = {"red": (210, 40, 40), "green": (40, 170, 60), "blue": (50, 70, 210), "yellow": (230, 210, 50)}
 
 needs_real_data = pytest.mark.skipif(
     not (REAL / "flickr8k" / "captions.txt").is_file(),
     reason=f"no Flickr8k under {REAL}: set AMCLR_TEST_DATA to a folder with flickr8k/, cifar10/ and tiny-imagenet/",
 )
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Begin no slow test after AMCLR_SLOW_MINUTES, so that what has a limit on its time ends within it."""
+    minutes = float(os.environ.get("AMCLR_SLOW_MINUTES", "inf"))
+    if item.get_closest_marker("slow") and time.monotonic() - BEGUN > 60 * minutes:
+        pytest.skip(f"AMCLR_SLOW_MINUTES={minutes:g} were over before it began")
 
 
 def paint(colour: str, index: int, size: int = 40) -> Image.Image:

@@ -480,7 +480,8 @@ def prepare(config: Config, cache: Path, progress: bool = True, scan_all: bool =
 
     The pictures of a set beyond `source.scan_up_to` are decoded only with `scan_all`; what an
     earlier scan found is left out all the same, and training passes over the rest.
-    only: as for `load`; the manifest then holds the samples of that split alone.
+    only: as for `load`; the manifest then holds the samples of that split alone. It is for measuring, which
+    decodes every picture anyway, and leaves out and counts what cannot be: nothing is decoded here.
     """
     try:
         cache.mkdir(parents=True, exist_ok=True)
@@ -494,6 +495,8 @@ def prepare(config: Config, cache: Path, progress: bool = True, scan_all: bool =
         if not (manifest.samples or manifest.rejects):
             raise UserError(f"split '{only}' of {config.data} is empty")
     manifest.enforce_limit(config.source.max_bad)
+    if only:
+        return manifest
     verdicts = cache / f"scan-{derive(str(manifest.root.resolve())):016x}.jsonl"
     look = scan_all or len(manifest.samples) <= config.source.scan_up_to
     compare = config.source.duplicates == "positives"

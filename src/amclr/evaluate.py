@@ -161,7 +161,7 @@ def _common(first: Any, second: Any) -> tuple[Tensor, Tensor]:
     for row in range(0, len(one), 256):
         query, i, j = torch.nonzero(one[row : row + 256, :, None] == other[row : row + 256, None, :], as_tuple=True)
         # An item at places i and j is in common from the later of the two on.
-        counts.index_put_((query + row, torch.maximum(i, j)), torch.ones(len(i), dtype=torch.float64), accumulate=True)
+        counts.index_put_((query + row, torch.maximum(i, j)), torch.ones_like(i, dtype=torch.float64), accumulate=True)
     return depths, counts.cumsum(dim=1)
 
 

@@ -278,7 +278,6 @@ def plan(experiment: Experiment, out: Path) -> list[Cell]:
     for cell, base in zip(cells, made, strict=True):
         for seed in experiment.seeds:
             cell.configs[seed] = replace(base, seed=seed, out=str(out / "runs" / cell.folder / f"seed{seed}"))
-    _asked(experiment)
     return cells
 
 
@@ -462,7 +461,8 @@ def _measure(outcome: Outcome, asked: Asked, progress: bool) -> None:
         )
     _, owner = np.unique(found["image_of_text"], return_inverse=True)
     count, shares = int(owner.max()) + 1, {}
-    for name, of in (("r_mean", np.ones(len(RECALLS)) / len(RECALLS)), ("r1", np.eye(len(RECALLS))[0])):
+    mean = np.ones(len(RECALLS)) / len(RECALLS)
+    for name, of in (("r_mean", mean), ("r1", np.eye(len(RECALLS))[0])):
         shares[f"txt_{name}"] = 100 * (found["txt"] @ of) / count
         shares[f"img_{name}"] = 100 * np.bincount(owner, found["img"] @ of, count) / len(owner)
     shares["r_mean"] = (shares["txt_r_mean"] + shares["img_r_mean"]) / 2
@@ -473,9 +473,7 @@ def _measure(outcome: Outcome, asked: Asked, progress: bool) -> None:
         kept, classes = read_arrays(file), asked.classes[label]
         if kept is None or str(kept["zeroshot"]) != classes.digest:
             model = model or load(run.folder)
-            measure_classes(
-                model, classes.root, run.config, asked.classnames, asked.templates, progress=progress, hits=file
-            )
+            measure_classes(model, classes, run.config, progress, hits=file)
     for label, file in {**files, "own classes": run.folder / "queries-zeroshot.npz"}.items():
         if (kept := read_arrays(file)) is not None:
             shares[f"zeroshot {label}"] = 100 * kept["top1"][:, 0].astype(float) / len(kept["top1"])
@@ -489,10 +487,9 @@ def _measure(outcome: Outcome, asked: Asked, progress: bool) -> None:
         if kept is None or str(kept["of"]) != str(found["queries"]):
             raise UserError(f"the validation pictures or captions of '{run.folder}' are others than when it was made: "
                             "leave paraphrased out, or remove that run")  # fmt: skip
-        of = np.ones(len(RECALLS)) / len(RECALLS)
         for name, of_query in (
-            ("paraphrased img_r_mean", kept["paraphrased"] @ of),
-            ("paraphrased drop", (kept["as_is"] - kept["paraphrased"]) @ of),
+            ("paraphrased img_r_mean", kept["paraphrased"] @ mean),
+            ("paraphrased drop", (kept["as_is"] - kept["paraphrased"]) @ mean),
             ("paraphrased overlap", kept["overlap"]), ("paraphrased rbo", kept["rbo"]),
         ):  # fmt: skip
             shares[name] = 100 * np.bincount(kept["image_of_text"], of_query, count) / len(of_query)
@@ -670,7 +667,7 @@ def compare(
     experiment = read(file, data=data, seeds=seeds, zeroshot=zeroshot)
     name = re.sub(r"[^\w.=,+-]", "_", experiment.name)
     folder = Path(out or f"runs/compare-{name}")
-    cells = plan(experiment, folder)
+    cells, asked = plan(experiment, folder), _asked(experiment)
     # A folder in use shows before anything runs.
     done = sum(is_done(config) for cell in cells for config in cell.configs.values())
     try:
@@ -684,8 +681,8 @@ def compare(
         with FileLock(folder / ".lock", timeout=0), ending():
             if progress and done:
                 print(f"{done} of {len(cells) * len(experiment.seeds)} runs are done already", file=sys.stderr)
-            outcomes, cut = _all_runs(experiment, cells, Runs(folder, experiment, _asked(experiment), jobs, progress))
-            return _write(experiment, cells, outcomes, cut, folder, command)
+            outcomes, cut = _all_runs(experiment, cells, Runs(folder, experiment, asked, jobs, progress))
+            return _write(experiment, asked, cells, outcomes, cut, folder, command)
     except Timeout:
         raise UserError(f"another amclr compare is at work in '{folder}': wait for it, or give another --out") from None
     except (Stopped, KeyboardInterrupt) as error:
@@ -843,8 +840,6 @@ class Asked:
 
     classes: dict[str, ClassSet]
     """Folders of pictures by class, by a short name for each."""
-    classnames: str
-    templates: str
     rewording: Rewording | None
     """What paraphrases the captions of the validation split."""
 
@@ -854,12 +849,12 @@ def _asked(experiment: Experiment) -> Asked:
     roots = short_names([Path(root) for root in experiment.zeroshot])
     classes = {k: read_classes(root, experiment.classnames, experiment.templates) for k, root in roots.items()}
     rewording = Rewording.find(experiment.paraphrased) if experiment.paraphrased else None
-    return Asked(classes, experiment.classnames, experiment.templates, rewording)
+    return Asked(classes, rewording)
 
 
 def _write(
-    experiment: Experiment, cells: Sequence[Cell], outcomes: Sequence[Outcome], cut: Mapping[str, Any], folder: Path,
-    command: str,
+    experiment: Experiment, asked: Asked, cells: Sequence[Cell], outcomes: Sequence[Outcome], cut: Mapping[str, Any],
+    folder: Path, command: str,
 ) -> Comparison:  # fmt: skip
     """Put the results together, and write tables, figures and report."""
     own = {cell.label: [o for o in outcomes if o.cell is cell] for cell in cells}
@@ -889,7 +884,7 @@ def _write(
     results = {
         "name": experiment.name, "command": command, "experiment": asdict(experiment),
         "measures": {m: report.measure_name(m) for m in measures}, "chance": _chance(outcomes),
-        "zeroshot": {label: classes.about for label, classes in _asked(experiment).classes.items()},
+        "zeroshot": {label: classes.about for label, classes in asked.classes.items()},
         "training pictures": list(dict.fromkeys(o.trained_on for o in outcomes if o.trained_on)),
         "machines": _machines(outcomes), "rows": rows,
     }  # fmt: skip

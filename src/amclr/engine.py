@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from amclr import figures
 from amclr.averaging import Averaging, kept_weights
+from amclr.classes import read_classes
 from amclr.clock import WAIT_MATTERS, Clock
 from amclr.config import Config, fixed_differences, problems
 from amclr.data import manifest as manifests
@@ -614,7 +615,7 @@ def finish(t: Training, progress: bool) -> None:
         # Where the model is spread over the processes, the others would have to take part.
         alone = t.run.load_model().to(t.fabric.device) if t.config.strategy == "fsdp" else t.model
         hits = t.run.folder / "queries-zeroshot.npz"
-        results |= measure_classes(alone, t.manifest.zeroshot, t.config, progress=progress, hits=hits)
+        results |= measure_classes(alone, read_classes(t.manifest.zeroshot), t.config, progress, hits)
     write_arrays(t.run.folder / "queries.npz", t.evaluator.hits(images, texts))
     write_text(t.run.folder / "results.json", json.dumps(results, indent=2) + "\n")
     title = f"{t.config.objective} on {manifests.label(t.config.data)}"

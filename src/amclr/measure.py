@@ -21,7 +21,7 @@ from torch import Tensor
 
 from amclr import evaluate, figures
 from amclr.averaging import check_start, digest, end_of_line, line_names, mixed
-from amclr.classes import read_classes, short_names
+from amclr.classes import ClassSet, read_classes, short_names
 from amclr.config import Config, SourceConfig, problems
 from amclr.data import duplicates
 from amclr.data import manifest as manifests
@@ -267,8 +267,8 @@ def evaluate_run(
     run = Run.open(folder)
     rewording = Rewording.find(paraphrased) if paraphrased else None
     sets = short_names([Path(r) for r in roots])
-    for root in sets.values():  # a slip should show before anything is measured
-        read_classes(root, classnames, templates)
+    # A slip should show before anything is measured.
+    classes = {label: read_classes(root, classnames, templates) for label, root in sets.items()}
     device = "cuda" if torch.cuda.is_available() else "cpu"
     line = Line(run, device) if wise else None
     model = line.model if line else run.load_model().to(device)
@@ -285,8 +285,8 @@ def evaluate_run(
         if folds > len(samples):
             raise UserError(f"--folds must be {len(samples)} at the most, as many as there are pictures, got {folds}")
         evaluator = Evaluator(model, samples, config, cache, progress, again=bool(wise))
-        if manifest.zeroshot and not sets:
-            sets = {"own classes": manifest.zeroshot}
+        if manifest.zeroshot and not classes:
+            classes = {"own classes": read_classes(manifest.zeroshot, classnames, templates)}
         results |= {"data": config.data, "split": split}
     else:
         name = f"zeroshot-{roots[0] and Path(roots[0]).resolve().name if len(sets) == 1 else '-'.join(sets)}"
@@ -302,8 +302,7 @@ def evaluate_run(
                 found["paraphrased"] = measure_paraphrased(evaluator, images, texts, rewording, config, progress)
             if not line:
                 draw_gallery(model, evaluator, images, texts, out / f"{name}.png", f"{config.objective} on {name}")
-        by_set = {label: measure_classes(model, root, config, classnames, templates, progress)
-                  for label, root in sets.items()}  # fmt: skip
+        by_set = {label: measure_classes(model, own, config, progress) for label, own in classes.items()}
         return found | ({"zeroshot_sets": by_set} if len(by_set) > 1 else next(iter(by_set.values()), {}))
 
     if line:
@@ -510,15 +509,13 @@ def evenly(labels: Sequence[int], most: int) -> list[int]:
 
 
 def measure_classes(
-    model: DualEncoder, root: Path, config: Config, classnames: str = "", templates: str = "", progress: bool = True,
-    hits: Path | None = None,
-) -> dict[str, Any]:  # fmt: skip
+    model: DualEncoder, classes: ClassSet, config: Config, progress: bool = True, hits: Path | None = None
+) -> dict[str, Any]:
     """Zero-shot accuracy on a folder of pictures by class. Pictures that cannot be decoded are left out and counted.
 
-    classnames, templates: as of `amclr.classes.read_classes`. hits: a file to write each picture's top-1 hit to,
-    (n, 1), for comparing runs picture by picture.
+    hits: a file to write each picture's top-1 hit to, (n, 1), for comparing runs picture by picture.
     """
-    classes = read_classes(root, classnames, templates)
+    root = classes.root
     places = [Location(str(p)) for p in classes.paths]
     verdicts = scan(places, model.config.image_size, progress=progress)
     bad = {place: v.reason for place, v in verdicts.items() if v.reason}
@@ -535,7 +532,7 @@ def measure_classes(
             Texts(model, config, progress), images, [y for _, y in kept], classes.names, classes.prompts
         )
     except ValueError as error:
-        raise UserError(f"{templates or root}: {error}") from None
+        raise UserError(f"{root}: {error}") from None
     found = evaluate.classify(scores, target)
     if hits:
         asked = _digest(os.path.relpath(p.file, root) for p, _ in kept)

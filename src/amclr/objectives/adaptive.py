@@ -47,9 +47,13 @@ class AdaptiveGamma(nn.Module):
         found = 1 - self.noise / self.innovation.clamp(min=1e-12)
         return torch.where(self.steps > 0, found, 1.0).clamp(self.least, 1.0)
 
-    def moved(self, rows: list[int], log_u: Tensor) -> Tensor:
-        """Estimates (t, N) of the terms `rows`, by the drift since they were made; -inf where there is none."""
-        return log_u + self.drift[rows, None].to(log_u.dtype)
+    def expect(self, rows: list[int], log_u: Tensor) -> tuple[Tensor, Tensor]:
+        """What to update with a batch, and by how much: of the terms `rows`, (t, N) and (t, 1).
+
+        log_u (t, N): estimates, which are moved by the drift since they were made; -inf where there is none.
+        """
+        drift, gamma = (x[rows, None].to(log_u.dtype) for x in (self.drift, self.gamma()))
+        return log_u + drift, gamma
 
     def observe(self, rows: list[int], log_u: Tensor, log_g: Tensor, noise: Tensor, some: Tensor | None) -> None:
         """Take up what a batch shows of the terms `rows`. log_u, before the update, and log_g: (t, N); noise: (t,)."""

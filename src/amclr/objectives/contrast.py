@@ -19,13 +19,15 @@ NEG_INF = float("-inf")
 
 def update_log_u(log_u: Tensor, log_g: Tensor, gamma: float | Tensor) -> Tensor:
     """Log of (1 - gamma) u + gamma g, or log g where u is not seen yet (log u = -inf). gamma: one, or (T, 1)."""
+    kept: float | Tensor
+    taken: float | Tensor
     if isinstance(gamma, Tensor):
-        mixed = torch.logaddexp(torch.log1p(-gamma) + log_u, gamma.log() + log_g)
+        kept, taken = torch.log1p(-gamma), gamma.log()
     elif gamma >= 1:
         return log_g
     else:
-        mixed = torch.logaddexp(math.log1p(-gamma) + log_u, math.log(gamma) + log_g)
-    return torch.where(log_u == NEG_INF, log_g, mixed)
+        kept, taken = math.log1p(-gamma), math.log(gamma)
+    return torch.where(log_u == NEG_INF, log_g, torch.logaddexp(kept + log_u, taken + log_g))
 
 
 def mean_by_id(ids: Tensor, values: Tensor, some: Tensor | None = None, log: bool = False) -> Tensor:

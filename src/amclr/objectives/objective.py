@@ -312,10 +312,8 @@ class Objective(nn.Module):
                 values = log_total = torch.nn.functional.softplus(log_g + log_n)
                 log_u = log_total - log_n
             else:
-                if self.adaptive and self.training:
-                    self._observe(self.adaptive, wave, every, ids, log_g, taus, positives, some)
-                    metrics["gamma"] = self.adaptive.gamma().mean()
-                log_u = self._update_log_u(wave, log_g, ids, some, simple)
+                noise = self._noise(terms, every, taus, positives) if self.adaptive and self.training else None
+                log_u = self._update_log_u(wave, log_g, ids, some, simple, noise)
                 values, log_total = taus * (log_u + self.rho if self.rho else log_u), log_u + log_n
             if some is not None:
                 values = torch.where(some, values, 0.0)
@@ -343,6 +341,8 @@ class Objective(nn.Module):
                     self._diagnose(metrics, terms, log_g, share, log_n, pulls, taus, some)
 
         assert loss is not None
+        if self.adaptive and self.training:
+            metrics["gamma"] = self.adaptive.gamma().mean()
         if gradient is None or not wanted:
             return loss, None, None
         return loss, gradient, self._tau_gradient(views, gradient, learned_tau, tau, loss, world)
@@ -522,31 +522,31 @@ class Objective(nn.Module):
             return math_of.mean_by_id(next(iter(ids.values())), values, some, log)
         return torch.cat([math_of.mean_by_id(ids[of], values[part], some, log) for part, of, _, _ in self._sides(wave)])
 
-    def _observe(
-        self, adaptive: AdaptiveGamma, wave: list[Layout], every: list[Tensor], ids: dict[str, Tensor], log_g: Tensor,
-        taus: float | Tensor, positives: Positives, some: Tensor | None,
-    ) -> None:  # fmt: skip
-        """Let the adaptive gamma see what a batch shows of a wave's terms, before their estimates are updated."""
+    def _noise(self, terms: list[Term], every: list[Tensor], taus: float | Tensor, positives: Positives) -> Tensor:
+        """Variance of log g of some terms, (T,): what the adaptive gamma needs besides the estimates."""
         place = {v: k for k, v in enumerate(self._stacked)}
-        terms = [t for layout in wave for t in layout.terms]
         anchors, candidates = [place[t.anchor] for t in terms], [place[t.candidate] for t in terms]
-        noise = log_noise(every, anchors, candidates, taus, positives)
-        before = self._read("log_u", wave, ids, log_g)
-        adaptive.observe([self.terms.index(t) for t in terms], before, log_g, noise, some)
+        return log_noise(every, anchors, candidates, taus, positives)
 
     def _update_log_u(
-        self, wave: list[Layout], log_g: Tensor, ids: dict[str, Tensor], some: Tensor | None, simple: bool
-    ) -> Tensor:
-        """The anchors' updated log u (T, N), 0 where there is no negative; written to the tables when training."""
+        self, wave: list[Layout], log_g: Tensor, ids: dict[str, Tensor], some: Tensor | None, simple: bool,
+        noise: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        """The anchors' updated log u (T, N), 0 where there is no negative; written to the tables when training.
+
+        noise: where the adaptive gamma is to take up what this batch shows, before it is used.
+        """
         if self.estimator == "reference":
             return self._update_reference(wave, log_g, ids, some, simple)
         before = self._read("log_u", wave, ids, log_g)
-        if self.adaptive is None:
-            after = math_of.update_log_u(before, log_g, self.gamma)
-        else:
+        expected: Tensor = before
+        gamma: float | Tensor = self.gamma
+        if self.adaptive:
             rows = [self.terms.index(t) for layout in wave for t in layout.terms]
-            gamma = self.adaptive.gamma()[rows, None].to(log_g.dtype)
-            after = math_of.update_log_u(self.adaptive.moved(rows, before), log_g, gamma)
+            if noise is not None:
+                self.adaptive.observe(rows, before, log_g, noise, some)
+            expected, gamma = self.adaptive.expect(rows, before)
+        after = math_of.update_log_u(expected, log_g, gamma)
         if self.training:
             mean = after if simple else self._mean_by_sample(wave, ids, after, some, log=True)
             self._write("log_u", wave, ids, _learned(mean, before, some))

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from amclr import cli, engine
 from amclr.config import Config, LossConfig, OptimConfig
@@ -219,6 +220,14 @@ def test_a_worker_that_dies_is_replaced(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Killed while it prepares a batch: the run ends with the same bits, and says what happened."""
+    list(DataLoader([0], num_workers=1))  # type: ignore[arg-type]  # from a first loader on, torch would raise anywhere
+    advance, handlers = engine.advance, set()
+
+    def looks(*arguments: Any) -> Any:
+        handlers.add(signal.getsignal(signal.SIGCHLD))
+        return advance(*arguments)
+
+    monkeypatch.setattr(engine, "advance", looks)
     whole = train(config_for(folder, "whole", workers=2), progress=False)
     real, trainer, marker = PictureBatches.__getitem__, os.getpid(), folder.parent / "died"
 
@@ -230,7 +239,7 @@ def test_a_worker_that_dies_is_replaced(
 
     monkeypatch.setattr(PictureBatches, "__getitem__", dies)
     run = train(config_for(folder, "parts", workers=2), progress=False)
-    assert marker.exists()
+    assert marker.exists() and handlers == {signal.SIG_DFL}
     assert re.search(
         r"a process that prepares batches died \(DataLoader worker .*\): started again", capsys.readouterr().err
     )

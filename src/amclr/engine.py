@@ -48,7 +48,7 @@ from amclr.objectives import Objective, backward_in_chunks, build
 from amclr.optim import build_optimizer, choose_optimizer, learning_rate, set_lr
 from amclr.randomness import derive
 from amclr.run import Loggers, Pinned, Run, begin
-from amclr.signals import Interrupted, Signals, ending, kept_handler, leave_signals_to_the_trainer
+from amclr.signals import Interrupted, Signals, ending, leave_signals_to_the_trainer, no_handler_of_loaders
 from amclr.team import Team
 from amclr.training import Training
 
@@ -250,7 +250,7 @@ def stream(t: Training) -> Iterator[Batch]:
             pin_memory=t.fabric.device.type == "cuda", worker_init_fn=leave_signals_to_the_trainer,
             timeout=POLL if t.config.workers else 0,
         )  # fmt: skip
-        with kept_handler(signal.SIGCHLD):
+        with no_handler_of_loaders():
             batches = iter(loader)
         try:
             since = time.monotonic()

@@ -108,13 +108,15 @@ class Signals:
 
 
 @contextmanager
-def kept_handler(number: int) -> Iterator[None]:
-    """Put a signal's handler back afterwards.
+def no_handler_of_loaders() -> Iterator[None]:
+    """Make a loader without torch's handler of SIGCHLD, which raises wherever the main thread happens to be.
 
-    torch's loader has one for SIGCHLD that raises wherever the main thread happens to be, such as within
-    the optimiser. A worker that has died shows at the next batch too.
+    That may be within the optimiser, and a worker that has died shows at the next batch too. torch sets the handler
+    with a process's first loader, which need not be ours: then it is taken away.
     """
-    former = signal.getsignal(number)
+    former = signal.getsignal(signal.SIGCHLD)
+    if getattr(former, "__module__", "").startswith("torch."):
+        former = signal.SIG_DFL
     yield
     with suppress(ValueError):  # not in the main thread: there, it has not been set
-        signal.signal(number, former)
+        signal.signal(signal.SIGCHLD, former)

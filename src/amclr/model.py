@@ -26,6 +26,7 @@ from amclr.config import ModelConfig
 from amclr.data.pictures import Picture, read_picture
 from amclr.data.views import whole
 from amclr.errors import UserError
+from amclr.hub import OnHub
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
@@ -133,20 +134,27 @@ class ResidualHead(nn.Module):
         return out
 
 
-class DualEncoder(nn.Module):
+class DualEncoder(nn.Module, OnHub):
     """Two towers and two projections; `forward` gives unit rows for whatever views it is handed.
 
     A tower with learning-rate factor 0 is frozen: it has no gradient, keeps no activations, and stays in
     evaluation mode whatever `train()` says. One with adapters (LoRA, arXiv 2106.09685) is trained through
     them alone. Norms of a tower with adapters, and with `freeze_norms` those of the image tower, keep their
     statistics. from_checkpoint: `load_saved` follows, so that trained towers need not fetch the published weights
-    that they started from, and nothing is compiled.
+    that they started from, and nothing is compiled. complete: it will be given all weights, so that no published ones
+    need be fetched at all.
+
+    about: what is told of its training where the model is saved (`save_pretrained`), by name: texts, numbers, and
+    under "measured" a table of numbers.
     """
 
-    def __init__(self, config: ModelConfig, tokenizer: Any, from_checkpoint: bool = False) -> None:
+    def __init__(
+        self, config: ModelConfig, tokenizer: Any, from_checkpoint: bool = False, complete: bool = False
+    ) -> None:
         super().__init__()
         self.config = config
         self.tokenizer = tokenizer
+        self.about: dict[str, Any] = {}
         c, fresh = config, not from_checkpoint
         # Of these the base weights are a published file's, and need not be stored.
         self.published = {
@@ -155,7 +163,7 @@ class DualEncoder(nn.Module):
                 ("image_tower", c.image_tower, c.image_pretrained, c.image_lr, c.image_adapters),
                 ("text_tower", c.text_tower, c.text_pretrained, c.text_lr, c.text_adapters),
             )
-            if tower != "small" and loaded and (lr == 0 or rank)
+            if tower != "small" and loaded and (lr == 0 or rank) and not complete
         }
         self.image_tower = build_image_tower(config, weights=fresh or "image_tower" in self.published)
         self.text_tower = build_text_tower(config, tokenizer, weights=fresh or "text_tower" in self.published)
@@ -258,6 +266,11 @@ class DualEncoder(nn.Module):
         wrong = [k for k in missing if not self._is_published(k)] + unexpected
         if wrong:
             raise UserError(f"these weights belong to another model: {', '.join(wrong[:3])} do not fit")
+
+    @property
+    def has_adapters(self) -> bool:
+        """Whether low-rank adapters lie beside the weights."""
+        return bool(self._adapters)
 
     def trained_names(self) -> list[str]:
         """Names in the state of what training changes: all but frozen towers, and what adapters adapt."""

@@ -33,11 +33,19 @@ from amclr.checkpoints import Checkpoints
 from amclr.config import Config, ModelConfig, from_dict
 from amclr.errors import UserError
 from amclr.files import write_text
+from amclr.hub import is_export
 from amclr.model import DualEncoder, build_tokenizer
 from amclr.randomness import derive
 
 PACKAGES = ("amclr", "torch", "torchvision", "timm", "transformers", "tokenizers", "lightning", "numpy", "pillow")
 
+
+CARD = {
+    "txt_r1": "text retrieval, R@1", "txt_r5": "text retrieval, R@5", "txt_r10": "text retrieval, R@10",
+    "img_r1": "image retrieval, R@1", "img_r5": "image retrieval, R@5", "img_r10": "image retrieval, R@10",
+    "zeroshot_top1": "zero-shot classification, top-1",
+}  # fmt: skip
+"""Measures of results.json that a model's card shows, and what it calls them."""
 
 NAMES_KEPT = 1_000_000
 """Of more pictures, a run keeps no names: it then only tells that they differ."""
@@ -246,7 +254,25 @@ class Run:
         tokenizer = build_tokenizer(self.config.model, [], self.folder / "tokenizer")
         model = DualEncoder(self.config.model, tokenizer, from_checkpoint=True)
         model.load_saved(kept_weights(state))
+        model.about = self.about(int(state["step"]))
         return model.merge_adapters().eval()
+
+    def about(self, step: int) -> dict[str, Any]:
+        """What a model's card says of how it was trained: data, method, command, and what it reached."""
+        c = self.config
+        told: dict[str, Any] = {
+            "name": self.folder.resolve().name, "data": Path(c.data).name or c.data, "objective": c.objective,
+            "batch size": c.batch_size, "steps": step, "seed": c.seed,
+        }  # fmt: skip
+        if c.loss.temperature is not None:
+            told["temperature"] = c.loss.temperature
+        environment, results = (_read_json(self.folder / f"{n}.json") for n in ("environment", "results"))
+        if command := environment.get("command"):
+            # Where files lie at who trained it is nobody's business.
+            words = [Path(w).name if w.startswith("/") else w for w in shlex.split(command)]
+            told["command"] = shlex.join(["amclr", *words[1:]])
+        measured = {name: results[key] for key, name in CARD.items() if key in results}
+        return told | ({"measured": measured} if measured else {})
 
 
 class Loggers:
@@ -328,12 +354,39 @@ def _refuse_unlike(own: ModelConfig, other: ModelConfig, start: str) -> None:
 
 
 def load(path: str | Path) -> DualEncoder:
-    """Load a trained model from a run folder, for `encode_image` and `encode_text`.
+    """Load a trained model: from a run folder, from what `save_pretrained` wrote, or by its name on the Hub.
 
-    It comes in evaluation mode, on a GPU where there is one. Raises UserError where `path` is no run.
+    It comes in evaluation mode, on a GPU where there is one, for `encode_image` and `encode_text`. Raises UserError,
+    saying what would do, where `path` is none of these.
     """
-    model = Run.open(Path(path).expanduser()).load_model()
+    folder = Path(path).expanduser()
+    if is_export(folder):
+        model = DualEncoder.from_folder(folder)
+    elif not folder.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and not str(path).startswith("runs/"):
+        model = _from_hub(str(path))
+    else:
+        model = Run.open(folder).load_model()
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _from_hub(name: str) -> DualEncoder:
+    try:
+        return DualEncoder.from_pretrained(name)
+    except UserError:
+        raise
+    except Exception as error:  # the Hub's client raises many kinds
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise UserError(f"there is no folder '{name}', and no such model can be had from the Hub ({reason}): give a "
+                        "run folder, or what `amclr export RUN --to hf` wrote") from None  # fmt: skip
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    """What a JSON file holds; nothing where it is absent or damaged."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _environment() -> dict[str, Any]:

@@ -110,7 +110,7 @@ def read_classes(root: Path, classnames: str = "", templates: str = "", known: b
     if not asks_prompts and not templates:
         prompts, prompts_of = tuple(tables.read_lines(own_prompts)), own_prompts.name
     else:
-        prompts, prompts_of = _prompts(templates or (found if usable else "amclr"))
+        prompts, prompts_of = read_prompts(templates or (found if usable else "amclr"))
     if not prompts or (bad := next((p for p in prompts if "{}" not in p), "")):
         told = f"the prompt '{bad}' has no {{}} for the class name" if prompts else "there is no prompt"
         raise UserError(f"'{templates or own_prompts}': {told}: write a prompt per line, as 'a photo of a {{}}.'")
@@ -173,8 +173,11 @@ def _named(name: str, folders: Sequence[str]) -> tuple[list[str], str]:
     return [IMAGENET_CLASSNAMES[_wnids()[folder]] for folder in folders], "imagenet, by open_clip"
 
 
-def _prompts(name: str) -> tuple[tuple[str, ...], str]:
-    """The prompts of a name or in a file, with {} for the class, and what to call them."""
+def read_prompts(name: str) -> tuple[tuple[str, ...], str]:
+    """The prompts of a name or in a file, with {} for the class, and what to call them.
+
+    Raises UserError, naming those that there are, where there are none.
+    """
     if name == "amclr":
         return TEMPLATES, "amclr"
     if name in ("simple", "openai", "imagenet"):

@@ -22,6 +22,10 @@ COMMANDS = {
     "evaluate": "retrieval, zero-shot classification, and what paraphrase changes, with a trained model",
     "paraphrase": "paraphrases of a data set's captions, made once, for training's second text views",
     "inspect": "what is in a data set: counts, caption lengths, bad rows, a contact sheet with both views",
+    "index": "embed the pictures of a folder, archive or data set, to search in; again, it takes up what changed",
+    "search": "find pictures in an index by a text, a picture, or both",
+    "label": "name the class of every picture, out of classes that you give: a CSV",
+    "dedup": "find pictures of an index that look the same",
 }
 
 USAGE = """usage: amclr COMMAND [OPTIONS]
@@ -38,7 +42,9 @@ first steps:
   amclr paraphrase FOLDER --model rules             reword their captions, for second text views
   amclr train --data FOLDER --objective xamclr      train on them
   amclr evaluate runs/RUN --zeroshot CLASS_FOLDERS  measure the result
-  amclr compare EXPERIMENT.yaml --seeds 5           compare objectives, or any settings"""
+  amclr compare EXPERIMENT.yaml --seeds 5           compare objectives, or any settings
+  amclr index runs/RUN FOLDER --out INDEX           make pictures searchable
+  amclr search INDEX "a dog on the beach"           and find some of them"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -64,7 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(f"this command needs {', '.join(missing)}: pip install 'amclr[train]'", 1)
     try:
         commands = {"train": _train, "compare": _compare, "evaluate": _evaluate, "paraphrase": _paraphrase,
-                    "inspect": _inspect}  # fmt: skip
+                    "inspect": _inspect, "index": _index, "search": _search, "label": _label,
+                    "dedup": _dedup}  # fmt: skip
         return commands[command](rest)
     except UserError as error:
         return _fail(str(error), 1)
@@ -223,6 +230,118 @@ def _inspect(arguments: list[str]) -> int:
 
     print(measure.inspect(config, Path(out or "contact-sheet.png"), scan_all, Path(listing) if listing else None))
     return 0
+
+
+def _index(arguments: list[str]) -> int:
+    from amclr.config import SourceConfig, from_dict
+
+    parser = _parser("index")
+    _add_model(parser)
+    parser.add_argument("data", type=str, help="pictures: a folder of them, tars, or any data set")
+    parser.add_argument("--out", type=str, required=True, metavar="INDEX", help="folder of the index, new or there")
+    parser.add_argument(
+        "--thumbnails", type=int, default=256, metavar="PIXELS", help="longer side of the thumbnails; 0 makes none"
+    )
+    parser.add_argument(
+        "--approximate", type=bool | None, default=None,
+        help="let a search look at a part of the pictures alone; empty: from 200,000 pictures on",
+    )  # fmt: skip
+    parser.add_argument("--cache", type=str, default="", help="folder for what is kept between runs")
+    parser.add_class_arguments(SourceConfig, "source", skip=_OF_TRAINING)
+    values = _parse(parser, arguments).as_dict()
+    values["out"], values["source"] = Path(values["out"]), from_dict(values["source"], SourceConfig)
+    from amclr import index
+
+    try:
+        built = index.build(**values)
+    except KeyboardInterrupt:
+        return _fail("stopped, with every part kept that was done; the same command goes on", 130)
+    if built:  # of several processes the first alone has something to tell
+        print(index.report(built))
+    return 0
+
+
+def _search(arguments: list[str]) -> int:
+    parser = _parser("search")
+    parser.add_argument("index", type=str, help="folder that `amclr index` made")
+    parser.add_argument(
+        "query", type=str, nargs="?", default="",
+        help='a text; words or "quoted texts" with a minus before them are not wanted: "a beach -people"',
+    )  # fmt: skip
+    parser.add_argument("--picture", type=str, default="", metavar="FILE", help="a picture to find others like")
+    parser.add_argument(
+        "--picture_share", type=float, default=0.5, metavar="SHARE", help="its weight beside a text, 0 to 1"
+    )
+    parser.add_argument("-k", type=int, default=12, metavar="N", help="results")
+    parser.add_argument("--threshold", type=float, default=-1.0, metavar="COSINE", help="leave out what is less alike")
+    parser.add_argument("--only", type=str, default="", metavar="TEXT", help="text that name or captions must hold")
+    parser.add_argument("--json", action="store_true", help="print JSON, and draw nothing")
+    parser.add_argument("--sheet", type=str, default="search.png", metavar="FILE", help="contact sheet; '' draws none")
+    values = _parse(parser, arguments).as_dict()
+    from amclr import search
+
+    as_json, sheet = values.pop("json"), values.pop("sheet")
+    folder = Path(values.pop("index"))
+    hits = search.search(folder, **values)
+    print(search.as_json(hits) if as_json else search.table(hits))
+    if sheet and not as_json:
+        search.draw(folder, hits, Path(sheet), search.told(values["query"], values["picture"]))
+        print(f"\ncontact sheet: {sheet}")
+    return 0
+
+
+def _label(arguments: list[str]) -> int:
+    from amclr.config import SourceConfig, from_dict
+
+    parser = _parser("label")
+    _add_model(parser)
+    parser.add_argument("data", type=str, help="pictures: a folder of them, tars, or any data set")
+    parser.add_argument(
+        "--classes", type=str, required=True, metavar="NAMES|FILE", help="'dog,cat,horse', or a file with one a line"
+    )
+    parser.add_argument("--out", type=str, default="labels.csv", metavar="FILE", help="CSV to write")
+    parser.add_argument("--top", type=int, default=1, metavar="N", help="classes for each picture, the best first")
+    parser.add_argument(
+        "--templates", type=str, default="amclr", metavar="FILE|NAME",
+        help="prompts, as of `amclr evaluate`: amclr, simple, openai, or a file with {} for the class",
+    )  # fmt: skip
+    parser.add_argument("--cache", type=str, default="", help="folder for what is kept between runs")
+    parser.add_class_arguments(SourceConfig, "source", skip=_OF_TRAINING)
+    values = _parse(parser, arguments).as_dict()
+    values["out"], values["source"] = Path(values["out"]), from_dict(values["source"], SourceConfig)
+    from amclr import search
+
+    counts = search.label(**values)
+    print("\n".join(f"{n:8d}  {name}" for name, n in sorted(counts.items(), key=lambda c: -c[1])[:20]))
+    print(f"\nlabels: {values['out']}")
+    return 0
+
+
+def _dedup(arguments: list[str]) -> int:
+    parser = _parser("dedup")
+    parser.add_argument("index", type=str, help="folder that `amclr index` made")
+    parser.add_argument("--out", type=str, default="duplicates.csv", metavar="FILE", help="CSV to write")
+    parser.add_argument("--sheet", type=str, default="duplicates.png", metavar="FILE", help="picture; '' draws none")
+    parser.add_argument(
+        "--threshold", type=float | None, default=None, metavar="COSINE",
+        help="join what the model finds so much alike, 0.9 say; empty: the same pictures, saved anew or resized",
+    )  # fmt: skip
+    values = _parse(parser, arguments)
+    from amclr import search
+
+    index, groups = search.dedup(Path(values.index), Path(values.out), values.threshold)
+    print(f"{sum(map(len, groups))} of {len(index)} pictures, in {len(groups)} groups, look the same: {values.out}")
+    if values.sheet and search.draw_groups(index, groups, Path(values.sheet)):
+        print(f"the largest groups: {values.sheet}")
+    return 0
+
+
+_OF_TRAINING = {"captions", "paraphrases", "val_fraction", "duplicates", "max_bad", "scan_up_to"}
+"""Settings of a data set that matter where it is trained on alone."""
+
+
+def _add_model(parser: ArgumentParser) -> None:
+    parser.add_argument("run", type=str, help="run folder, what `amclr export --to hf` wrote, or a name on the Hub")
 
 
 def _configure(command: str, arguments: list[str], run: str = "") -> Config:

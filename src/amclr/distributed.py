@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -22,6 +24,30 @@ def processes() -> int:
 def process() -> int:
     """Which of them this is; 0 without torch.distributed."""
     return dist.get_rank() if processes() > 1 else 0
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The processes of a torchrun that share work without a model in common; one without it."""
+
+    rank: int = 0
+    count: int = 1
+
+    @classmethod
+    def start(cls) -> Processes:
+        """Join the others, where torchrun started several."""
+        count = int(os.environ.get("WORLD_SIZE", "1"))
+        if count == 1:
+            return cls()
+        if not dist.is_initialized():
+            # Nothing is exchanged; they only wait for the slowest at the end, which may be hours.
+            dist.init_process_group("gloo", timeout=timedelta(days=30))
+        return cls(dist.get_rank(), count)
+
+    def wait(self) -> None:
+        """Wait for all the others."""
+        if self.count > 1:
+            dist.barrier()
 
 
 @dataclass(frozen=True)

@@ -145,6 +145,27 @@ def gallery(
         plt.close(figure)
 
 
+def results(found: Sequence[tuple[Tensor, str]], file: Path, title: str) -> None:
+    """Draw what a query found, best first. found: (picture uint8 (3, H, W), what to write above it) each."""
+    across = min(6, max(3, len(found)))
+    rows = max(1, -(-len(found) // across))
+    height = 0.5 + 1.75 * rows
+    with plt.rc_context({"font.size": 9}):
+        figure = plt.figure(figsize=(1.75 * across, height))
+        grid = figure.add_gridspec(rows, across, left=0.01, right=0.99, bottom=0.01, top=1 - 0.62 / height,
+                                   hspace=0.16, wspace=0.05)  # fmt: skip
+        for n, (picture, text) in enumerate(found):
+            cell = figure.add_subplot(grid[n // across, n % across])
+            cell.imshow(picture.permute(1, 2, 0).numpy(), interpolation="antialiased")
+            cell.axis("off")
+            cell.set_title(textwrap.shorten(text, 30, placeholder="..."), fontsize=7.5, pad=2, color="0.3")
+        if not found:
+            figure.text(0.5, 0.4, "nothing found", ha="center", color="0.4")
+        figure.suptitle(textwrap.shorten(title, 90), x=0.01, ha="left", fontsize=11, y=0.995, va="top")
+        figure.savefig(file, dpi=110)
+        plt.close(figure)
+
+
 def contact_sheet(cards: Sequence[tuple[Sequence[tuple[str, Tensor]], str, str]], file: Path, title: str) -> None:
     """Draw samples: per card the named pictures side by side, and under them the caption and its second view.
 

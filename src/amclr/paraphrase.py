@@ -11,13 +11,11 @@ import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
-from datetime import timedelta
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 from filelock import FileLock, Timeout
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -27,6 +25,7 @@ from amclr.config import Config, ModelConfig, ParaphraseConfig, SourceConfig, pa
 from amclr.data import manifest as manifests
 from amclr.data.paraphrases import FOLDER, REASONS, Entry, Filters, Version, choose
 from amclr.data.wording import RULES, reword
+from amclr.distributed import Processes
 from amclr.errors import UserError
 from amclr.model import build_text_tower, build_tokenizer
 from amclr.randomness import derive
@@ -164,30 +163,6 @@ class Encoder:
         a, b = (rows[[place[t] for t in side]] for side in (ones, others))
         cosines: list[float] = (a * b).sum(-1).tolist()
         return cosines
-
-
-@dataclass(frozen=True)
-class Processes:
-    """The processes of a torchrun that share the batches; one without it."""
-
-    rank: int = 0
-    count: int = 1
-
-    @classmethod
-    def start(cls) -> Processes:
-        """Join the others, where torchrun started several."""
-        count = int(os.environ.get("WORLD_SIZE", "1"))
-        if count == 1:
-            return cls()
-        if not dist.is_initialized():
-            # Nothing is exchanged; they only wait for the slowest at the end, which may be hours.
-            dist.init_process_group("gloo", timeout=timedelta(days=30))
-        return cls(dist.get_rank(), count)
-
-    def wait(self) -> None:
-        """Wait for all the others."""
-        if self.count > 1:
-            dist.barrier()
 
 
 def paraphrase(config: ParaphraseConfig, data: str, source: SourceConfig | None = None) -> str:

@@ -107,8 +107,8 @@ def near_duplicates(hashes: np.ndarray) -> np.ndarray:
             apart = label[one] != label[other]
             one, other = one[apart], other[apart]
             near = _alike(unique, signs, one, other)
-            label = _joined(label, one[near], other[near])
-    return _alone_unnumbered(first[label][every])
+            label = joined(label, one[near], other[near])
+    return alone_unnumbered(first[label][every])
 
 
 def picture_groups(hashes: Sequence[bytes | None]) -> np.ndarray:
@@ -155,7 +155,7 @@ def _ones() -> np.ndarray:
     return np.unpackbits(np.arange(1 << 16, dtype=np.uint16).view(np.uint8)).reshape(-1, 16).sum(1, dtype=np.uint8)
 
 
-def _joined(label: np.ndarray, one: np.ndarray, other: np.ndarray) -> np.ndarray:
+def joined(label: np.ndarray, one: np.ndarray, other: np.ndarray) -> np.ndarray:
     """Labels with the sets of each pair joined under the lower of their labels; `label[label] == label` throughout."""
     while len(one):
         a, b = label[one], label[other]
@@ -167,7 +167,7 @@ def _joined(label: np.ndarray, one: np.ndarray, other: np.ndarray) -> np.ndarray
     return label
 
 
-def _alone_unnumbered(groups: np.ndarray) -> np.ndarray:
+def alone_unnumbered(groups: np.ndarray) -> np.ndarray:
     """Groups with the least index of their members as their number, and -1 for those of one."""
     _, first, which, size = np.unique(groups, return_index=True, return_inverse=True, return_counts=True)
     return np.where(size > 1, first, -1)[which]
@@ -183,7 +183,7 @@ def caption_groups(captions: Sequence[str]) -> np.ndarray:
     """Groups (T,) int64 of captions that are the same once normalised: the index of the first of them, or -1."""
     first: dict[str, int] = {}
     found = np.array([first.setdefault(normalised(c), k) for k, c in enumerate(captions)], dtype=np.int64)
-    return _alone_unnumbered(found)
+    return alone_unnumbered(found)
 
 
 @dataclass(frozen=True)

@@ -46,15 +46,18 @@ FORMATS = (
 SAVED = Format("saved Hugging Face dataset", (), columns.read_saved_dataset)
 CLASSES = Format("pictures by class", (), tables.read_class_folders)
 SIDECARS = Format("pictures with captions beside them", (), tables.read_sidecars)
+PICTURES = Format("pictures", (), tables.read_pictures)
 
 
-def find(path: Path, source: SourceConfig) -> tuple[Path, list[Path], Format]:
+def find(path: Path, source: SourceConfig, bare: bool = False) -> tuple[Path, list[Path], Format]:
     """The folder of a data set, the files to read in it, and what they are; `path` is a folder, file or pattern.
+
+    bare: pictures are wanted with captions or without.
 
     Raises UserError, saying what is looked for, where there is nothing to read.
     """
     if path.is_dir():
-        return path, *_look_into(path, source)
+        return path, *_look_into(path, source, bare)
     if path.is_file():
         if source.captions_file:
             raise UserError(f"'{path}' is a file: leave out --source.captions_file, or give the folder")
@@ -75,7 +78,7 @@ def find(path: Path, source: SourceConfig) -> tuple[Path, list[Path], Format]:
     return Path(os.path.commonpath([f.parent for f in files])), files, kinds.pop()
 
 
-def _look_into(root: Path, source: SourceConfig) -> tuple[list[Path], Format]:
+def _look_into(root: Path, source: SourceConfig, bare: bool) -> tuple[list[Path], Format]:
     """What lies in a folder: a captions file, a saved data set, Parquet or tars, pictures with texts, or by class."""
     if source.captions_file:
         file = root / source.captions_file
@@ -97,6 +100,8 @@ def _look_into(root: Path, source: SourceConfig) -> tuple[list[Path], Format]:
     if any(root.glob("*.tar.*")) or any(root.glob("*.tgz")):
         raise UserError(f"the tars in '{root}' are compressed, so that pictures cannot be read at their places: "
                         "unpack them to plain .tar files")  # fmt: skip
+    if bare:
+        return [], PICTURES
     pictures = [f for d in (root, *tables.folders(root)) for f in sorted(d.iterdir())[:100]
                 if f.suffix.lower() in PICTURE_SUFFIXES]  # fmt: skip
     if any(tables.sidecar(f) for f in pictures):

@@ -147,11 +147,12 @@ class Manifest:
 # -- reading -----------------------------------------------------------------------------------
 
 
-def load(config: Config, cache: Path, progress: bool = True, only: str = "") -> Manifest:
+def load(config: Config, cache: Path, progress: bool = True, only: str = "", bare: bool = False) -> Manifest:
     """Read the data set that `config.data` names (see its help), without looking into its pictures.
 
     only: a split that is wanted alone; rows that say that they are of another one are passed over, whatever is
-    wrong with them, and there need be no training pictures.
+    wrong with them, and there need be no training pictures. bare: pictures are wanted whether they have a usable
+    caption or none; a folder without captions is then its pictures at any depth.
     Raises UserError where there is none, or nothing in it that can be read.
     """
     data = config.data
@@ -159,21 +160,21 @@ def load(config: Config, cache: Path, progress: bool = True, only: str = "") -> 
         where = cache / f"scenes-{derive(scenes.FORMAT, repr(config.scenes)):016x}"
         scenes.write_scenes(where, config.scenes, progress=progress)
         found = replace(
-            _read(where, config, cache, progress, only), zeroshot=where / "zeroshot", format="scenes",
+            _read(where, config, cache, progress, only, bare), zeroshot=where / "zeroshot", format="scenes",
             notes=scenes.notes(where, config.scenes),
         )  # fmt: skip
     elif data.startswith("pipe:"):
         raise UserError(f"'{printable(data)}' would run a command: save what it prints as a file and give that")
     elif data.startswith("hf:"):
         name = data.removeprefix("hf:")
-        reading = Reading(Path(name), [], config.source, cache, progress)
+        reading = Reading(Path(name), [], config.source, cache, progress, bare)
         found = _collect(reading, columns.read_hub_dataset(reading, name), "Hugging Face dataset", only)
     elif "://" in data:
-        found = _read(remote.fetch(data, cache, progress), config, cache, progress, only)
+        found = _read(remote.fetch(data, cache, progress), config, cache, progress, only, bare)
     elif data.endswith((".yaml", ".yml")):
-        return _mix(Path(data).expanduser(), config, cache, progress, only)
+        return _mix(Path(data).expanduser(), config, cache, progress, only, bare)
     else:
-        found = _read(Path(data).expanduser(), config, cache, progress, only)
+        found = _read(Path(data).expanduser(), config, cache, progress, only, bare)
     if only == "val" and "val" not in found.splits and "train" in found.splits:
         return load(config, cache, progress)  # it is held out of the training pictures, which were passed over
     found = _with_paraphrases(found, config.source.paraphrases)
@@ -194,9 +195,9 @@ def _with_paraphrases(manifest: Manifest, setting: str) -> Manifest:
     )
 
 
-def _read(path: Path, config: Config, cache: Path, progress: bool, only: str) -> Manifest:
-    root, files, kind = find(path, config.source)
-    reading = Reading(root, files, config.source, cache, progress)
+def _read(path: Path, config: Config, cache: Path, progress: bool, only: str, bare: bool) -> Manifest:
+    root, files, kind = find(path, config.source, bare)
+    reading = Reading(root, files, config.source, cache, progress, bare)
     return _collect(reading, kind.read(reading), kind.name, only)
 
 
@@ -265,7 +266,7 @@ def _collect(reading: Reading, rows: Iterable[Row], called: str, only: str) -> M
                 reject(fault)
             else:
                 texts.append(caption)
-        if not texts:
+        if not texts and not reading.bare:
             if not row.captions:
                 reject("no caption")
             continue
@@ -414,7 +415,7 @@ class MixEntry:
     """Settings of `source` that differ from the run's."""
 
 
-def _mix(file: Path, config: Config, cache: Path, progress: bool, only: str) -> Manifest:
+def _mix(file: Path, config: Config, cache: Path, progress: bool, only: str, bare: bool) -> Manifest:
     """Data sets that a YAML file lists, each with a weight, as one."""
     try:
         listed = yaml.safe_load(file.read_text(encoding="utf-8"))
@@ -451,7 +452,7 @@ def _mix(file: Path, config: Config, cache: Path, progress: bool, only: str) -> 
             raise UserError(f"'{file}' has two data sets called '{name}': give one another name")
         named = wanted.data == "scenes" or wanted.data.startswith(("hf:", "pipe:")) or "://" in wanted.data
         data = wanted.data if named else str(file.parent / Path(wanted.data).expanduser())
-        part = load(replace(config, data=data, source=source), cache, progress, only)
+        part = load(replace(config, data=data, source=source), cache, progress, only, bare)
         parts[name] = float(wanted.weight)
         rows, lost = rows + part.rows, lost + part.lost
         notes += [f"{name}: {note}" for note in part.notes]

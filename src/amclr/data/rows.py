@@ -82,6 +82,8 @@ class Reading:
     source: SourceConfig
     cache: Path
     progress: bool = False
+    bare: bool = False
+    """Whether pictures without a caption are wanted too."""
     rejects: list[Reject] = field(default_factory=list)
     rows: int = 0
     """Rows, members and entries read, usable or not."""

@@ -6,6 +6,7 @@ import csv
 import re
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
@@ -356,6 +357,17 @@ def read_sidecars(reading: Reading) -> Iterator[Row]:
             reading.reject(text, f"caption cannot be read ({what})", key=name)
             continue
         yield Row(name, [caption], file=reading.name(text))
+
+
+def read_pictures(reading: Reading) -> Iterator[Row]:
+    """Pictures at any depth in a folder, with or without a text file of their names beside them."""
+    for path in pictures(reading.root):
+        text = sidecar(path)
+        captions: list[str] = []
+        with suppress(OSError, UnicodeDecodeError):
+            if text and text.stat().st_size <= MAX_LINE:
+                captions = [text.read_text(encoding="utf-8-sig")]
+        yield Row(path.relative_to(reading.root).as_posix(), captions, file=reading.name(path))
 
 
 def sidecar(picture: Path) -> Path | None:

@@ -140,7 +140,7 @@ class _Index:
 
 def read_tars(reading: Reading) -> Iterator[Row]:
     """WebDataset tars: key.jpg (or .png ...) with key.txt (a caption) or key.json (caption, captions, text ...)."""
-    work = partial(_indexed, source=reading.source, cache=reading.cache / "tars")
+    work = partial(_indexed, source=reading.source, cache=reading.cache / "tars", bare=reading.bare)
     workers = min(os.cpu_count() or 1, 16)
     bar = partial(tqdm, total=len(reading.files), desc="Indexing tars", unit="tar", leave=False,
                   disable=not reading.progress or len(reading.files) < 8)  # fmt: skip
@@ -168,23 +168,23 @@ def _rows(reading: Reading, indices: Iterable[_Index]) -> Iterator[Row]:
             yield Row(place, captions, paraphrases, name=name, split=split or of_file, file=called)
 
 
-def _indexed(file: Path, source: SourceConfig, cache: Path) -> _Index:
+def _indexed(file: Path, source: SourceConfig, cache: Path, bare: bool) -> _Index:
     """The index of a tar; kept between runs, and made anew where the tar has changed."""
     stat = file.stat()
-    settings = (source.image_column, source.caption_column)
+    settings = (source.image_column, source.caption_column, *(["bare"] if bare else []))
     what = derive(FORMAT, str(file.resolve()), stat.st_size, stat.st_mtime_ns, *settings)
     kept = cache / f"{what:016x}.json.gz"
     try:
         return _Index(**read_packed(kept))
     except TypeError:  # there is none, or not such a one
-        index = index_tar(file, source)
+        index = index_tar(file, source, bare)
     cache.mkdir(parents=True, exist_ok=True)
     write_packed(kept, vars(index))
     return index
 
 
-def index_tar(file: Path, source: SourceConfig) -> _Index:
-    """Group a tar's members into samples."""
+def index_tar(file: Path, source: SourceConfig, bare: bool = False) -> _Index:
+    """Group a tar's members into samples; bare: those without a caption too."""
     index = _Index()
     with file.open("rb") as handle:
         start = handle.read(BLOCK)
@@ -207,12 +207,12 @@ def index_tar(file: Path, source: SourceConfig) -> _Index:
             if not called or called.startswith("."):
                 continue
             if group and (_key(member) != _key(group[0]) or _field(member) in map(_field, group)):
-                _finish(handle, group, near, index, source)
+                _finish(handle, group, near, index, source, bare)
                 group, near = [], behind
             group.append(member)
             behind = []
         if group:
-            _finish(handle, group, near, index, source)
+            _finish(handle, group, near, index, source, bare)
         index.rejects += [["", d.reason] for d in damage if not d.blamed]
         if damage and not index.rows and len(damage) == len(index.rejects):
             return _Index(fault=f"is no tar: {damage[0].reason}")
@@ -228,12 +228,16 @@ def _field(member: Member) -> str:
     return PurePosixPath(member.name).name.partition(".")[2].lower()
 
 
-def _finish(handle: BinaryIO, group: list[Member], near: list[Damage], index: _Index, source: SourceConfig) -> None:
+def _finish(
+    handle: BinaryIO, group: list[Member], near: list[Damage], index: _Index, source: SourceConfig, bare: bool
+) -> None:
     """Make a row of the members of a sample, or a reject that says what it lacks."""
     key, fields = _key(group[0]), {_field(m): m for m in group}
     wanted = [source.image_column.lower()] if source.image_column else SUFFIXES
     suffix = next((s for s in wanted if s in fields), None)
     row, fault = _captions(handle, fields, source)
+    if bare and row is None:
+        row, fault = Row("", []), None
     if suffix is None:
         fault = f"no picture beside {', '.join(sorted(fields))[:80]}"
     if fault is None and row and suffix:

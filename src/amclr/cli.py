@@ -238,7 +238,9 @@ def _index(arguments: list[str]) -> int:
     parser = _parser("index")
     _add_model(parser)
     parser.add_argument("data", type=str, help="pictures: a folder of them, tars, or any data set")
-    parser.add_argument("--out", type=str, required=True, metavar="INDEX", help="folder of the index, new or there")
+    parser.add_argument(
+        "--out", type=str, default="", metavar="INDEX", help="folder of the index, new or there; empty: indexes/NAME"
+    )
     parser.add_argument(
         "--thumbnails", type=int, default=256, metavar="PIXELS", help="longer side of the thumbnails; 0 makes none"
     )
@@ -249,7 +251,7 @@ def _index(arguments: list[str]) -> int:
     parser.add_argument("--cache", type=str, default="", help="folder for what is kept between runs")
     parser.add_class_arguments(SourceConfig, "source", skip=_OF_TRAINING)
     values = _parse(parser, arguments).as_dict()
-    values["out"], values["source"] = Path(values["out"]), from_dict(values["source"], SourceConfig)
+    values["source"] = from_dict(values["source"], SourceConfig)
     from amclr import index
 
     try:
@@ -436,7 +438,10 @@ def _parse(parser: ArgumentParser, arguments: list[str]) -> Any:
         return parser.parse_args(arguments)
     except (ArgumentError, ValueError, TypeError) as error:
         message = " ".join(str(error).split())
-        if option := _unknown_option(message):
+        if found := re.search(r"arguments are required: ([\w, ]+)", message):
+            options = {action.dest: action.option_strings[0] for action in parser._actions if action.option_strings}
+            message = f"it needs {', '.join(options.get(n, n.upper()) for n in found[1].split(', '))}"
+        elif option := _unknown_option(message):
             known = [o for action in parser._actions for o in action.option_strings]
             near = difflib.get_close_matches(option, known, n=1)
             message = f"unknown option '{option}'" + (f": did you mean {near[0]}?" if near else "")

@@ -152,13 +152,13 @@ def results(found: Sequence[tuple[Tensor, str]], file: Path, title: str) -> None
     height = 0.5 + 1.75 * rows
     with plt.rc_context({"font.size": 9}):
         figure = plt.figure(figsize=(1.75 * across, height))
-        grid = figure.add_gridspec(rows, across, left=0.01, right=0.99, bottom=0.01, top=1 - 0.62 / height,
+        grid = figure.add_gridspec(rows, across, left=0.01, right=0.99, bottom=0.01, top=1 - 0.55 / height,
                                    hspace=0.16, wspace=0.05)  # fmt: skip
         for n, (picture, text) in enumerate(found):
             cell = figure.add_subplot(grid[n // across, n % across])
             cell.imshow(picture.permute(1, 2, 0).numpy(), interpolation="antialiased")
             cell.axis("off")
-            cell.set_title(textwrap.shorten(text, 30, placeholder="..."), fontsize=7.5, pad=2, color="0.3")
+            cell.set_title(text if len(text) < 25 else f"{text[:22]}...", fontsize=7.5, pad=2, color="0.3")
         if not found:
             figure.text(0.5, 0.4, "nothing found", ha="center", color="0.4")
         figure.suptitle(textwrap.shorten(title, 90), x=0.01, ha="left", fontsize=11, y=0.995, va="top")

@@ -339,16 +339,18 @@ class Entry:
 
 
 def build(
-    run: str | Path, data: str, out: Path, source: SourceConfig | None = None, thumbnails: int = 256,
+    run: str | Path, data: str, out: str | Path = "", source: SourceConfig | None = None, thumbnails: int = 256,
     approximate: bool | None = None, cache: str = "", progress: bool = True,
 ) -> Built | None:  # fmt: skip
     """Index the pictures of a folder, archive or data set, or bring their index up to date.
 
-    run: what `amclr.load` takes. thumbnails: longer side in pixels, 0 for none. approximate: whether a search looks
-    at a part of the rows alone; None: from `APPROXIMATE_FROM` rows on. Processes that torchrun started share the
-    pictures; the first of them returns what became of it, the others None. Raises UserError, saying what to type.
+    run: what `amclr.load` takes. out: its folder; empty makes indexes/NAME after the data. thumbnails: longer side in
+    pixels, 0 for none. approximate: whether a search looks at a part of the rows alone; None: from `APPROXIMATE_FROM`
+    rows on. Processes that torchrun started share the pictures; the first of them returns what became of it, the
+    others None. Raises UserError, saying what to type.
     """
     _arrow()
+    out = Path(out or f"indexes/{manifests.label(data)}")
     if thumbnails and not 16 <= thumbnails <= 2048:
         raise UserError(f"--thumbnails must be 0, or 16 to 2048 pixels, got {thumbnails}")
     processes = Processes.start()

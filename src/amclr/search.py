@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import re
 import shlex
@@ -60,7 +61,7 @@ def parse(query: str) -> tuple[str, list[str]]:
     """
     if len(query) > MAX_TEXT:
         raise UserError(f"a query must have {MAX_TEXT} characters at the most, got {len(query)}")
-    unwanted = [m[1] or m[2] for m in re.finditer(MINUS, query)]
+    unwanted = [m[1] or m[2] or "" for m in re.finditer(MINUS, query)]
     wanted = " ".join(re.sub(MINUS, " ", query).replace('"', " ").split())
     return wanted, [u for u in (" ".join(u.split()) for u in unwanted) if u]
 
@@ -231,8 +232,6 @@ def _columns(top: int) -> Iterator[str]:
 
 
 def _csv(rows: Sequence[Sequence[Any]]) -> str:
-    import io
-
     out = io.StringIO()
     csv.writer(out, lineterminator="\n").writerows(rows)
     return out.getvalue()

@@ -1,0 +1,170 @@
+"""An index of many vectors, ours and FAISS used directly: time to make, memory, recall of the ten best, queries a second.
+
+    python -m benchmarks.search                    # a million vectors; about ten minutes on two cores
+    python -m benchmarks.search --rows 100000
+
+Vectors are made: unit rows around 20,000 centres, which have centres themselves, as pictures of many kinds have. Queries
+lie beside some of them. FAISS directly is IndexFlatIP for exact search, and index_factory's IVF-Flat with as many lists
+and probes as ours chose for the other. Each row is measured in a process of its own;
+memory is that beyond the libraries', the vectors given to FAISS included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import re
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+DIM, BATCH, QUERIES = 256, 32, 1000
+
+
+def unit(rows: np.ndarray) -> np.ndarray:
+    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+
+
+def blocks(rows: int) -> Iterator[np.ndarray]:
+    """The vectors, a part at a time."""
+    draw = np.random.default_rng(0)
+    kinds = unit(draw.normal(size=(500, DIM)))
+    centres = unit(kinds[draw.integers(0, 500, 20_000)] + 0.06 * draw.normal(size=(20_000, DIM)))
+    for start in range(0, rows, 1 << 16):
+        size = min(1 << 16, rows - start)
+        yield unit(
+            centres[draw.integers(0, len(centres), size)] + 0.04 * draw.normal(size=(size, DIM)).astype(np.float32)
+        )
+
+
+def queries(rows: int) -> np.ndarray:
+    draw = np.random.default_rng(1)
+    first = next(blocks(rows))
+    some = first[draw.integers(0, len(first), QUERIES)]
+    return unit(some + 0.04 * draw.normal(size=(QUERIES, DIM)))
+
+
+def memory(what: str) -> float:
+    """Of this process, in MB: `VmRSS` now, `VmHWM` at most."""
+    found = re.search(rf"{what}:\s*(\d+) kB", Path("/proc/self/status").read_text())
+    return int(found[1]) / 1024 if found else float("nan")
+
+
+def timed(search: Any, asked: np.ndarray) -> tuple[np.ndarray, float, float]:
+    """What was found, queries a second one by one, and in batches."""
+    search(asked[:1])
+    began = time.perf_counter()
+    for k in range(100):
+        search(asked[k : k + 1])
+    one = 100 / (time.perf_counter() - began)
+    began = time.perf_counter()
+    found = np.concatenate([search(asked[k : k + BATCH]) for k in range(0, len(asked), BATCH)])
+    return found, one, len(asked) / (time.perf_counter() - began)
+
+
+def make_index(folder: Path, rows: int, lists: bool, out: Any) -> None:
+    """Ours, from vectors to files."""
+    from amclr.index import FORMAT, Lists, Row, write_part
+
+    base = memory("VmRSS")
+    (folder / "parts").mkdir(parents=True, exist_ok=True)
+    began, at, parts = time.perf_counter(), 0, []
+    for block in blocks(rows):
+        some = [Row(f"{at + k:08d}.jpg", "", 0, -1, "", (), b"") for k in range(len(block))]
+        parts.append(vars(write_part(folder, block, some, [b""] * len(block), "made")))
+        at += len(block)
+    about: dict[str, Any] = {"amclr index": FORMAT, "data": "", "dim": DIM, "model": "made", "parts": parts}
+    if lists:
+        vectors = np.concatenate(list(blocks(rows)))
+        about["lists"] = Lists.make(vectors, queries(rows)[::2], progress=True).write(folder / "lists")
+    (folder / "index.json").write_text(json.dumps(about))
+    out.put(
+        {"seconds": time.perf_counter() - began, "MB": memory("VmHWM") - base, "probes": about.get("lists", {}).get("probes")}
+    )
+
+
+def use_index(folder: Path, rows: int, out: Any) -> None:
+    from amclr.index import Index
+
+    asked, base, began = queries(rows), memory("VmRSS"), time.perf_counter()
+    index = Index(folder)
+    index.search(asked[:1])
+    opened = time.perf_counter() - began
+    found, one, many = timed(lambda q: index.search(q, 10)[1], asked)
+    out.put({"opened": opened, "MB": memory("VmRSS") - base, "found": found, "one": one, "many": many})
+
+
+def direct(rows: int, count: int, probes: int, out: Any) -> None:
+    """FAISS alone, exact where `count` lists are none."""
+    import faiss
+
+    base = memory("VmRSS")
+    vectors, asked, began = np.concatenate(list(blocks(rows))), queries(rows), time.perf_counter()
+    if count:
+        index = faiss.index_factory(DIM, f"IVF{count},Flat", faiss.METRIC_INNER_PRODUCT)
+        index.cp.spherical, index.cp.niter, index.cp.max_points_per_centroid = True, 10, 64
+        index.train(vectors)
+        index.nprobe = probes
+    else:
+        index = faiss.IndexFlatIP(DIM)
+    index.add(vectors)
+    made, peak = time.perf_counter() - began, memory("VmHWM") - base
+    del vectors
+    found, one, many = timed(lambda q: index.search(q, 10)[1], asked)
+    out.put({"seconds": made, "MB": peak, "found": found, "one": one, "many": many})
+
+
+def alone(work: Any, *arguments: Any) -> dict[str, Any]:
+    """What `work` puts out, in a process of its own."""
+    context = multiprocessing.get_context("spawn")
+    out: Any = context.Queue()
+    process = context.Process(target=work, args=(*arguments, out))
+    process.start()
+    found = out.get()
+    process.join()
+    return dict(found)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=1_000_000)
+    parser.add_argument("--folder", type=Path, help="where the indices are written; a temporary one")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=options.folder) as place:
+        exact, lists = Path(place) / "exact", Path(place) / "lists"
+        made = {
+            exact: alone(make_index, exact, options.rows, False),
+            lists: alone(make_index, lists, options.rows, True),
+        }
+        told = json.loads((lists / "index.json").read_text())["lists"]
+        count = len(np.load(lists / "lists" / "centroids.npy"))
+        used = {f: alone(use_index, f, options.rows) for f in (exact, lists)}
+        size = {f: sum(x.stat().st_size for x in f.rglob("*") if x.is_file()) / 2**20 for f in (exact, lists)}
+        flat, ivf = alone(direct, options.rows, 0, 0), alone(direct, options.rows, count, told["probes"])
+    true = flat["found"]
+
+    def recall(found: np.ndarray) -> str:
+        return f"{100 * (found[:, :, None] == true[:, None, :]).any(2).mean():.1f}%"
+
+    print(f"{options.rows:,} vectors of {DIM} dimensions, {QUERIES:,} queries, {os.cpu_count()} cores; "
+          f"{count:,} lists, of which a query looks at {told['probes']}\n")  # fmt: skip
+    print("| | made, s | its peak, MB | on disk, MB | opened, s | in use, MB | recall@10 | queries/s, one by one "
+          f"| in batches of {BATCH} |")  # fmt: skip
+    print("|---|---|---|---|---|---|---|---|---|")
+    for name, folder in (("amclr, exact", exact), ("amclr, lists", lists)):
+        m, u = made[folder], used[folder]
+        print(f"| {name} | {m['seconds']:.0f} | {m['MB']:,.0f} | {size[folder]:,.0f} | {u['opened']:.1f} | {u['MB']:,.0f} "
+              f"| {recall(u['found'])} | {u['one']:,.0f} | {u['many']:,.0f} |")  # fmt: skip
+    for name, d in (("FAISS, IndexFlatIP", flat), (f"FAISS, IVF{count},Flat", ivf)):
+        print(f"| {name} | {d['seconds']:.0f} | {d['MB']:,.0f} | | | | {recall(d['found'])} | {d['one']:,.0f} "
+              f"| {d['many']:,.0f} |")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -85,7 +85,11 @@ def make_index(folder: Path, rows: int, lists: bool, out: Any) -> None:
         about["lists"] = Lists.make(vectors, queries(rows)[::2], progress=True).write(folder / "lists")
     (folder / "index.json").write_text(json.dumps(about))
     out.put(
-        {"seconds": time.perf_counter() - began, "MB": memory("VmHWM") - base, "probes": about.get("lists", {}).get("probes")}
+        {
+            "seconds": time.perf_counter() - began,
+            "MB": memory("VmHWM") - base,
+            "probes": about.get("lists", {}).get("probes"),
+        }
     )
 
 

@@ -236,6 +236,6 @@ def test_alike_embeddings_are_joined(index: Index, tmp_path: Path) -> None:
 
 def test_an_index_without_thumbnails(run: Run, folder_and_index: tuple[Path, Path], tmp_path: Path) -> None:
     build(run.folder, str(folder_and_index[0]), tmp_path / "idx", thumbnails=0, progress=False)
-    hits = search.search(tmp_path / "idx", "a red patch", k=3)
+    index, hits = search.search(tmp_path / "idx", "a red patch", k=3)
     with pytest.raises(UserError, match="has no thumbnails to draw"):
-        search.draw(tmp_path / "idx", hits, tmp_path / "s.png", "x")
+        search.draw(index, hits, tmp_path / "s.png", "x")

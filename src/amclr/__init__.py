@@ -21,21 +21,26 @@ if TYPE_CHECKING:
         engine,
         evaluate,
         figures,
+        hub,
+        index,
         measure,
         model,
         objectives,
         pretrained,
         recipes,
         run,
+        search,
     )
     from amclr.config import Config
     from amclr.engine import train
+    from amclr.model import DualEncoder
     from amclr.run import load
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Config",
+    "DualEncoder",
     "classes",
     "compare",
     "config",
@@ -43,6 +48,8 @@ __all__ = [
     "engine",
     "evaluate",
     "figures",
+    "hub",
+    "index",
     "load",
     "measure",
     "model",
@@ -50,10 +57,13 @@ __all__ = [
     "pretrained",
     "recipes",
     "run",
+    "search",
     "train",
 ]
 
-_MEMBERS = {"Config": "amclr.config", "load": "amclr.run", "train": "amclr.engine"}
+_MEMBERS = {
+    "Config": "amclr.config", "DualEncoder": "amclr.model", "load": "amclr.run", "train": "amclr.engine",
+}  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

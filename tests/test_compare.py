@@ -690,8 +690,8 @@ def test_the_example_of_the_guide_runs(tmp_path: Path) -> None:
 # -- the command line ----------------------------------------------------------------------------
 
 
-def test_the_command(amclr: Command, experiment: Path, classes: Path, tmp_path: Path) -> None:
-    done = amclr("compare", experiment, "--seeds", "1", "--zeroshot", classes)
+def test_the_command(main: Command, experiment: Path, classes: Path, tmp_path: Path) -> None:
+    done = main("compare", experiment, "--seeds", "1", "--zeroshot", classes)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "run 2 of 2: amclr, seed 0: text retrieval" in done.stderr
     assert f"Made by `amclr compare {experiment} --seeds 1 --zeroshot {classes}`" in done.stdout

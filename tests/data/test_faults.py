@@ -182,10 +182,11 @@ def faulty(tmp_path: Path) -> tuple[Path, dict[tuple[str, int, str], str]]:
     return tmp_path / "mix.yaml", expected
 
 
-def test_a_thousand_samples_with_a_tenth_spoiled(tmp_path: Path, amclr: Command) -> None:
+@pytest.mark.usefixtures("undrawn")
+def test_a_thousand_samples_with_a_tenth_spoiled(tmp_path: Path, main: Command) -> None:
     data, expected = faulty(tmp_path)
     assert len(expected) >= 100
-    done = amclr(
+    done = main(
         "train", "--recipe", "scratch", "--data", data, "--out", tmp_path / "run", "--epochs", 1, "--batch_size", 64,
         "--model.image_size", 16, "--model.dim", 16, "--source.max_bad", 0.2, "--accelerator", "cpu",
     )  # fmt: skip
@@ -202,13 +203,13 @@ def test_a_thousand_samples_with_a_tenth_spoiled(tmp_path: Path, amclr: Command)
     assert not (tmp_path / "owned").exists()
 
 
-def test_rejects_beyond_the_limit_stop_the_run_before_it_starts(tmp_path: Path, amclr: Command) -> None:
+def test_rejects_beyond_the_limit_stop_the_run_before_it_starts(tmp_path: Path, main: Command) -> None:
     data, expected = faulty(tmp_path)
-    done = amclr("train", "--recipe", "scratch", "--data", data, "--out", tmp_path / "run", "--accelerator", "cpu")
+    done = main("train", "--recipe", "scratch", "--data", data, "--out", tmp_path / "run", "--accelerator", "cpu")
     assert done.returncode == 1 and not (tmp_path / "run").exists()
     assert re.search(r"cannot be used, over the limit of 2.0%; .*the first: .*raise --source.max_bad", done.stderr)
     assert "amclr: " in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
-    kinds = amclr("inspect", "--data", data)
+    kinds = main("inspect", "--data", data)
     assert kinds.returncode == 0 and f"left out     {len(expected)} " in kinds.stdout
 
 

@@ -19,6 +19,8 @@ torch.set_num_threads(1)
 if not torch.cuda.is_available():
     # Triton's kernels then run in its interpreter. It looks at this when it is first imported, by whatever test.
     os.environ["TRITON_INTERPRET"] = "1"
+# No test asks the Hub, in this process or another. Its library, too, looks at this once.
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 REAL = Path(os.environ.get("AMCLR_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
 BEGUN = time.monotonic()
@@ -80,12 +82,48 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
+@pytest.fixture
+def undrawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs leave no curves and no gallery, which take longer than small runs do, but for tests marked `draws`."""
+    if request.node.get_closest_marker("draws"):
+        return
+    from amclr import engine, measure
+
+    for place in (engine, measure):
+        monkeypatch.setattr(place, "draw_gallery", lambda *_: None)
+    monkeypatch.setattr(engine.figures, "curves", lambda *_: None)
+
+
 Command = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture
+def main(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Command:
+    """Run the command line in this process, in an empty folder: a new one takes seconds to import all there is.
+
+    Libraries that look at the environment when they are imported have done so already.
+    """
+
+    def run(*arguments: object, **environment: object) -> subprocess.CompletedProcess[str]:
+        from amclr import cli
+
+        capfd.readouterr()
+        with monkeypatch.context() as patch:
+            patch.chdir(tmp_path)
+            for name, value in {"OMP_NUM_THREADS": 1, **environment}.items():
+                patch.setenv(name, str(value))
+            try:
+                code = cli.main([*map(str, arguments)])
+            except SystemExit as stop:  # after --help
+                code = int(stop.code or 0)
+        return subprocess.CompletedProcess(arguments, code, *capfd.readouterr())
+
+    return run
+
+
+@pytest.fixture
 def amclr(tmp_path: Path) -> Command:
-    """Run the command line as a user would: in a process of its own, in an empty folder."""
+    """Run the command line as a user would, in a process of its own: for whole passes, and how a process ends."""
 
     def run(*arguments: object, timeout: float = 300, **environment: object) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
@@ -94,12 +132,7 @@ def amclr(tmp_path: Path) -> Command:
             capture_output=True,
             text=True,
             timeout=timeout,
-            env={
-                **os.environ,
-                "OMP_NUM_THREADS": "1",
-                "HF_HUB_OFFLINE": "1",
-                **{k: str(v) for k, v in environment.items()},
-            },
+            env={**os.environ, "OMP_NUM_THREADS": "1", **{k: str(v) for k, v in environment.items()}},
         )
 
     return run

@@ -32,6 +32,8 @@ from tests.conftest import Command
 from tests.test_engine import assert_same_run, config_for, frozen
 from tests.test_model import CAPTIONS, TINY, encoder, pictures
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 needs_packages = pytest.mark.skipif(not pretrained.available(), reason="needs pip install 'amclr[pretrained]'")
 
 
@@ -206,10 +208,10 @@ def test_what_is_loaded_is_what_was_measured(folder: Path, published: ModelConfi
 
 
 @pytest.mark.slow
-def test_the_line_after_the_fact(folder: Path, published: ModelConfig, amclr: Command) -> None:
+def test_the_line_after_the_fact(folder: Path, published: ModelConfig, main: Command) -> None:
     """At 0 the towers are the published ones, at 1 the trained ones, in between what a run with --wise keeps."""
     plain = train(tuned(folder, published, "plain", wise=1.0, ema=0.0, objective="clip"), progress=False)
-    done = amclr("evaluate", plain.folder, "--wise", "0,0.6,1", "--zeroshot", classes(folder))
+    done = main("evaluate", plain.folder, "--wise", "0,0.6,1", "--zeroshot", classes(folder))
     assert done.returncode == 0, done.stderr
     assert "wise (0 start, 1 trained)" in done.stdout and "plain-wise" not in done.stderr
     file = plain.folder / "evaluations" / "patches-val-wise.json"
@@ -226,7 +228,7 @@ def test_the_line_after_the_fact(folder: Path, published: ModelConfig, amclr: Co
     row = next(r for r in kept.metrics() if r["kind"] == "eval" and r["step"] == state["step"])
     assert rows[1]["r_mean"] == pytest.approx(row["r_mean"], abs=1e-3)
     assert "image retr." in report({"wise": rows, "curves": "x.png"})
-    wrong = amclr("evaluate", plain.folder, "--wise", "0,2")
+    wrong = main("evaluate", plain.folder, "--wise", "0,2")
     assert wrong.returncode == 1 and "--wise must be numbers between 0 and 1" in wrong.stderr
 
 
@@ -503,6 +505,7 @@ def classes(folder: Path) -> Path:
     return root
 
 
+@pytest.mark.draws
 def test_monitor(folder: Path, published: ModelConfig, capsys: pytest.CaptureFixture[str]) -> None:
     root = classes(folder)
     first = train(config_for(folder, "first", objective="clip", optim=OptimConfig(lr=3e-3)), progress=False)

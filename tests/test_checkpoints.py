@@ -34,6 +34,8 @@ from amclr.errors import UserError
 from amclr.run import Run
 from tests.test_engine import frozen
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 
 def state_of(step: int, numbers: int = 40) -> dict[str, Any]:
     """A state with everything that one may hold, other values for every step."""

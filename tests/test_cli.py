@@ -1,4 +1,4 @@
-"""The command line as users meet it: in processes of its own, with real signals and bad input."""
+"""The command line as users meet it: a whole pass and real signals in processes of its own, bad input in this one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ import torch
 from PIL import Image
 
 import amclr as package
-from amclr import cli
 from amclr.run import Run
 from tests.conftest import COLOURS, REAL, SMALL, Command, needs_real_data, paint
 from tests.data.formats import items_of, write_parquet, write_tars
@@ -34,18 +33,18 @@ def one_line(result: subprocess.CompletedProcess[str], code: int = 1) -> str:
     return line
 
 
-def test_help(amclr: Command) -> None:
-    assert "first steps:" in amclr().stdout
-    assert amclr("--version").stdout == f"amclr {package.__version__}\n"
-    text = amclr("train", "--help").stdout
+def test_help(main: Command) -> None:
+    assert "first steps:" in main().stdout
+    assert main("--version").stdout == f"amclr {package.__version__}\n"
+    text = main("train", "--help").stdout
     for expected in ("--objective", "--loss.gamma", "recipes", "--resume RUN", "learning-rate factor", "frozen"):
         assert expected.lower() in text.lower()
-    assert "--zeroshot" in amclr("evaluate", "--help").stdout
-    looked = amclr("inspect", "--help").stdout
+    assert "--zeroshot" in main("evaluate", "--help").stdout
+    looked = main("inspect", "--help").stdout
     assert "contact sheet" in looked and "--source.encoding" in looked and "--optim.lr" not in looked
 
 
-def test_train_evaluate_inspect(amclr: Command, folder: Path, tmp_path: Path) -> None:
+def test_train_evaluate_inspect(amclr: Command, main: Command, folder: Path, tmp_path: Path) -> None:
     trained = amclr("train", "--data", folder, *SMALL, "--objective", "xamclr", "--out", "out/run")
     assert trained.returncode == 0, trained.stderr[-2000:]
     assert "text retrieval" in trained.stdout and "chance" in trained.stdout and "epoch 2/2" in trained.stderr
@@ -66,19 +65,20 @@ def test_train_evaluate_inspect(amclr: Command, folder: Path, tmp_path: Path) ->
     )
     with Image.open(tmp_path / "contact-sheet.png") as sheet:
         assert min(sheet.size) > 400
-    again = amclr("train", "--data", folder, *SMALL, "--out", "out/run")
+    again = main("train", "--data", folder, *SMALL, "--out", "out/run")
     assert "is in use: go on with it by: amclr train --resume out/run" in one_line(again)
-    assert "split 'test'" in one_line(amclr("evaluate", "out/run", "--split", "test"))
+    assert "split 'test'" in one_line(main("evaluate", "out/run", "--split", "test"))
 
 
-def test_settings_from_a_file_and_on_top_of_it(amclr: Command, folder: Path, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("undrawn")
+def test_settings_from_a_file_and_on_top_of_it(main: Command, folder: Path, tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text(f"data: {folder}\nepochs: 1\nbatch_size: 8\nloss:\n  temperature: 0.2\n")
-    done = amclr("train", "--config", "mine.yaml", *SMALL[:-6], "--loss.gamma", "0.5", "--out", "run")
+    done = main("train", "--config", "mine.yaml", *SMALL[:-6], "--loss.gamma", "0.5", "--out", "run")
     assert done.returncode == 0, done.stderr[-2000:]
     config = package.run.Run.open(tmp_path / "run").config
     assert (config.epochs, config.loss.temperature, config.loss.gamma, config.model.image_size) == (1, 0.2, 0.5, 32)
     # A run's own config.yaml repeats it.
-    again = amclr("train", "--config", "run/config.yaml", "--out", "again")
+    again = main("train", "--config", "run/config.yaml", "--out", "again")
     assert again.returncode == 0, again.stderr[-2000:]
     states = [torch.load(tmp_path / r / "checkpoints/last.pt", weights_only=True) for r in ("run", "again")]
     assert all(torch.equal(v, states[1]["model"][k]) for k, v in states[0]["model"].items())
@@ -108,55 +108,46 @@ def test_settings_from_a_file_and_on_top_of_it(amclr: Command, folder: Path, tmp
         (["inspect", "--sheet", "sheet.xyz"], "cannot draw a contact sheet as 'sheet.xyz': name a .png"),
     ],
 )
-def test_slips_are_one_line_with_advice(
-    arguments: list[str],
-    message: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    """In this process: a new one takes seconds to import all there is, and there are many slips."""
-    monkeypatch.chdir(tmp_path)
+def test_slips_are_one_line_with_advice(arguments: list[str], message: str, main: Command, tmp_path: Path) -> None:
     (tmp_path / "slip.yaml").write_text("epoch: 3\n")
     (tmp_path / "nested.yaml").write_text("optim:\n  lrr: 3\n")
-    code = cli.main(arguments)
-    result = subprocess.CompletedProcess(arguments, code, *capsys.readouterr())
-    assert message in one_line(result, 2 if arguments[0] == "trian" else 1)
+    assert message in one_line(main(*arguments), 2 if arguments[0] == "trian" else 1)
 
 
-def test_bad_data_ends_in_one_line_or_a_counted_skip(amclr: Command, folder: Path, tmp_path: Path) -> None:
+def test_bad_data_ends_in_one_line_or_a_counted_skip(main: Command, folder: Path, tmp_path: Path) -> None:
     images = folder / "Images"
     (images / "008.png").write_bytes(b"")
     (images / "009.png").write_bytes(bomb(30_000))
     (images / "010.png").write_bytes((images / "010.png").read_bytes()[:300])
     with (folder / "captions.txt").open("a") as handle:
         handle.write("../../secret.png,a secret\n011.png,\n")
-    refused = one_line(amclr("train", "--data", folder, *SMALL, "--out", "run"))
+    refused = one_line(main("train", "--data", folder, *SMALL, "--out", "run"))
     assert "rows cannot be used, over the limit of 2.0%" in refused and "--source.max_bad" in refused
     assert not (tmp_path / "run").exists()
-    done = amclr("train", "--data", folder, *SMALL, "--out", "run", "--source.max_bad", "0.2")
+    done = main("train", "--data", folder, *SMALL, "--out", "run", "--source.max_bad", "0.2")
     assert done.returncode == 0, done.stderr[-2000:]
     rejects = [json.loads(line) for line in (tmp_path / "run" / "rejects.jsonl").read_text().splitlines()]
     assert len(rejects) == 5 and "5 rows or pictures left out" in done.stderr
     assert {Path(r["file"]).name for r in rejects} == {"captions.txt", "008.png", "009.png", "010.png"}
     with (folder / "val.txt").open("a") as handle:
         handle.write("020.png\n")
-    looked = amclr("inspect", "--data", folder)
+    looked = main("inspect", "--data", folder)
     assert "left out     5 of 82 rows" in looked.stdout and "too large" in looked.stdout
     assert "note         1 pictures are in both train and val, such as 020.png" in looked.stdout
 
 
-def test_a_model_from_a_hub_that_cannot_be_reached(amclr: Command, folder: Path, tmp_path: Path) -> None:
-    offline = one_line(amclr("train", "--data", folder, "--recipe", "paper", "--batch_size", "8", "--out", "run"))
+def test_a_model_from_a_hub_that_cannot_be_reached(main: Command, folder: Path, tmp_path: Path) -> None:
+    offline = one_line(main("train", "--data", folder, "--recipe", "paper", "--batch_size", "8", "--out", "run"))
     assert "cannot load text tower 'distilbert-base-uncased'" in offline
     assert "give a folder with config.json, weights and tokenizer, minilm" in offline
     assert not (tmp_path / "run").exists()
 
 
-def test_prompts_and_class_names_from_files(amclr: Command, folder: Path, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("undrawn")
+def test_prompts_and_class_names_from_files(main: Command, folder: Path, tmp_path: Path) -> None:
     """Words of the captions tell the patches apart; other words for the same folders do not."""
     options = ("--epochs", "25", "--batch_size", "16", "--model.text_lr", "0.1", "--views.image", "weak")
-    trained = amclr("train", "--data", folder, *SMALL, *options, "--optim.lr", "3e-3", "--out", "run")
+    trained = main("train", "--data", folder, *SMALL, *options, "--optim.lr", "3e-3", "--out", "run")
     assert trained.returncode == 0, trained.stderr[-2000:]
     for i, name in enumerate(("k0", "k1", "k2", "k3")):
         (tmp_path / "classes" / name).mkdir(parents=True)
@@ -167,7 +158,7 @@ def test_prompts_and_class_names_from_files(amclr: Command, folder: Path, tmp_pa
     (tmp_path / "prompts.txt").write_text("a {} patch\n\nthis {} patch number 4\n")
 
     files = {"zeroshot": "classes", "templates": "prompts.txt", "classnames": "names.tsv"}
-    done = amclr("evaluate", "run", "--retrieval", "false", *(f"--{k}={v}" for k, v in files.items()))
+    done = main("evaluate", "run", "--retrieval", "false", *(f"--{k}={v}" for k, v in files.items()))
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads((tmp_path / "run" / "evaluations" / "zeroshot-classes.json").read_text())
     assert found["zeroshot_pictures"] == 32 and found["zeroshot_top1"] > 70
@@ -176,72 +167,56 @@ def test_prompts_and_class_names_from_files(amclr: Command, folder: Path, tmp_pa
     assert turned["zeroshot_top1"] < 30
 
 
-def test_killed_and_resumed(amclr: Command, folder: Path, tmp_path: Path) -> None:
-    """kill -9 loses no more than the steps since the last checkpoint, and the run ends as if it had not happened."""
-    command = [sys.executable, "-m", "amclr", "train", "--data", str(folder), *SMALL, "--epochs", "12", "--out", "run"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL, env=environment)
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "run" / "checkpoints" / "step-00000008.pt").is_file():
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.02)
-    process.kill()
-    assert process.wait(timeout=60) == -signal.SIGKILL
-    config = tmp_path / "run" / "config.yaml"
-    assert not (tmp_path / "run" / "results.json").exists() and "epochs: 12" in config.read_text()
-    resumed = amclr("train", "--resume", "run")
-    assert resumed.returncode == 0, resumed.stderr[-2000:]
-    whole = amclr("train", "--data", folder, *SMALL, "--epochs", "12", "--out", "whole")
-    assert whole.returncode == 0, whole.stderr[-2000:]
-    assert_same_run(Run.open(tmp_path / "run"), Run.open(tmp_path / "whole"))
+@pytest.mark.usefixtures("undrawn")
+def test_killed_stopped_and_gone_on_with(folder: Path, tmp_path: Path, main: Command) -> None:
+    """kill -9 loses no more than the steps since the last checkpoint, a signal none; and the run ends as if without."""
+    settings = ("--data", str(folder), *SMALL, "--epochs", "12", "--out")
+    run = tmp_path / "run"
 
+    def saved() -> int:
+        """The step of the newest checkpoint."""
+        return max((int(f.stem.removeprefix("step-")) for f in run.glob("checkpoints/step-*.pt")), default=0)
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_keeps_what_was_learned(amclr: Command, folder: Path, tmp_path: Path, number: int, code: int) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "amclr",
-        "train",
-        "--data",
-        str(folder),
-        *SMALL,
-        "--epochs",
-        "2000",
-        "--out",
-        "run",
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        command, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-    )
-    metrics = tmp_path / "run" / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while not (metrics.is_file() and len(metrics.read_text().splitlines()) > 3):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.05)
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == code
-    assert "Traceback" not in errors and "amclr train --resume run" in errors.splitlines()[-1]
-    state = torch.load(tmp_path / "run" / "checkpoints" / "last.pt", weights_only=True)
-    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
-    assert state["step"] >= rows[-1]["step"] > 0
-    # Shorten the run, so that going on with it ends soon.
-    config = tmp_path / "run" / "config.yaml"
-    config.write_text(config.read_text().replace("epochs: 2000", f"epochs: {state['step'] // 4 + 2}"))
-    resumed = amclr("train", "--resume", "run")
-    assert resumed.returncode == 0, resumed.stderr[-2000:]
+    def ended_by(number: signal.Signals, *arguments: str) -> tuple[int, str]:
+        """Exit code, and what was said, of a process that is sent a signal after its next checkpoint."""
+        process = subprocess.Popen(
+            [sys.executable, "-m", "amclr", "train", *arguments], cwd=tmp_path, stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        before, deadline = saved(), time.monotonic() + 120
+        while saved() <= before:
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.02)
+        process.send_signal(number)
+        _, said = process.communicate(timeout=60)
+        return process.returncode, said
+
+    assert ended_by(signal.SIGKILL, *settings, "run")[0] == -signal.SIGKILL
+    assert not (run / "results.json").exists() and "epochs: 12" in (run / "config.yaml").read_text()
+    assert saved() >= 4
+    for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+        ended, said = ended_by(number, "--resume", "run")
+        assert ended == code
+        assert "Traceback" not in said and "amclr train --resume run" in said.splitlines()[-1]
+        state = Run.open(run).load_last()
+        assert state is not None and state["step"] >= Run.open(run).metrics()[-1]["step"] > 0
+    for arguments in (("--resume", "run"), (*settings, "whole")):
+        done = main("train", *arguments)
+        assert done.returncode == 0, done.stderr[-2000:]
+    assert_same_run(Run.open(run), Run.open(tmp_path / "whole"))
 
 
 def test_commands_say_which_extra_they_need(tmp_path: Path) -> None:
     """With torch and numpy alone the library imports, and the command line says what to install."""
     blocker = "import sys\nfor m in ('jsonargparse', 'lightning', 'timm', 'transformers', 'torchvision', 'PIL'): sys.modules[m] = None\n"
     (tmp_path / "sitecustomize.py").write_text(blocker)
+    code = (
+        "import sys, amclr, amclr.cli; amclr.objectives.build('amclr', 9); amclr.evaluate.retrieval; "
+        "sys.exit(amclr.cli.main(['train']))"
+    )
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    run = lambda *a: subprocess.run([sys.executable, *a], capture_output=True, text=True, env=environment)  # noqa: E731
-    assert "pip install 'amclr[train]'" in one_line(run("-m", "amclr", "train"))
-    assert run("-c", "import amclr; amclr.objectives.build('amclr', 9); amclr.evaluate.retrieval").returncode == 0
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert "pip install 'amclr[train]'" in one_line(done) and done.stderr.count("\n") == 1
 
 
 # -- real data ------------------------------------------------------------------------------------
@@ -292,12 +267,12 @@ def test_flickr8k_end_to_end(amclr: Command, tmp_path: Path) -> None:
     assert evals[-1]["r_mean"] > max(2.5 * chance, evals[0]["r_mean"])
 
 
-def test_inspect_lists_a_mix_sample_by_sample(folder: Path, tmp_path: Path, amclr: Command) -> None:
+def test_inspect_lists_a_mix_sample_by_sample(folder: Path, tmp_path: Path, main: Command) -> None:
     items = items_of(folder)
     write_tars(tmp_path / "web", items[:20])
     (folder / "captions.txt").write_text("image,caption\n001.png,costs $5 or $6_{\n002.png,\n013.png,a \x1b[2J patch\n")
     (tmp_path / "mix.yaml").write_text("- {data: patches, weight: 3}\n- {data: web, weight: 0.5}\n")
-    done = amclr("inspect", "--data", "mix.yaml", "--scan", "--list", "all.jsonl", "--views.image", "none")
+    done = main("inspect", "--data", "mix.yaml", "--scan", "--list", "all.jsonl", "--views.image", "none")
     assert done.returncode == 0, done.stderr
     assert "  patches    2, each visited 3 times an epoch" in done.stdout
     assert "  web        20, each visited 0.5 times an epoch" in done.stdout
@@ -314,31 +289,34 @@ def test_inspect_lists_a_mix_sample_by_sample(folder: Path, tmp_path: Path, amcl
     assert (tmp_path / "contact-sheet.png").is_file() and (tmp_path / "contact-sheet-captions.png").is_file()
 
 
-def test_names_do_nothing_to_the_terminal(tmp_path: Path, amclr: Command) -> None:
+def test_names_do_nothing_to_the_terminal(tmp_path: Path, main: Command) -> None:
     for k in range(4):
         (tmp_path / "pets" / "cat").mkdir(parents=True, exist_ok=True)
         paint("red", k // 2).save(tmp_path / "pets" / "cat" / f"\x1b[2J{k}.png")
-    done = amclr("inspect", "--data", "pets")
+    done = main("inspect", "--data", "pets")
     assert done.returncode == 0 and "\x1b" not in done.stdout + done.stderr, done.stderr
     assert "4 pictures in 2 groups look the same; the largest is of 2: cat/\N{REPLACEMENT CHARACTER}[2J" in done.stdout
     assert (tmp_path / "contact-sheet-duplicates.png").is_file()
 
 
-def test_datasets_of_the_hub_by_name(folder: Path, tmp_path: Path, amclr: Command) -> None:
+def test_datasets_of_the_hub_by_name(
+    folder: Path, tmp_path: Path, main: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "hub")
     write_parquet(tmp_path / "set", items_of(folder))
-    done = amclr("inspect", "--data", f"hf:{tmp_path / 'set'}", HF_HOME=tmp_path / "hub")
+    done = main("inspect", "--data", f"hf:{tmp_path / 'set'}")
     assert done.returncode == 0, done.stderr
     assert "(Hugging Face dataset)" in done.stdout and "pictures     40, train 32, val 8" in done.stdout
-    done = amclr("inspect", "--data", "hf:nobody/such-a-set", HF_HOME=tmp_path / "hub")
+    done = main("inspect", "--data", "hf:nobody/such-a-set")
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "cannot load the dataset 'nobody/such-a-set'" in done.stderr and "save_to_disk(FOLDER)" in done.stderr
 
 
-def test_views_may_be_a_list_of_transforms(amclr: Command, folder: Path, tmp_path: Path) -> None:
+def test_views_may_be_a_list_of_transforms(main: Command, folder: Path, tmp_path: Path) -> None:
     crop = "{RandomResizedCrop: {size: 32, scale: [0.5, 1]}}"
-    done = amclr("inspect", "--data", folder, "--model.image_size", 32, "--views.image", f"[{crop}, RandomInvert]")
+    done = main("inspect", "--data", folder, "--model.image_size", 32, "--views.image", f"[{crop}, RandomInvert]")
     assert done.returncode == 0 and (tmp_path / "contact-sheet.png").is_file(), done.stderr
     (tmp_path / "views.yaml").write_text(f"views:\n  image:\n  - {crop}\n  - ColorJiter: {{brightness: 0.4}}\n")
-    done = amclr("train", "--data", folder, "--recipe", "scratch", "--config", "views.yaml")
+    done = main("train", "--data", folder, "--recipe", "scratch", "--config", "views.yaml")
     assert done.returncode == 1
     assert done.stderr == "amclr: image views: unknown transform 'ColorJiter': did you mean ColorJitter?\n"

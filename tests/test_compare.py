@@ -36,6 +36,8 @@ from amclr.run import begin
 from tests.conftest import COLOURS, Command, paint
 from tests.processes import Processes
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 ROOT = Path(__file__).parents[1]
 
 # Both towers frozen at random weights: a run takes a second.
@@ -66,13 +68,6 @@ def written(file: Path, folder: Path, **changes: Any) -> Path:
 
 def run(file: Path, **changes: Any) -> Comparison:
     return compare.compare(file, out=str(file.parent / "out"), progress=False, **changes)
-
-
-@pytest.fixture(autouse=True)
-def no_pictures_of_single_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They take longer than these runs, and are looked at elsewhere."""
-    monkeypatch.setattr(engine, "draw_gallery", lambda *_: None)
-    monkeypatch.setattr(engine.figures, "curves", lambda *_: None)
 
 
 @pytest.fixture
@@ -158,6 +153,7 @@ def test_a_comparison(
             assert (shown == ImageColor.getrgb(colour)).all(axis=-1).sum() > 20, f"{colour} in {picture}"
     # Again: nothing is trained, and nothing differs.
     monkeypatch.setattr(compare, "train", lambda *_, **__: pytest.fail("trained a run that was done"))
+    monkeypatch.setattr(report, "draw", lambda *_: {})
     assert run(file, zeroshot=[str(classes)]).results == found.results
     with pytest.raises(UserError, match=r"epochs is 2 there, 3 here. Give another --out"):
         run(written(file, folder, settings={**BASE["settings"], "epochs": 3}, grid={"optim.name": ["sgd"]}))
@@ -178,6 +174,7 @@ def test_runs_of_a_seed_begin_and_go_on_alike(folder: Path, tmp_path: Path, monk
         return advance(t, batch)
 
     monkeypatch.setattr(engine, "advance", look)
+    monkeypatch.setattr(report, "draw", lambda *_: {})
     trained = {**BASE["settings"], "model": {"image_size": 32, "dim": 16}, "epochs": 1}
     assert not run(written(tmp_path / "small.yaml", folder, settings=trained)).failed
     for seed in (0, 1):
@@ -216,7 +213,10 @@ def test_as_many_passes(folder: Path, tmp_path: Path) -> None:
     assert alone[0].configs[0].epochs == 2, "nothing is more expensive"
 
 
-def test_equal_passes(experiment: Path, folder: Path, steps_made: Counter[tuple[str, int]]) -> None:
+def test_equal_passes(
+    experiment: Path, folder: Path, steps_made: Counter[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report, "draw", lambda *_: {})
     found = run(written(experiment, folder, equal="passes", seeds=1))
     assert steps_made == {("sogclr", 0): 2 * STEPS, ("amclr", 0): STEPS}
     rows = {row["variant"]: row for row in found.results["rows"]}
@@ -690,8 +690,8 @@ def test_the_example_of_the_guide_runs(tmp_path: Path) -> None:
 # -- the command line ----------------------------------------------------------------------------
 
 
-def test_the_command(amclr: Command, experiment: Path, classes: Path, tmp_path: Path) -> None:
-    done = amclr("compare", experiment, "--seeds", "1", "--zeroshot", classes)
+def test_the_command(main: Command, experiment: Path, classes: Path, tmp_path: Path) -> None:
+    done = main("compare", experiment, "--seeds", "1", "--zeroshot", classes)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "run 2 of 2: amclr, seed 0: text retrieval" in done.stderr
     assert f"Made by `amclr compare {experiment} --seeds 1 --zeroshot {classes}`" in done.stdout
@@ -710,11 +710,11 @@ def test_prompts_and_paraphrased_queries(
     folder: Path, tmp_path: Path, classes: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Measures of every run like the others: what `amclr evaluate` finds, tested, and measured once."""
+    monkeypatch.setattr(report, "draw", lambda *_: {})
     asked = {"paraphrased": reworded(tmp_path / "mine.csv"), "zeroshot": [str(classes)], "templates": "simple"}
     file = written(tmp_path / "small.yaml", folder, **asked)
     found = run(file)
     assert not found.failed
-    monkeypatch.setattr("amclr.measure.draw_gallery", lambda *_: None)
     names = ("paraphrased img_r_mean", "paraphrased drop", "paraphrased overlap", "paraphrased rbo")
     for row in found.results["rows"]:
         one = row["runs"][1]

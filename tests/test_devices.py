@@ -25,6 +25,8 @@ from tests.conftest import SMALL
 from tests.processes import Processes
 from tests.test_engine import assert_same_run, config_for, frozen
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 
 def on_two(folder: Path, out: str, **changes: Any) -> Config:
     """Frozen towers without dropout and plain gradient steps: what differs then is rounding alone."""

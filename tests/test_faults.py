@@ -29,6 +29,8 @@ from amclr.signals import Interrupted, Signals
 from tests.conftest import SMALL, Command
 from tests.test_engine import config_for, frozen, untimed
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 Embed = Callable[[Any, Any], dict[str, torch.Tensor]]
 
 
@@ -332,12 +334,12 @@ def test_a_damaged_best_is_measured_again(folder: Path, capsys: pytest.CaptureFi
 
 
 @pytest.mark.slow
-def test_resume_with_options(amclr: Command, folder: Path, tmp_path: Path) -> None:
-    done = amclr("train", "--data", folder, *SMALL, "--out", "run")
+def test_resume_with_options(main: Command, folder: Path, tmp_path: Path) -> None:
+    done = main("train", "--data", folder, *SMALL, "--out", "run")
     assert done.returncode == 0, done.stderr[-2000:]
-    refused = amclr("train", "--resume", "run", "--epochs", "3", "--objective", "clip")
+    refused = main("train", "--resume", "run", "--epochs", "3", "--objective", "clip")
     assert refused.returncode == 1 and "--objective is amclr in this run, not clip" in refused.stderr
-    longer = amclr("train", "--resume", "run", "--epochs=3", "--profile")
+    longer = main("train", "--resume", "run", "--epochs=3", "--profile")
     assert longer.returncode == 0, longer.stderr[-2000:]
     assert "epoch 3/3" in longer.stderr and Run.open(tmp_path / "run").config.epochs == 3
     import gzip

@@ -13,11 +13,13 @@ import torch
 from PIL import Image
 
 import amclr
-from amclr import cli, evaluate, measure
+from amclr import cli, evaluate
 from amclr.config import Config, ModelConfig, ViewsConfig
 from amclr.data import manifest as manifests
 from amclr.engine import train
 from tests.conftest import COLOURS, make_folder, paint
+
+pytestmark = pytest.mark.usefixtures("undrawn")
 
 
 @pytest.fixture(scope="module")
@@ -30,12 +32,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         model=ModelConfig(image_size=32, dim=16, image_lr=0, text_lr=0, head="residual", hidden=32),
     )  # fmt: skip
     return train(config, progress=False).folder
-
-
-@pytest.fixture(autouse=True)
-def no_gallery(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It takes longer than these measurements, and is looked at elsewhere."""
-    monkeypatch.setattr(measure, "draw_gallery", lambda *_: None)
 
 
 def command(*arguments: object) -> int:

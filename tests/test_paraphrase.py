@@ -537,10 +537,10 @@ def test_code_that_comes_with_a_model_does_not_run(
     assert not (tmp_path / "ran").exists()
 
 
-def test_the_command(amclr: Command, tmp_path: Path) -> None:
+def test_the_command(main: Command, tmp_path: Path) -> None:
     data = captioned(tmp_path / "data", 6)
     (data / "captions.txt").write_text("image,caption\n0.png,A dog runs on the beach .\n1.png,\n2.png,Zyx .\n")
-    done = amclr("paraphrase", data, "--model", "rules", "--source.max_bad", "0.5")
+    done = main("paraphrase", data, "--model", "rules", "--source.max_bad", "0.5")
     assert done.returncode == 0, done.stderr[-2000:]
     assert "captions     2 different ones, 2 new" in done.stdout and "caption/s" in done.stderr
     store = stores.read_store(data / "paraphrases")

@@ -25,6 +25,8 @@ from amclr.run import Run
 from tests.conftest import make_folder
 from tests.test_engine import assert_same_run, config_for
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 
 def begin(config: Config, steps: Any) -> None:
     """Start a run or go on with it, in a forked process that tells how many steps are done."""

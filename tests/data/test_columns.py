@@ -111,12 +111,12 @@ def test_pictures_are_found_behind_many_rows_without_any(tmp_path: Path, own_cac
 
 
 def test_a_small_file_does_not_fill_the_memory(tmp_path: Path) -> None:
-    """One cell of 8 MB that 300 rows point to: 2 GB if they were all made at once."""
-    index, cell = pa.array([0] * 300, pa.int8()), b"x" * (8 << 20)
+    """One cell of 8 MB that 100 rows point to: 800 MB if they were all made at once."""
+    index, cell = pa.array([0] * 100, pa.int8()), b"x" * (8 << 20)
     content = pa.DictionaryArray.from_arrays(index, pa.array([cell]))
     text = pa.DictionaryArray.from_arrays(index, pa.array([cell.decode()]))
-    paths = pa.array(["a.png"] * 300)
-    captions = pa.array(["a caption"] * 300)
+    paths = pa.array(["a.png"] * 100)
+    captions = pa.array(["a caption"] * 100)
     tables = {
         "bytes": {"image": content, "caption": captions},
         "struct": {"image": pa.StructArray.from_arrays([content, paths], ["bytes", "path"]), "caption": captions},

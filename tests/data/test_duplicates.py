@@ -196,6 +196,7 @@ def test_inspect_reports_and_draws_them(copied: Path, tmp_path: Path) -> None:
         ("negatives", set(), {}),
     ],
 )
+@pytest.mark.usefixtures("undrawn")
 def test_training_takes_them_as_positives(
     what: Any, names: set[str], changes: dict[str, Any], copied: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

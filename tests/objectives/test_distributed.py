@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,11 @@ def start(rank: int, world: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
 
 
+def together(work: Callable[..., None], arguments: tuple[Any, ...], size: int) -> None:
+    """`size` processes that each call `work(rank, *arguments)`: forked, so that nothing is imported again."""
+    mp.start_processes(work, arguments, nprocs=size, start_method="fork")
+
+
 def work(rank: int, sizes: tuple[int, ...], folder: str, cases: dict[str, dict[str, Any]]) -> None:
     start(rank, len(sizes), folder)
     first = sum(sizes[:rank])
@@ -95,7 +101,7 @@ def work(rank: int, sizes: tuple[int, ...], folder: str, cases: dict[str, dict[s
 def test_processes_equal_one(parts: str, tmp_path: Path) -> None:
     """Loss, metrics, gradients, tables and learned temperatures of every objective, over steps with duplicates."""
     sizes = PARTS[parts]
-    mp.spawn(work, (sizes, str(tmp_path), SETTINGS), nprocs=len(sizes))
+    together(work, (sizes, str(tmp_path), SETTINGS), len(sizes))
     ranks = [torch.load(tmp_path / f"{r}.pt", weights_only=True) for r in range(len(sizes))]
     for name, settings in SETTINGS.items():
         whole = steps_of(settings, slice(None))
@@ -113,7 +119,7 @@ def test_processes_equal_one(parts: str, tmp_path: Path) -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels of these tests run in Triton's interpreter")
 def test_kernels_of_processes_equal_one(tmp_path: Path) -> None:
     pytest.importorskip("triton")
-    mp.spawn(work, ((7, 5), str(tmp_path), KERNELS), nprocs=2)
+    together(work, ((7, 5), str(tmp_path), KERNELS), 2)
     ranks = [torch.load(tmp_path / f"{r}.pt", weights_only=True) for r in range(2)]
     for name, settings in KERNELS.items():
         whole = steps_of({**settings, "backend": "eager"}, slice(None))
@@ -151,7 +157,7 @@ def weights_after(wrap: Any, rows: slice) -> dict[str, Tensor]:
 
 def test_under_ddp_the_weights_are_those_of_one_process(tmp_path: Path) -> None:
     """DDP averages gradients: `averaged` makes the average the gradient of the whole batch, whatever the parts."""
-    mp.spawn(work_with_ddp, ((8, 4), str(tmp_path)), nprocs=2)
+    together(work_with_ddp, ((8, 4), str(tmp_path)), 2)
     expected = weights_after(lambda m: m, slice(None))
     for rank in range(2):
         torch.testing.assert_close(
@@ -195,7 +201,7 @@ def work_with_a_fault(rank: int, folder: str) -> None:
 
 @pytest.mark.timeout(120)
 def test_if_one_process_refuses_its_batch_all_do(tmp_path: Path) -> None:
-    mp.spawn(work_with_a_fault, (str(tmp_path),), nprocs=2)
+    together(work_with_a_fault, (str(tmp_path),), 2)
     assert "view 'text' has shape (3, 5)" in (tmp_path / "1.txt").read_text()
     assert "process 1 refused its part of the batch" in (tmp_path / "0.txt").read_text()
     for rank in range(2):

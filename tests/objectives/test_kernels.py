@@ -38,7 +38,7 @@ def run(
 ) -> Any:  # fmt: skip
     objective = build(name, 2 * batch, backend=backend, products=products, **settings).to(DEVICE)
     objective.diagnose = diagnose
-    for step in range(3):
+    for step in range(2):  # the second finds what the first has left in the tables
         views = draw(step, batch, dim, dtype)
         shown = groups and {v: g.to(DEVICE) for v, g in groups.items()}
         loss, metrics = objective(views, {k: i.to(DEVICE) for k, i in ids.items()}, shown)
@@ -46,9 +46,21 @@ def run(
     return metrics, {v: x.grad for v, x in views.items() if x.grad is not None}, objective.state_dict()
 
 
-@pytest.mark.parametrize("name", ["sogclr", "amclr", "xamclr", "ixamclr", "clip"])
-@pytest.mark.parametrize("products", TOLERANCES)
-@pytest.mark.parametrize(("batch", "dim", "tau", "diagnose"), [(70, 20, 0.1, False), (16, 140, 0.03, True)])
+def unless_interpreted(*case: Any, fast: bool) -> Any:
+    """A case that is among the fast ones on a GPU, and in Triton's interpreter, which takes seconds, if it is chosen."""
+    return pytest.param(*case, marks=() if fast or DEVICE == "cuda" else pytest.mark.slow)
+
+
+@pytest.mark.parametrize(
+    ("name", "products", "batch", "dim", "tau", "diagnose"),
+    # Any two of name, products and sizes meet in a fast case.
+    [
+        unless_interpreted(name, products, *sizes, fast=(n + p + s) % 2 == 0)
+        for n, name in enumerate(["sogclr", "amclr", "xamclr", "ixamclr", "clip"])
+        for p, products in enumerate(TOLERANCES)
+        for s, sizes in enumerate([(70, 20, 0.1, False), (16, 140, 0.03, True)])
+    ],
+)
 def test_kernels_equal_the_blocks(name: str, products: str, batch: int, dim: int, tau: float, diagnose: bool) -> None:
     """Loss, metrics, gradients and tables after some steps, with sizes that fill no tile and ids that stand twice.
 
@@ -70,9 +82,13 @@ def test_kernels_equal_the_blocks(name: str, products: str, batch: int, dim: int
     torch.testing.assert_close(given[2], exact[2], rtol=10 * tolerance, atol=10 * tolerance)
 
 
-@pytest.mark.parametrize("name", ["amclr", "ixamclr"])
 @pytest.mark.parametrize(
-    ("views", "twice"), [(("image",), False), (("text",), True), (("image", "text", "text_aug"), False)]
+    ("name", "views", "twice"),
+    [
+        unless_interpreted(name, *case, fast=(n + c) % 2 == 1)
+        for n, name in enumerate(["amclr", "ixamclr"])
+        for c, case in enumerate([(("image",), False), (("text",), True), (("image", "text", "text_aug"), False)])
+    ],
 )
 def test_groups_in_the_kernels(name: str, views: tuple[str, ...], twice: bool) -> None:
     """Positives without a shared table row: loss, gradients and tables of the blocks, ids repeated or not."""
@@ -277,7 +293,7 @@ tile = dict(MATCHES=2, ROWS=k.ROWS, CANDIDATES=k.CANDIDATES, DEPTH=k.DEPTH)
 block = dict(IDS=2, BLOCK=k.ROWS)
 jobs = [(k._estimate, {}, block | dict(GLOBAL=g, UNIQUE=u, CANDIDATES=k.CANDIDATES)) for g, u in ((1, 0), (1, 1), (0, 1))]
 jobs += [(k._store, {}, block)]
-for z, precision in (("*fp32", "ieee"), ("*fp32", "tf32"), ("*fp16", "ieee"), ("*bf16", "ieee")):
+for z, precision in TYPES:
     own = tile | dict(PRECISION=precision)
     jobs += [(k._log_sums, {"z": z}, own), (k._gradients, {"z": z}, own | dict(PARTNERS=3, SLOPES=True, WIDTH=k.WIDTH))]
 for kernel, change, constants in jobs:
@@ -290,27 +306,26 @@ print("compiled", len(jobs))
 """
 
 
-@pytest.mark.parametrize("capability", [90, pytest.param(80, marks=pytest.mark.slow)])
-def test_kernels_compile_for_a_gpu(capability: int, tmp_path: Path) -> None:
+TYPES = (("*fp32", "tf32"), ("*fp32", "ieee"), ("*fp16", "ieee"), ("*bf16", "ieee"))
+
+
+@pytest.mark.parametrize(
+    ("capability", "types"),
+    [(90, TYPES[:1]), *(pytest.param(c, TYPES, marks=pytest.mark.slow) for c in (90, 80))],
+    ids=["90", "90-all", "80-all"],
+)
+def test_kernels_compile_for_a_gpu(capability: int, types: tuple[tuple[str, str], ...], tmp_path: Path) -> None:
     """To machine code, and within the shared memory of every GPU since 2020; for which no GPU is needed."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
-    code = COMPILE.replace("CAPABILITY", str(capability))
+    code = COMPILE.replace("CAPABILITY", str(capability)).replace("TYPES", repr(types))
     (tmp_path / "job.py").write_text(code)  # Triton reads the sources of what it compiles
     done = subprocess.run([sys.executable, str(tmp_path / "job.py")], env=environment, capture_output=True, text=True)
-    assert done.stdout == "compiled 12\n", done.stderr[-2000:]
+    assert done.stdout == f"compiled {4 + 2 * len(types)}\n", done.stderr[-2000:]
 
 
-def test_asked_for_without_a_gpu() -> None:
-    """A process of its own, without the interpreter."""
-    code = (
-        "import torch, amclr\n"
-        "o = amclr.objectives.build('sogclr', 4, backend='triton')\n"
-        "v = torch.eye(4)\n"
-        "try: o({'image': v, 'text': v}, torch.arange(4))\n"
-        "except ValueError as e: print(e)"
-    )
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    out = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
-    ).stdout
-    assert "backend 'triton' needs views on a GPU" in out
+def test_asked_for_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And without the interpreter."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    objective = build("sogclr", 4, backend="triton")
+    with pytest.raises(ValueError, match="backend 'triton' needs views on a GPU"):
+        objective({"image": torch.eye(4), "text": torch.eye(4)}, torch.arange(4))

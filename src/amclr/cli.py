@@ -20,6 +20,7 @@ COMMANDS = {
     "train": "train a dual encoder: with no arguments on generated scenes, in minutes on a laptop",
     "compare": "train the variants of an experiment file over several seeds: one table, figures, a report",
     "evaluate": "retrieval, zero-shot classification, and what paraphrase changes, with a trained model",
+    "export": "a trained model for open_clip, as ONNX files or as a Hugging Face folder, compared with ours",
     "paraphrase": "paraphrases of a data set's captions, made once, for training's second text views",
     "inspect": "what is in a data set: counts, caption lengths, bad rows, a contact sheet with both views",
     "index": "embed the pictures of a folder, archive or data set, to search in; again, it takes up what changed",
@@ -43,6 +44,7 @@ first steps:
   amclr train --data FOLDER --objective xamclr      train on them
   amclr evaluate runs/RUN --zeroshot CLASS_FOLDERS  measure the result
   amclr compare EXPERIMENT.yaml --seeds 5           compare objectives, or any settings
+  amclr export runs/RUN --to onnx                   use it without any of this
   amclr index runs/RUN FOLDER --out INDEX           make pictures searchable
   amclr search INDEX "a dog on the beach"           and find some of them"""
 
@@ -69,9 +71,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if missing:
         return _fail(f"this command needs {', '.join(missing)}: pip install 'amclr[train]'", 1)
     try:
-        commands = {"train": _train, "compare": _compare, "evaluate": _evaluate, "paraphrase": _paraphrase,
-                    "inspect": _inspect, "index": _index, "search": _search, "label": _label,
-                    "dedup": _dedup}  # fmt: skip
+        commands = {"train": _train, "compare": _compare, "evaluate": _evaluate, "export": _export,
+                    "paraphrase": _paraphrase, "inspect": _inspect, "index": _index, "search": _search,
+                    "label": _label, "dedup": _dedup}  # fmt: skip
         return commands[command](rest)
     except UserError as error:
         return _fail(str(error), 1)
@@ -198,6 +200,25 @@ def _evaluate(arguments: list[str]) -> int:
     from amclr import measure
 
     print(measure.report(measure.evaluate_run(**values)))
+    return 0
+
+
+def _export(arguments: list[str]) -> int:
+    parser = _parser("export")
+    parser.add_argument("run", type=str, help="run folder")
+    parser.add_argument("--to", type=str, default="", metavar="FORMAT", help="open_clip, onnx or hf (amclr.load's own)")
+    parser.add_argument("--out", type=str, default="", help="folder to write; empty makes RUN/exports/FORMAT")
+    parser.add_argument(
+        "--precision", type=str, default="fp32",
+        help="fp32 or, for onnx, fp16 (weights in half the room) or int8 (products of matrices too)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--data", type=str, default="", help="data set whose validation pairs are compared; empty is the run's own"
+    )
+    values = _parse(parser, arguments).as_dict()
+    from amclr import export
+
+    print(export.report(*export.export(Path(values.pop("run")), values.pop("to"), **values)))
     return 0
 
 

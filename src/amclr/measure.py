@@ -272,7 +272,7 @@ def evaluate_run(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     line = Line(run, device) if wise else None
     model = line.model if line else run.load_model().to(device)
-    config = _measured_on(run.config, data, source or SourceConfig())
+    config = measured_on(run.config, data, source or SourceConfig())
     results: dict[str, Any] = {"run": str(folder), "objective": config.objective}
     out = folder / "evaluations"
     out.mkdir(exist_ok=True)
@@ -316,7 +316,7 @@ def evaluate_run(
     return results
 
 
-def _measured_on(config: Config, data: str, source: SourceConfig) -> Config:
+def measured_on(config: Config, data: str, source: SourceConfig) -> Config:
     """A run's settings, with those of the data set to measure on; without paraphrases, which are for training alone."""
     base = config.source
     if data:  # columns and folders of the run's own data mean nothing in another set
@@ -369,7 +369,7 @@ def measure_run_paraphrased(
     model: DualEncoder, config: Config, rewording: Rewording, hits: Path, progress: bool = True
 ) -> dict[str, Any]:
     """As `measure_paraphrased`, on the validation split that a run of this configuration is measured on."""
-    config = _measured_on(config, "", SourceConfig())
+    config = measured_on(config, "", SourceConfig())
     cache = manifests.cache_folder(config)
     samples = manifests.prepare(config, cache, progress, only="val").samples
     evaluator = Evaluator(model, samples, config, cache, progress)

@@ -15,19 +15,21 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-from onnxruntime import InferenceSession
+from onnxruntime import InferenceSession, SessionOptions
 from PIL import Image, ImageOps
 from tokenizers import Tokenizer
 
 
 class Model:
-    """The two towers of a folder that `amclr export --to onnx` wrote."""
+    """The two towers of a folder that `amclr export --to onnx` wrote. threads: 0 is onnxruntime's own choice."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, threads: int = 0) -> None:
+        options = SessionOptions()
+        options.intra_op_num_threads = threads
         self.size = int(json.loads((folder / "preprocess.json").read_text(encoding="utf-8"))["image_size"])
         self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         self.image, self.text = (
-            InferenceSession(str(folder / name), providers=["CPUExecutionProvider"])
+            InferenceSession(str(folder / name), options, providers=["CPUExecutionProvider"])
             for name in ("image.onnx", "text.onnx")
         )
 

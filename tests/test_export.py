@@ -146,6 +146,7 @@ def check_alone(run: Path, to: str, out: Path, tmp_path: Path, capsys: pytest.Ca
     assert record["parity"]["difference"] <= limit and record["parity"]["same"] == record["parity"]["queries"] > 0
     assert f"largest difference {record['parity']['difference']:.1e}" in told
     assert not list(out.parent.glob("*.part"))
+    check_tells_no_paths(out)
     model = amclr.load(run).cpu()
     pictures = sorted((run.parent / "patches" / "Images").iterdir())[:12]
     found = embedded_alone(to, out, model, pictures, tmp_path)
@@ -154,6 +155,15 @@ def check_alone(run: Path, to: str, out: Path, tmp_path: Path, capsys: pytest.Ca
         assert rows.shape == found[side].shape and np.abs(rows - found[side]).max() <= limit
     assert np.ptp(ours["images"], axis=0).max() > 0.01, "pictures must not all look the same to it"
     assert (ours["images"] * found["files"]).sum(axis=1).min() > 0.99
+
+
+def check_tells_no_paths(out: Path) -> None:
+    """Nothing says where files lie at who exported, but the configuration that open_clip wants it of."""
+    for file in out.rglob("*"):
+        if file.is_file() and file.name != "open_clip_config.json":
+            content = file.read_bytes()
+            for place in (Path(amclr.__file__).parent, out.parent, Path(sys.prefix)):
+                assert str(place).encode() not in content, file
 
 
 def test_own_towers_for_open_clip(small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -253,6 +263,7 @@ def encoder(config: ModelConfig) -> DualEncoder:
 def differences(model: DualEncoder, folder: Path) -> tuple[float, float]:
     """How far open_clip's embeddings of pictures and of captions of unequal lengths are from ours."""
     export.write_open_clip(model, folder, 0.05, "fp32")
+    check_tells_no_paths(folder)
     exported = export.load_open_clip(folder)
     size = model.config.image_size
     pixels = torch.randint(0, 256, (4, 3, size, size), generator=torch.Generator().manual_seed(1)).to(torch.uint8)
@@ -498,6 +509,14 @@ def test_clip_benchmark_measures_the_same(tmp_path: Path, monkeypatch: pytest.Mo
     mine = evaluate.zeroshot(ours, [s.picture for s in samples], labels, names, templates)
     for k in (1, 5):
         assert mine[f"zeroshot_top{k}"] / 100 == pytest.approx(other[f"acc{k}"], abs=1e-3)
+
+
+def test_temperature_is_the_one_that_was_learned(small: Path, tmp_path: Path) -> None:
+    run = run_of(tmp_path, ModelConfig(image_size=32, dim=16), objective="clip", optim=OptimConfig(lr=0.05))
+    opened = amclr.run.Run.open(run)
+    learned = math.exp(float(opened.load_best()["objective"]["log_temperature"]))
+    assert export.temperature_of(opened) == learned != pytest.approx(0.07, rel=1e-3)
+    assert export.temperature_of(amclr.run.Run.open(small)) == 0.01
 
 
 def test_pictures_of_the_check_are_the_validation_split(small: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import math
 import shutil
 import warnings
@@ -527,6 +528,8 @@ def _to_onnx(
                 output_names=["embeddings"], dynamic_shapes=(tuple(shapes for _ in inputs),),
             )  # fmt: skip
             assert program is not None
+            for node in program.model.graph.all_nodes():
+                node.metadata_props.clear()  # where in the code each came from, with the paths of this machine
             program.save(file, external_data=large)
     except Exception as error:  # the tracer raises many kinds
         # Its own message says what to send to its makers; what it met is the cause.
@@ -564,12 +567,14 @@ def _to_int8(file: Path) -> None:
     """
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
+    logging.disable(logging.WARNING)  # it recommends another pass beforehand; the comparison tells how good this is
     quantised = file.with_suffix(".int8")
     # In 7 bits, or sums would overflow on processors without instructions for them (VNNI).
     quantize_dynamic(
         file, quantised, op_types_to_quantize=["MatMul", "Gemm", "Gather"], per_channel=True, reduce_range=True,
         weight_type=QuantType.QInt8,
     )  # fmt: skip
+    logging.disable(logging.NOTSET)
     quantised.replace(file)
 
 

@@ -459,6 +459,14 @@ def test_a_tower_that_cannot_be_traced(
     assert not list(tmp_path.iterdir())
 
 
+def test_files_that_onnxruntime_cannot_run(tmp_path: Path) -> None:
+    (tmp_path / "preprocess.json").write_text('{"image_size": 32}')
+    train_tokenizer(CAPTIONS).backend_tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "image.onnx").write_bytes(b"no model")
+    with pytest.raises(UserError, match=r"^onnxruntime cannot run these towers \(.*\): give --to hf instead$"):
+        export.load_onnx(tmp_path)
+
+
 # -- others' measures ----------------------------------------------------------------------------------------
 
 

@@ -61,9 +61,9 @@ class Exported:
 class Format:
     """How a format is written and read.
 
-    write(model, folder, temperature, precision); load(folder). limits: the largest difference of an embedding by
-    precision; where the value is None anything goes, and is told. needs: packages. settle(folder, home): what is left
-    to do before the folder gets the name `home`.
+    write(model, folder, temperature, precision); load(folder). limits: the largest difference of one number of an
+    embedding, by precision. needs: packages. settle(folder, home): what is left to do before the folder gets the name
+    `home`. usage: what to type with it.
     """
 
     write: Callable[[DualEncoder, Path, float, str], None]
@@ -579,10 +579,13 @@ def _to_int8(file: Path) -> None:
 
 
 def load_onnx(folder: Path) -> Exported:
-    """Load the folder by onnxruntime, as its example.py does."""
+    """Load the folder by onnxruntime, as its example.py does. Raises UserError where it cannot."""
     from amclr.onnx_example import Model  # imports onnxruntime
 
-    loaded = Model(folder, torch.get_num_threads())
+    try:
+        loaded = Model(folder, torch.get_num_threads())
+    except Exception as error:  # onnxruntime raises kinds of its own
+        raise UserError(f"onnxruntime cannot run these towers ({_first_line(error)}): give --to hf instead") from None
 
     def images(pictures: Tensor) -> Tensor:
         return torch.from_numpy(loaded.run(loaded.image, pictures=pictures.numpy()))

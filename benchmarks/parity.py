@@ -1,6 +1,6 @@
 """How far exports differ from the model, on pairs of a data set: a table.
 
-    python -m benchmarks.parity --data FLICKR8K [--runs RUN ...] [--towers NAME ...] [--precisions fp32 fp16 int8]
+    python -m benchmarks.parity --data FLICKR8K [--runs RUN ...] [--towers NAME ...] [--formats onnx] [--precisions fp32]
 
 The towers, unless runs are given: the demo's own, the packaged pretrained ones, ResNet-50 with DistilBERT and ViT-S/16
 with BERT, at their full sizes and with random weights where the weights are not packaged; batch norms are given the
@@ -70,6 +70,7 @@ def main() -> None:
     parser.add_argument("--data", required=True)
     parser.add_argument("--runs", nargs="*", default=[])
     parser.add_argument("--towers", nargs="*", default=[], help="words of the names of towers; empty: all")
+    parser.add_argument("--formats", nargs="*", default=["open_clip", "onnx"])
     parser.add_argument("--precisions", nargs="*", default=["fp32", "fp16", "int8"])
     options = parser.parse_args()
     torch.manual_seed(0)
@@ -96,7 +97,7 @@ def main() -> None:
             if not options.runs:
                 settle_norms(model, pictures)
             model.eval()
-            for to in ("open_clip", "onnx"):
+            for to in options.formats:
                 for precision, limit in FORMATS[to].limits.items():
                     if precision not in options.precisions or (to == "open_clip" and model.config.head != "linear"):
                         continue

@@ -31,7 +31,7 @@ from amclr.data.pictures import BadPicture, Location
 from amclr.errors import UserError
 from amclr.files import write_text, written
 from amclr.measure import measured_on
-from amclr.model import DualEncoder
+from amclr.model import SMALL_TOWER, DualEncoder
 from amclr.objectives.methods import METHODS
 from amclr.run import Run
 
@@ -269,11 +269,6 @@ def parity(ours: tuple[Tensor, Tensor], theirs: tuple[Tensor, Tensor]) -> Parity
 
 
 # -- open_clip ----------------------------------------------------------------------------------------
-
-# timm's name and arguments of the small image tower, which `amclr.model` builds by hand.
-SMALL_TOWER = (
-    "resnet18", {"layers": [1, 1, 1, 1], "channels": [32, 64, 128, 256], "stem_width": 16, "stem_type": "deep"},
-)  # fmt: skip
 
 OPEN_CLIP_TEXTS = ("bert", "distilbert", "roberta", "xlm-roberta")
 """Kinds of text towers that open_clip builds, and that end in a layer norm, which takes up a head's bias."""

@@ -12,7 +12,6 @@ from typing import Any
 
 import timm
 import torch
-from timm.models.resnet import BasicBlock, ResNet
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -29,6 +28,11 @@ from amclr.errors import UserError
 from amclr.hub import OnHub
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+SMALL_TOWER: tuple[str, dict[str, Any]] = (
+    "resnet18", {"layers": [1, 1, 1, 1], "channels": [32, 64, 128, 256], "stem_width": 16, "stem_type": "deep"},
+)  # fmt: skip
+"""What timm makes of the image tower `small`: the name of an architecture, and arguments."""
 
 # Fast tokenizers refuse to be forked after use in threads; batches are tokenised in worker processes.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -413,11 +417,10 @@ def build_image_tower(config: ModelConfig, weights: bool = True) -> ImageTower:
     name = config.image_tower
     load = config.image_pretrained and weights
     if name == "small":
-        block: Any = BasicBlock
-        resnet = ResNet(
-            block, (1, 1, 1, 1), channels=(32, 64, 128, 256), num_classes=0, stem_width=16, stem_type="deep"
+        architecture, arguments = SMALL_TOWER
+        return ImageTower(
+            timm.create_model(architecture, num_classes=0, **arguments), config.image_size, CLIP_MEAN, CLIP_STD
         )
-        return ImageTower(resnet, config.image_size, CLIP_MEAN, CLIP_STD)
     if name == pretrained.IMAGE_TOWER:
         packaged: Any = timm.create_model(pretrained.TIMM_NAME)
         if load:

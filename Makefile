@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 DEMO := runs/demo
 DATA ?= ../shared/data
 
-.PHONY: help demo test test-slow lint format bench bench-core bench-speed bench-loader bench-flickr8k pretrained clean
+.PHONY: help demo test test-slow lint format docs bench bench-core bench-speed bench-loader bench-flickr8k pretrained clean
 
 help: ## show the verbs
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 17
@@ -39,6 +39,13 @@ lint: $(VENV)/ready ## style, types, import layers
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+$(VENV)/docs: $(VENV)/ready
+	$(BIN)/python -m pip install --quiet --editable '.[dev,docs]'
+	touch $@
+
+docs: $(VENV)/docs ## the documentation as a site, in site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 format: $(VENV)/ready ## put the style right
 	$(BIN)/ruff check --fix .

@@ -145,6 +145,12 @@ def test_a_comparison(
     assert [float(line["r_mean"]) for line in lines] == [r["measures"]["r_mean"]["mean"] for r in rows.values()]
     page = (out / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 4 and not re.search(r"<script|<link|(src|href)=\"(?!data:)", page)
+    # A notebook shows the same tables and figures, and names as text.
+    assert repr(found) == f"<amclr comparison '{out}': 4 variants, 8 runs>"
+    shown = found._repr_html_()
+    assert shown.count("data:image/png;base64,") == 4 and "<td>amclr</td><td>sgd</td>" in shown
+    named = json.loads(json.dumps(found.results).replace("sogclr", "<script>"))
+    assert "<script" not in (strange := Comparison(out, named)._repr_html_()) and "&lt;script&gt;" in strange
     for picture in ("retrieval.png", "zeroshot.png", "learning.png", "cost.png"):
         with Image.open(out / picture) as image:
             assert min(image.size) > 200

@@ -627,9 +627,9 @@ def hopeless(outcomes: Sequence[Outcome], experiment: Experiment, seeds: int) ->
 # -- all of it ---------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Comparison:
-    """What came of an experiment."""
+    """What came of an experiment. A notebook shows its tables and figures."""
 
     folder: Path
     results: dict[str, Any]
@@ -649,6 +649,15 @@ class Comparison:
     def table(self) -> str:
         """The table with its notes, as table.md has it."""
         return (self.folder / "table.md").read_text(encoding="utf-8")
+
+    def __repr__(self) -> str:
+        failed = f", {self.failed} failed" if self.failed else ""
+        return (
+            f"<amclr comparison {str(self.folder)!r}: {len(self.results['rows'])} variants, {self.runs} runs{failed}>"
+        )
+
+    def _repr_html_(self) -> str:
+        return report.notebook(self.results, self.folder)
 
 
 def compare(

@@ -5,7 +5,6 @@ Everything here is a function of what results.json holds.
 
 from __future__ import annotations
 
-import base64
 import csv
 import html
 import io
@@ -18,6 +17,7 @@ import yaml
 
 from amclr import figures
 from amclr.files import write_text
+from amclr.markup import paragraph, picture, table
 
 RETRIEVAL = {"txt_r_mean": "text retrieval", "img_r_mean": "image retrieval", "r_mean": "mean"}
 """Measures in the table, each the mean of R@1, R@5 and R@10 in percent; `mean` is that of both sides."""
@@ -209,10 +209,19 @@ def _csv(results: Mapping[str, Any]) -> str:
     return text.getvalue()
 
 
+FIGURES = {
+    "retrieval.png": "Retrieval: mean and standard deviation over the seeds, and every seed.",
+    "zeroshot.png": "Zero-shot accuracy: mean and standard deviation over the seeds, and every seed.",
+    "learning.png": "Learning curves: mean over the seeds, and one standard deviation to each side.",
+    "cost.png": "What it costs: encoder passes and seconds of training against retrieval.",
+}
+"""The figures, and what is told of them."""
+
+
 def draw(results: Mapping[str, Any], folder: Path) -> dict[str, str]:
-    """Draw the figures; captions by file name."""
+    """Draw the figures; captions by file name, of those that there are."""
     rows = [(row["variant"], ", ".join(map(str, row["grid"].values())), row) for row in results["rows"]]
-    drawn, heading = {}, _heading(results)
+    drawn, heading = list[str](), _heading(results)
     legend = ", ".join(results["experiment"]["grid"])
 
     def panels(measures: Iterable[str]) -> list[tuple[str, dict[tuple[str, str], list[float]]]]:
@@ -223,10 +232,10 @@ def draw(results: Mapping[str, Any], folder: Path) -> dict[str, str]:
 
     if any(row["measures"] for _, _, row in rows):
         figures.points(panels(RETRIEVAL), folder / "retrieval.png", heading, "mean of R@1, R@5, R@10 (%)", legend)
-        drawn["retrieval.png"] = "Retrieval: mean and standard deviation over the seeds, and every seed."
+        drawn.append("retrieval.png")
         if tops := [m for m in results["measures"] if m.startswith("zeroshot")]:
             figures.points(panels(tops), folder / "zeroshot.png", heading, "zero-shot top-1 (%)", legend)
-            drawn["zeroshot.png"] = "Zero-shot accuracy: mean and standard deviation over the seeds, and every seed."
+            drawn.append("zeroshot.png")
         many: dict[str, dict[str, tuple[list[float], np.ndarray]]] = {}
         # Where one variant has more epochs than another beside it, an epoch is no measure of both.
         by_epoch = len({(group, row["epochs"]) for _, group, row in rows}) == len({group for _, group, _ in rows})
@@ -239,7 +248,7 @@ def draw(results: Mapping[str, Any], folder: Path) -> dict[str, str]:
         if many:
             across = "epoch" if by_epoch else "encoder passes (thousands)"
             figures.many_curves(many, folder / "learning.png", heading, "mean recall (%)", across)
-            drawn["learning.png"] = "Learning curves: mean over the seeds, and one standard deviation to each side."
+            drawn.append("learning.png")
         costs = [
             (variant, group, [
                 (run["picture_passes"] + run["caption_passes"], run["seconds"], run["r_mean"])
@@ -247,8 +256,24 @@ def draw(results: Mapping[str, Any], folder: Path) -> dict[str, str]:
             ]) for variant, group, row in rows if row["budget"]
         ]  # fmt: skip
         figures.cost(costs, folder / "cost.png", heading, "mean recall (%)", legend)
-        drawn["cost.png"] = "What it costs: encoder passes and seconds of training against retrieval."
-    return drawn
+        drawn.append("cost.png")
+    return {name: FIGURES[name] for name in drawn}
+
+
+def summary(results: Mapping[str, Any], folder: Path, pictures: Mapping[str, str], style: str = "") -> str:
+    """Tables, notes and figures as HTML. pictures: captions by file name; style: that of the figures."""
+    equal = _at_equal_cost(results)
+    return "\n".join([
+        table(*_table(results)), *map(paragraph, _notes(results)),
+        *([f"<h2>{EQUAL}</h2>", table(*equal), paragraph(EQUAL_NOTE)] if equal else []),
+        *(picture(folder / name, about, style) for name, about in pictures.items()),
+    ])  # fmt: skip
+
+
+def notebook(results: Mapping[str, Any], folder: Path) -> str:
+    """What a notebook shows of a comparison: tables, notes, and the figures that were drawn."""
+    heading = f"<h3>{html.escape(_heading(results))}</h3>"
+    return f"<div>{heading}\n{summary(results, folder, FIGURES, 'max-width: 100%')}</div>"
 
 
 CSS = """body{font:16px/1.5 system-ui,sans-serif;max-width:64em;margin:2em auto;padding:0 1em;color:#222}
@@ -259,21 +284,6 @@ figure{margin:1.5em 0}figcaption{color:#555}"""
 
 def _html(results: Mapping[str, Any], pictures: Mapping[str, str], folder: Path) -> str:
     """All of it in one page, which needs nothing else."""
-
-    def table(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-        lines = [("th", header), *(("td", line) for line in body)]
-        return "<table>" + "".join(
-            "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in line) + "</tr>" for tag, line in lines
-        ) + "</table>"  # fmt: skip
-
-    def image(name: str) -> str:
-        data = base64.b64encode((folder / name).read_bytes()).decode()
-        return f'<img alt="{html.escape(pictures[name])}" src="data:image/png;base64,{data}">'
-
-    def paragraph(note: str) -> str:
-        return f"<p>{html.escape(note)}</p>".replace("\n", "<br>")
-
-    equal = _at_equal_cost(results)
     runs = [
         [row["variant"], ", ".join(map(str, row["grid"].values())), str(run["seed"]),
          *(f"{run[m]:.2f}" if m in run else "–" for m in results["measures"]),
@@ -283,9 +293,7 @@ def _html(results: Mapping[str, Any], pictures: Mapping[str, str], folder: Path)
     experiment = {k: list(v) if isinstance(v, tuple) else v for k, v in results["experiment"].items()}
     heading = html.escape(_heading(results))
     parts = [
-        f"<h1>{heading}</h1>", table(*_table(results)), *map(paragraph, _notes(results)),
-        *([f"<h2>{EQUAL}</h2>", table(*equal), paragraph(EQUAL_NOTE)] if equal else []),
-        *(f"<figure>{image(n)}<figcaption>{html.escape(text)}</figcaption></figure>" for n, text in pictures.items()),
+        f"<h1>{heading}</h1>", summary(results, folder, pictures),
         "<h2>Runs</h2>",
         table(["variant", "grid", "seed", *results["measures"].values(), "seconds", "folder"], runs),
         "<h2>Settings</h2>", f"<pre>{html.escape(yaml.safe_dump(experiment, sort_keys=False))}</pre>",

@@ -28,6 +28,7 @@ from typing import Any
 import torch
 import yaml
 
+from amclr import markup
 from amclr.averaging import kept_weights
 from amclr.checkpoints import Checkpoints
 from amclr.config import Config, ModelConfig, from_dict
@@ -46,6 +47,17 @@ CARD = {
     "zeroshot_top1": "zero-shot classification, top-1",
 }  # fmt: skip
 """Measures of results.json that a model's card shows, and what it calls them."""
+
+SHOWN = (
+    ({"text retrieval": ("txt_r1", "txt_r5", "txt_r10", "txt_r_mean"),
+      "image retrieval": ("img_r1", "img_r5", "img_r10", "img_r_mean")}, ("R@1", "R@5", "R@10", "mean")),
+    ({"zero-shot": ("zeroshot_top1", "zeroshot_top3", "zeroshot_top5", "zeroshot_top10")},
+     ("top-1", "top-3", "top-5", "top-10")),
+)  # fmt: skip
+"""Tables that a notebook shows: rows of measures, by name, and what the columns are called."""
+
+FIGURES = {"curves.png": "Loss and recall", "gallery.png": "Held-out captions and the pictures that they find"}
+"""Pictures that a notebook shows."""
 
 NAMES_KEPT = 1_000_000
 """Of more pictures, a run keeps no names: it then only tells that they differ."""
@@ -106,7 +118,7 @@ def _some(names: Sequence[str]) -> str:
 
 
 class Run:
-    """A run folder. `Run.create` starts one, `Run.open` finds one again."""
+    """A run folder. `Run.create` starts one, `Run.open` finds one again; a notebook shows its measures and figures."""
 
     def __init__(self, folder: Path, config: Config) -> None:
         self.folder = folder
@@ -137,8 +149,9 @@ class Run:
             raise UserError(f"'{folder}' is in use: {hint}choose another --out")
 
     @classmethod
-    def open(cls, folder: Path) -> Run:
+    def open(cls, folder: str | Path) -> Run:
         """Open an existing run folder. Raises UserError if it is none."""
+        folder = Path(folder)
         file = folder / "config.yaml"
         if not file.is_file():
             raise UserError(f"'{folder}' is no run folder (it has no config.yaml): give the --out of an `amclr train`")
@@ -165,6 +178,42 @@ class Run:
                 f"{differs}: put back what '{self.folder}' began with, or go on with what there is now by: "
                 f"amclr train --resume {self.folder} --changed_data"
             )
+
+    # -- what it shows ----------------------------------------------------------------------------
+
+    def __repr__(self) -> str:
+        told, measured = self._stand()
+        recall = f", mean recall {measured['r_mean']:.1f} %" if "r_mean" in measured else ""
+        # With the quotes of repr, which show what is no letter as an escape.
+        return (
+            f"<amclr run {str(self.folder)!r}: {self.config.objective} on {self.config.data!r}, {told} epochs{recall}>"
+        )
+
+    def _repr_html_(self) -> str:
+        told, measured = self._stand()
+        name = markup.escape(self.folder.resolve().name)
+        facts = (("data", self.config.data), ("objective", self.config.objective), ("epochs", told))
+        parts = [f"<h3>{name}</h3>", markup.table(["run", str(self.folder)], facts)]
+        for rows, columns in SHOWN:
+            body = [
+                [row, *(f"{measured[key]:.1f}" if key in measured else "–" for key in keys)]
+                for row, keys in rows.items() if any(key in measured for key in keys)
+            ]  # fmt: skip
+            if body:
+                parts.append(markup.table(["%", *columns], body))
+        parts += [markup.picture(self.folder / f, about, "max-width: 100%") for f, about in FIGURES.items()]
+        return "<div>" + "\n".join(parts) + "</div>"
+
+    def _stand(self) -> tuple[str, dict[str, float]]:
+        """How many epochs have been made, and the measures of its best weights, or else its last ones."""
+        rows = [row for row in self.metrics() if isinstance(row, dict)]
+        measured = _read_json(self.folder / "results.json")
+        told = f"{self.config.epochs}"
+        if not measured:
+            measured = next((row for row in reversed(rows) if row.get("kind") == "eval"), {})
+            done = max((e for row in rows if isinstance(e := row.get("epoch"), int | float)), default=0)
+            told = f"{done:.1f} of {told}"
+        return told, {k: v for k, v in measured.items() if isinstance(v, int | float)}
 
     # -- metrics ----------------------------------------------------------------------------------
 

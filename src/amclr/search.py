@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from amclr import evaluate, figures
@@ -79,18 +80,27 @@ def embed(
     are both, less `NEGATIVE` times the mean of the unwanted texts'. Raises UserError where nothing is asked for, and
     BadPicture for a picture that cannot be decoded.
     """
-    if not texts and not pictures and not unwanted:
+    empty = torch.empty(0, model.config.dim)
+    return combined(
+        model.encode_text(texts) if texts else empty, model.encode_image(pictures) if pictures else empty,
+        model.encode_text(unwanted) if unwanted else empty, picture_share,
+    )  # fmt: skip
+
+
+def combined(texts: Tensor, pictures: Tensor, unwanted: Tensor, picture_share: float = 0.5) -> np.ndarray:
+    """What `embed` makes of texts, pictures and unwanted texts, given their embeddings, (n, D) each."""
+    if not len(texts) and not len(pictures) and not len(unwanted):
         raise UserError("nothing is asked for: give a text, a picture, or both")
     if not 0 <= picture_share <= 1:
         raise UserError(f"the picture's share must lie between 0 and 1, got {picture_share}")
-    shares = (1 - picture_share, picture_share) if texts and pictures else (1.0, 1.0)
-    query = torch.zeros(model.config.dim)
-    if texts:
-        query += shares[0] * model.encode_text(texts).mean(0)
-    if pictures:
-        query += shares[1] * model.encode_image(pictures).mean(0)
-    if unwanted:
-        query -= (NEGATIVE if texts or pictures else 1.0) * model.encode_text(unwanted).mean(0)
+    shares = (1 - picture_share, picture_share) if len(texts) and len(pictures) else (1.0, 1.0)
+    query = torch.zeros(texts.shape[1])
+    if len(texts):
+        query += shares[0] * texts.mean(0)
+    if len(pictures):
+        query += shares[1] * pictures.mean(0)
+    if len(unwanted):
+        query -= (NEGATIVE if len(texts) or len(pictures) else 1.0) * unwanted.mean(0)
     return torch.nn.functional.normalize(query, dim=0).numpy()
 
 
@@ -105,7 +115,15 @@ def find(
     if k < 1 or skip < 0 or k + skip > DEEPEST:
         raise UserError(f"results must be 1 to {DEEPEST:,} in all, got {k} after {skip}")
     scores, rows = index.search(query, k + skip + (without >= 0), among)
-    found = [(float(s), int(r)) for s, r in zip(scores[0], rows[0], strict=True) if r >= 0 and r != without]
+    return read_hits(index, scores[0], rows[0], k, skip, threshold, without)
+
+
+def read_hits(
+    index: Index, scores: np.ndarray, rows: np.ndarray, k: int, skip: int = 0, threshold: float = -1.0,
+    without: int = -1,
+) -> list[Hit]:  # fmt: skip
+    """What `find` makes of the cosines and rows that `Index.search` found for a query."""
+    found = [(float(s), int(r)) for s, r in zip(scores, rows, strict=True) if r >= 0 and r != without]
     some = [(place, s, r) for place, (s, r) in enumerate(found, 1) if s >= threshold][skip : skip + k]
     known = [index.row(r) for _, _, r in some]
     return [Hit(p, s, r, of.name, of.file, of.captions) for (p, s, r), of in zip(some, known, strict=True)]

@@ -25,6 +25,7 @@ COMMANDS = {
     "inspect": "what is in a data set: counts, caption lengths, bad rows, a contact sheet with both views",
     "index": "embed the pictures of a folder, archive or data set, to search in; again, it takes up what changed",
     "search": "find pictures in an index by a text, a picture, or both",
+    "serve": "search in an index over HTTP: a page and an API, on this machine alone unless told otherwise",
     "label": "name the class of every picture, out of classes that you give: a CSV",
     "dedup": "find pictures of an index that look the same",
 }
@@ -46,7 +47,8 @@ first steps:
   amclr compare EXPERIMENT.yaml --seeds 5           compare objectives, or any settings
   amclr export runs/RUN --to onnx                   use it without any of this
   amclr index runs/RUN FOLDER --out INDEX           make pictures searchable
-  amclr search INDEX "a dog on the beach"           and find some of them"""
+  amclr search INDEX "a dog on the beach"           and find some of them
+  amclr serve INDEX                                 in the browser, too"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -73,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         commands = {"train": _train, "compare": _compare, "evaluate": _evaluate, "export": _export,
                     "paraphrase": _paraphrase, "inspect": _inspect, "index": _index, "search": _search,
-                    "label": _label, "dedup": _dedup}  # fmt: skip
+                    "serve": _serve, "label": _label, "dedup": _dedup}  # fmt: skip
         return commands[command](rest)
     except UserError as error:
         return _fail(str(error), 1)
@@ -309,6 +311,20 @@ def _search(arguments: list[str]) -> int:
     if sheet and not as_json:
         search.draw(index, hits, Path(sheet), search.told(values["query"], values["picture"]))
         print(f"\ncontact sheet: {sheet}")
+    return 0
+
+
+def _serve(arguments: list[str]) -> int:
+    from amclr.config import ServeConfig, from_dict
+
+    parser = _parser("serve")
+    parser.add_argument("index", type=str, help="folder that `amclr index` made")
+    parser.add_class_arguments(ServeConfig, as_group=False)
+    values = _parse(parser, arguments).as_dict()
+    folder = Path(values.pop("index"))
+    from amclr.web import server
+
+    server.serve(folder, from_dict(values, ServeConfig))
     return 0
 
 

@@ -345,6 +345,32 @@ class ParaphraseConfig:
     """Show how far it is, with captions per second and the time left."""
 
 
+@dataclass(frozen=True)
+class ServeConfig:
+    """Who may search in an index over HTTP, and how much."""
+
+    host: str = "127.0.0.1"
+    """Address to listen at. Another one than this machine's own (127.0.0.1) lets others in, and needs a token."""
+    port: int = 7860
+    """Port to listen at; 0 takes a free one."""
+    token: str = ""
+    """What is asked of everybody, 16 characters or more; empty is the environment's AMCLR_TOKEN."""
+    proxy: str = ""
+    """Address of a proxy in front, whose X-Forwarded-For is believed."""
+    rate: float = 10.0
+    """Searches a second that an address may make over time; 0 sets no limit."""
+    burst: int = 50
+    """Searches that an address may make at once."""
+    waiting: int = 256
+    """Searches that may wait; further ones are refused."""
+    batch: int = 64
+    """Searches that are made together, at most."""
+    deadline: float = 10.0
+    """Seconds after which a search that still waits is given up."""
+    upload: float = 10.0
+    """Largest picture that may be uploaded, in MB."""
+
+
 MAY_CHANGE = frozenset((
     "out", "epochs", "micro_batch", "deterministic", "accelerator", "devices", "strategy", "patience", "on_nan",
     "nan_limit", "workers", "eval_every", "keep", "checkpoint_minutes", "decoded", "ram_cache", "disk_cache", "cache",
@@ -452,6 +478,22 @@ def paraphrase_problems(config: ParaphraseConfig) -> list[str]:
         found.append(f"--candidates must be at least k, which is {config.k}, got {config.candidates}")
     if config.prompt and "{}" not in config.prompt:
         found.append("--prompt must hold {} where the caption goes")
+    return found
+
+
+def serve_problems(config: ServeConfig) -> list[str]:
+    """What is out of range in the settings of `amclr serve`, each as a sentence that names the option."""
+    found = _outside([
+        ("port", config.port, 0, 65535),
+        ("rate", config.rate, 0, 1e6),
+        ("burst", config.burst, 1, 1e6),
+        ("waiting", config.waiting, 1, 1e5),
+        ("batch", config.batch, 1, 1024),
+        ("deadline", config.deadline, 0.1, 3600),
+        ("upload", config.upload, 0.01, 512),
+    ])  # fmt: skip
+    if config.token and (len(config.token) < 16 or not config.token.isascii() or not config.token.isprintable()):
+        found.append("--token must have 16 characters or more, of ASCII")
     return found
 
 

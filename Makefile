@@ -26,7 +26,8 @@ demo: $(VENV)/ready ## train on generated scenes, measure on held-out ones (minu
 	@rm -rf $(DEMO)
 	$(BIN)/amclr train --out $(DEMO)
 	$(BIN)/amclr evaluate $(DEMO) --split test
-	@echo; echo "Look at $(DEMO)/gallery.png and $(DEMO)/curves.png"
+	@echo; echo "Look at $(DEMO)/gallery.png and $(DEMO)/curves.png; to search in the scenes:"
+	@echo "  $(BIN)/amclr index $(DEMO) scenes && $(BIN)/amclr serve indexes/scenes"
 
 test: $(VENV)/ready ## the fast tests
 	$(BIN)/python -m pytest -n 2

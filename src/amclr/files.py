@@ -69,7 +69,7 @@ def read_arrays(file: Path) -> dict[str, np.ndarray] | None:
 def write_packed(file: Path, value: Any) -> None:
     """Write a value as compressed JSON, which several processes may do at once."""
     with written(file, shared=True) as handle:
-        handle.write(gzip.compress(json.dumps(value).encode(), 1))
+        handle.write(gzip.compress(json.dumps(value).encode(), 1, mtime=0))  # the same value, the same bytes
 
 
 def read_packed(file: Path) -> Any:

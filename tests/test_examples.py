@@ -31,6 +31,7 @@ def recall(printed: str, when: str) -> float:
     return float(re.findall(rf"^{when}: mean recall ([\d.]+) %$", printed, re.M)[0])
 
 
+@pytest.mark.slow
 def test_plain_pytorch_learns_and_goes_on_as_if_never_stopped(tmp_path: Path) -> None:
     whole = example("plain_pytorch.py", "--epochs", 3, "--checkpoint", "whole.pt", cwd=tmp_path)
     assert recall(whole, "before") < 6 and recall(whole, "after") > 60

@@ -439,6 +439,7 @@ def test_missing_packages(
     assert f"--to {to} needs {package}: pip install 'amclr[export]'" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_tower_that_cannot_be_traced(
     small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -544,6 +545,7 @@ def test_pictures_that_cannot_be_decoded_are_left_out(small: Path, tmp_path: Pat
     assert json.loads((tmp_path / "out" / "parity.json").read_text())["pairs"] == 1
 
 
+@pytest.mark.slow
 def test_weights_too_large_for_one_file(
     small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -172,6 +172,7 @@ def test_weights_of_another_model(tmp_path: Path) -> None:
         amclr.load(tmp_path / "saved")
 
 
+@pytest.mark.slow
 def test_what_is_no_model(tmp_path: Path) -> None:
     code = """
 import amclr

@@ -610,6 +610,7 @@ def test_ends_when_told_and_answers_what_was_asked(folder: Path) -> None:
         assert process.stdout is not None and process.stdout.read().strip() == "stopped"
 
 
+@pytest.mark.slow
 def test_a_server_of_its_own(folder: Path) -> None:
     """Open to others, with a token: bodies without a length, requests that are none, the page's queue; Ctrl-C."""
     with serving(folder, "--host", "0.0.0.0", "--upload", "0.1", AMCLR_TOKEN=TOKEN) as (process, address):

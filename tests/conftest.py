@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -21,6 +22,9 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 # No test asks the Hub, in this process or another. Its library, too, looks at this once.
 os.environ["HF_HUB_OFFLINE"] = "1"
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A script that starts the tests with `&` has them ignore Ctrl-C, and some send it to themselves.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 REAL = Path(os.environ.get("AMCLR_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
 BEGUN = time.monotonic()

@@ -202,7 +202,8 @@ def test_slips(
     assert code == 1 and message in err and len(err.splitlines()) == 1, (out, err)
 
 
-def test_labels_of_bad_pictures_and_names(run: Run, tmp_path: Path) -> None:
+def test_labels_of_bad_pictures_and_names(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(search, "CHUNK", 2)
     (tmp_path / "pictures").mkdir()
     for name in ("=cmd().png", "b.png", "ü.png"):
         paint("red", 1).save(tmp_path / "pictures" / name)

@@ -219,8 +219,8 @@ def label(
     rows = evaluate.class_embeddings(model, names, read_prompts(templates)[0])
     counts = dict.fromkeys(names, 0)
     with written(out) as binary, tqdm(total=len(samples), desc="Labels", unit="picture", disable=not progress) as bar:
+        binary.write(_csv([["picture", *_columns(top), "fault"]]).encode())
         for some in (samples[k : k + CHUNK] for k in range(0, len(samples), CHUNK)):
-            text = _csv([["picture", *_columns(top), "fault"]] if bar.n == 0 else [])
             good, faults = [], {}
             for s in some:
                 try:
@@ -238,7 +238,7 @@ def label(
                     cells = [c for v, p in zip(values, places, strict=True) for c in (names[p], f"{v:.4f}")]
                     counts[names[places[0]]] += 1
                 lines.append([_cell(s.name), *cells, faults.get(s.name, "")])
-            binary.write((text + _csv(lines)).encode("utf-8", "backslashreplace"))
+            binary.write(_csv(lines).encode("utf-8", "backslashreplace"))
             bar.update(len(some))
     return counts
 

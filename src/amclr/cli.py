@@ -259,8 +259,7 @@ def _index(arguments: list[str]) -> int:
     from amclr.config import SourceConfig, from_dict
 
     parser = _parser("index")
-    _add_model(parser)
-    parser.add_argument("data", type=str, help="pictures: a folder of them, tars, or any data set")
+    _add_model_and_pictures(parser)
     parser.add_argument(
         "--out", type=str, default="", metavar="INDEX", help="folder of the index, new or there; empty: indexes/NAME"
     )
@@ -332,8 +331,7 @@ def _label(arguments: list[str]) -> int:
     from amclr.config import SourceConfig, from_dict
 
     parser = _parser("label")
-    _add_model(parser)
-    parser.add_argument("data", type=str, help="pictures: a folder of them, tars, or any data set")
+    _add_model_and_pictures(parser)
     parser.add_argument(
         "--classes", type=str, required=True, metavar="NAMES|FILE", help="'dog,cat,horse', or a file with one a line"
     )
@@ -378,8 +376,9 @@ _OF_TRAINING = {"captions", "paraphrases", "val_fraction", "duplicates", "max_ba
 """Settings of a data set that matter where it is trained on alone."""
 
 
-def _add_model(parser: ArgumentParser) -> None:
+def _add_model_and_pictures(parser: ArgumentParser) -> None:
     parser.add_argument("run", type=str, help="run folder, what `amclr export --to hf` wrote, or a name on the Hub")
+    parser.add_argument("data", type=str, help="pictures: a folder of them, tars, or any data set")
 
 
 def _configure(command: str, arguments: list[str], run: str = "") -> Config:

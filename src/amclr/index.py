@@ -355,14 +355,11 @@ def build(
         raise UserError(f"--thumbnails must be 0, or 16 to 2048 pixels, got {thumbnails}")
     processes = Processes.start()
     first = processes.rank == 0
-    config = replace(Config(), data=data, source=source or SourceConfig(), cache=cache)
     is_index = (out / "index.json").is_file()
     if out.is_file() or (not is_index and any(_others(out))):
         raise UserError(f"'{out}' is in use, and no index: give another --out")
     progress = progress and first
-    samples = manifests.load(config, manifests.cache_folder(config), progress, only="all", bare=True).samples
-    if not samples:
-        raise UserError(f"there is no picture in '{data}'")
+    samples = read_samples(data, source, cache, progress)
     model = load(run)
     out.mkdir(parents=True, exist_ok=True)
     try:
@@ -377,6 +374,15 @@ def build(
             return work.finish(approximate) if first else None
     except Timeout:
         raise UserError(f"another amclr index is at work in '{out}': wait for it, or give another --out") from None
+
+
+def read_samples(data: str, source: SourceConfig | None, cache: str, progress: bool) -> tuple[Sample, ...]:
+    """The pictures of a folder, archive or data set, with captions or without. Raises UserError for none."""
+    config = replace(Config(), data=data, source=source or SourceConfig(), cache=cache)
+    samples = manifests.load(config, manifests.cache_folder(config), progress, only="all", bare=True).samples
+    if not samples:
+        raise UserError(f"there is no picture in '{data}'")
+    return samples
 
 
 LOCK = ".lock"
@@ -412,11 +418,12 @@ class _Work:
         self.out, self.model, self.samples, self.progress = out, model, samples, progress
         self.about = _read_about(out)
         self.stamps = {s.name: s.picture.stamp for s in samples}
-        before = [Part(**p) for p in self.about["parts"]]
-        self.before = set(self._places(before))
-        self.there = self._places(_whole_parts(out, self.about["model"]))
+        parts, listed = _whole_parts(out, self.about["model"]), len(self.about["parts"])
+        before = self._places(parts[:listed])
+        self.before = before.keys()
+        there = before | self._places(parts[listed:])  # of a build that was stopped
         faults = {n: f for n, f in _read_faults(out).items() if f["stamp"] == self.stamps.get(n)}
-        known = {n for n, (stamp, _, _) in self.there.items() if stamp == self.stamps.get(n)}
+        known = {n for n, (stamp, _, _) in there.items() if stamp == self.stamps.get(n)}
         self.todo = [s for s in samples if s.name not in known and s.name not in faults]
 
     def _places(self, parts: Sequence[Part]) -> dict[str, tuple[str, Part, int]]:
@@ -496,8 +503,9 @@ class _Work:
         if approximate or (approximate is None and count >= APPROXIMATE_FROM):
             with suppress(UserError):  # damaged: made anew
                 lists = Lists.read(self.out / "lists", about.get("lists"), count)
-            lists = lists or self._lists()
-            about["lists"] = lists.write(self.out / "lists")
+            if lists is None:
+                lists = self._lists()
+                about["lists"] = lists.write(self.out / "lists")
         else:
             about.pop("lists", None)
             shutil.rmtree(self.out / "lists", ignore_errors=True)

@@ -705,7 +705,12 @@ def inspect(
     lines += [f"contact sheet: {sheet}", f"caption lengths and words: {plot}"]
     if groups is not None and (sets := duplicates.largest(groups)):
         drawn = sheet.with_name(f"{sheet.stem}-duplicates{sheet.suffix}")
-        if _draw_duplicates(samples, sets, store, drawn):
+
+        def look(i: int) -> tuple[str, Tensor, str] | None:
+            picture = _or_none(store, i)
+            return None if picture is None else (samples[i].name, picture, samples[i].captions[0])
+
+        if draw_look_alikes(sets, look, drawn):
             lines.append(f"pictures that look the same: {drawn}")
     if listing:
         manifest.write(listing)
@@ -732,19 +737,22 @@ def _token_line(config: Config, tokens: np.ndarray) -> str:
     )
 
 
-def _draw_duplicates(samples: Sequence[Sample], sets: Sequence[np.ndarray], store: PictureStore, file: Path) -> bool:
-    """Draw some members of the largest groups of near-duplicate pictures, with a caption of the first two.
+def draw_look_alikes(
+    groups: Sequence[np.ndarray], look: Callable[[int], tuple[str, Tensor, str] | None], file: Path
+) -> bool:
+    """Draw some members of the largest groups of pictures that look the same, with a caption of the first two.
 
-    False, with nothing drawn, where none of them can be decoded any more.
+    look: name, picture and caption of a member; None where it cannot be decoded any more. False, with nothing drawn,
+    where no two of a group can.
     """
     cards = []
-    for members in sets[:12]:
-        seen = [(samples[i], p) for i in map(int, members[:4]) if (p := _or_none(store, i)) is not None]
+    for members in groups[:12]:
+        seen = [found for i in map(int, members[:4]) if (found := look(i)) is not None]
         if len(seen) > 1:
-            first, second = (printable(s.captions[0]) for s, _ in seen[:2])
-            cards.append(([(printable(s.name[-16:]), whole(p, 96)) for s, p in seen], first, second))
+            first, second = (printable(caption) for _, _, caption in seen[:2])
+            cards.append(([(printable(name[-16:]), whole(p, 96)) for name, p, _ in seen], first, second))
     if cards:
-        title = f"{sum(map(len, sets))} pictures in {len(sets)} groups look the same"
+        title = f"{sum(map(len, groups))} pictures in {len(groups)} groups look the same"
         figures.contact_sheet(cards, file, title)
     return bool(cards)
 

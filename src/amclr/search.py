@@ -9,7 +9,7 @@ import re
 import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +20,15 @@ from tqdm import tqdm
 
 from amclr import evaluate, figures
 from amclr.classes import read_prompts
-from amclr.config import Config, SourceConfig
-from amclr.data import manifest as manifests
+from amclr.config import SourceConfig
 from amclr.data.duplicates import alone_unnumbered, as_rows, joined, largest, near_duplicates
 from amclr.data.pictures import BadPicture, Picture, read_picture
 from amclr.data.rows import printable
 from amclr.data.tables import read_lines
-from amclr.data.views import whole
 from amclr.errors import UserError
 from amclr.files import written
-from amclr.index import CHUNK, Index
+from amclr.index import CHUNK, Index, read_samples
+from amclr.measure import draw_look_alikes
 from amclr.model import DualEncoder
 from amclr.run import load
 
@@ -211,10 +210,7 @@ def label(
     names = read_labels(classes)
     if not 1 <= top <= min(AT_ONCE, len(names)):
         raise UserError(f"--top must be 1 to {min(AT_ONCE, len(names))}, got {top}")
-    config = replace(Config(), data=data, source=source or SourceConfig(), cache=cache)
-    samples = manifests.load(config, manifests.cache_folder(config), progress, only="all", bare=True).samples
-    if not samples:
-        raise UserError(f"there is no picture in '{data}'")
+    samples = read_samples(data, source, cache, progress)
     model = load(Path(run) / "model" if (Path(run) / "index.json").is_file() else run)
     rows = evaluate.class_embeddings(model, names, read_prompts(templates)[0])
     counts = dict.fromkeys(names, 0)
@@ -306,18 +302,15 @@ def _alike(index: Index, threshold: float, progress: bool) -> np.ndarray:
 
 def draw_groups(index: Index, groups: Sequence[np.ndarray], file: Path) -> bool:
     """Draw some members of the largest groups, with the captions of the first two; whether there were any."""
-    cards = []
-    for members in groups[:12]:
-        rows = [index.row(r) for r in members[:4].tolist()]
-        with suppress(BadPicture):
-            seen = [(printable(of.name[-16:]), whole(read_picture(index.thumbnail(r), 96), 96))
-                    for r, of in zip(members.tolist(), rows, strict=False)]  # fmt: skip
-            first, second = (printable((*of.captions, "")[0]) for of in rows[:2])
-            cards.append((seen, first, second))
-    if cards:
-        title = f"{sum(map(len, groups))} pictures in {len(groups)} groups look the same"
-        figures.contact_sheet(cards, file, title)
-    return bool(cards)
+
+    def look(row: int) -> tuple[str, Tensor, str] | None:
+        of = index.row(row)
+        try:
+            return of.name, read_picture(index.thumbnail(row), 96), (*of.captions, "")[0]
+        except BadPicture:
+            return None
+
+    return draw_look_alikes(groups, look, file)
 
 
 def told(query: str, picture: str) -> str:

@@ -56,6 +56,10 @@ def frozen(folder: Path, out: str = "run", **changes: Any) -> Config:
     return config_for(folder, out, model=model, **changes)
 
 
+def queued(folder: Path, out: str = "run", **changes: Any) -> Config:
+    return frozen(folder, out, loss=LossConfig(temperature=0.1, queue=20), **changes)
+
+
 def weights(run: Run) -> dict[str, torch.Tensor]:
     return run.load_last()["model"]  # type: ignore[index]
 
@@ -179,7 +183,7 @@ def test_what_is_logged_says_how_the_estimators_do(folder: Path) -> None:
         assert row[f"tau_p05_{kind}"] <= row[f"tau_p95_{kind}"]
 
 
-@pytest.mark.parametrize(("make", "stop"), [(config_for, 3), (frozen, 6)])
+@pytest.mark.parametrize(("make", "stop"), [(config_for, 3), (frozen, 6), (queued, 6)])
 def test_stopped_and_resumed_equals_uninterrupted(
     make: Any, stop: int, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -186,6 +186,8 @@ class LossConfig:
     """Weight of text-text terms."""
     cyclic_weight: float | None = None
     """Weight of each of CyCLIP's two consistency penalties; empty is the method's own, 0 for all but cyclip."""
+    queue: int = 0
+    """Samples of the last batches that stay as further negatives, for small batches: some hundreds; 0 is none."""
     estimator: Literal["per-term", "reference"] = "per-term"
     """per-term: an estimate per sample and term. reference: one per sample, as the public AmCLR code."""
     storage: Literal["auto", "device", "host", "disk"] = "auto"
@@ -418,6 +420,7 @@ def problems(config: Config) -> list[str]:
         ("views.other_captions", v.other_captions, 0, 1e9),
         ("views.words", v.words, 0, 1e9),
         ("views.cached", v.cached, 1, 1024),
+        ("loss.queue", config.loss.queue, 0, 1e7),
         ("model.image_size", m.image_size, 8, 4096),
         ("model.max_tokens", m.max_tokens, 3, 512),
         ("model.dim", m.dim, 1, 65536),

@@ -585,7 +585,7 @@ def build_objective(config: Config, samples: int) -> Objective:
             config.objective, samples, temperature=c.temperature, gamma=c.gamma, gamma_schedule=c.gamma_schedule,
             temperature_mode=c.temperature_mode, temperature_lr=c.temperature_lr, rho=c.rho, pairs=c.pairs,
             weights={"cross": c.cross_weight, "image": c.image_weight, "text": c.text_weight},
-            cyclic_weight=c.cyclic_weight, estimator=c.estimator, storage=c.storage,
+            cyclic_weight=c.cyclic_weight, queue=c.queue, estimator=c.estimator, storage=c.storage,
             folder=manifests.cache_folder(config) / "tables", products=c.products, averaged=True,
             validate=False,  # embeddings made here are unit rows, and ids are the plan's own
         )  # fmt: skip

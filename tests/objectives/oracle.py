@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -60,12 +61,16 @@ class Global:
     first_epoch: bool = True
     adaptive: bool = False
     """gamma is then the least of what noise and innovation ask for."""
+    queue: int = 0
+    """Samples of earlier batches that are negatives too, without a gradient of their own."""
     weights: dict[TermName, float] = field(default_factory=dict)
     statistics: dict[TermName, dict[str, float]] = field(default_factory=dict)
     """Of each term: running means of the drift, the squared innovation and the noise, and how many steps."""
     u: dict[tuple[object, int], float] = field(default_factory=dict)
     temperature: dict[tuple[object, int], float] = field(default_factory=dict)
     velocity: dict[tuple[object, int], float] = field(default_factory=dict)
+    queued: list[dict[str, Any]] = field(default_factory=list)
+    """Of each: its views by name, its ids as `image id` and `text id`, its groups as `group of` a view."""
 
     def step(
         self, views: Views, image_ids: list[int], text_ids: list[int], groups: dict[str, list[int]] | None = None
@@ -75,6 +80,7 @@ class Global:
         loss, slope = 0.0, 0.0
         gradient = {name: np.zeros_like(rows) for name, rows in views.items()}
         batch = len(image_ids)
+        shown = groups or {}
         for term in self.terms:
             anchor, candidate = views[term[0]], views[term[1]]
             ids = image_ids if side(term[0]) == "image" else text_ids
@@ -87,12 +93,21 @@ class Global:
             fresh_slope: dict[int, list[float]] = {}
             for i in range(batch):
                 others = [j for j in range(batch) if not positives[i, j]]
-                if not others:
+                former = [
+                    q for q in self.queued
+                    if q["image id"] != image_ids[i] and q["text id"] != text_ids[i] and not any(
+                        side(v) == side(w) and shown[v][i] >= 0 and shown[v][i] == q[f"group of {w}"]
+                        for v in shown for w in shown
+                    )
+                ]  # fmt: skip
+                count = len(others) + len(former)
+                if not count:
                     continue
                 key = (table, ids[i])
                 tau = self.temperature.get(key, self.tau) if self.individual else self.tau
                 d = {j: float(anchor[i] @ candidate[j] - anchor[i] @ candidate[i]) for j in others}
-                g = sum(math.exp(d[j] / tau) for j in others) / len(others)
+                d_former = [float(anchor[i] @ q[term[1]] - anchor[i] @ candidate[i]) for q in former]
+                g = (sum(math.exp(d[j] / tau) for j in others) + sum(math.exp(x / tau) for x in d_former)) / count
                 unseen = key not in self.u or (self.reference and self.first_epoch)
                 u = g if unseen else (1 - gamma) * self.u[key] * math.exp(drift) + gamma * g
                 fresh_u.setdefault(ids[i], []).append(u)
@@ -101,11 +116,15 @@ class Global:
                 loss += weight * tau * (math.log(u) + self.rho) / batch
                 pull = 0.0
                 for j in others:
-                    w = math.exp(d[j] / tau) / (len(others) * u)
+                    w = math.exp(d[j] / tau) / (count * u)
                     gradient[term[0]][i] += weight * w * (candidate[j] - candidate[i]) / batch
                     gradient[term[1]][j] += weight * w * anchor[i] / batch
                     gradient[term[1]][i] -= weight * w * anchor[i] / batch
                     pull += w * d[j] / tau
+                for q, x in zip(former, d_former, strict=True):
+                    w = math.exp(x / tau) / (count * u)
+                    gradient[term[0]][i] += weight * w * (q[term[1]] - candidate[i]) / batch
+                    pull += w * x / tau
                 fresh_slope.setdefault(ids[i], []).append(math.log(u) + self.rho - pull)
                 slope += weight * (math.log(u) + self.rho - pull) / batch
             for sample, values in fresh_u.items():
@@ -116,6 +135,10 @@ class Global:
                     self.velocity[key] = self.beta * self.velocity.get(key, 0.0) + (1 - self.beta) * mean
                     moved = self.temperature.get(key, self.tau) - self.eta * self.velocity[key]
                     self.temperature[key] = min(max(moved, self.tau_range[0]), self.tau_range[1])
+        for i in range(batch if self.queue else 0):
+            ids_of = {"image id": image_ids[i], "text id": text_ids[i]}
+            groups_of = {f"group of {v}": g[i] for v, g in shown.items()}
+            self.queued = [*self.queued, {**{v: x[i] for v, x in views.items()}, **ids_of, **groups_of}][-self.queue :]
         return loss, gradient, slope
 
     def _adapt(self, term: TermName, ids: list[int], s: np.ndarray, positives: np.ndarray) -> tuple[float, float]:

@@ -27,6 +27,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "learnable": {"name": "amclr", "temperature_mode": "learnable", "rho": 1.0},
     "aligned": {"name": "sogclr", "pairs": "aligned"},
     "adaptive": {"name": "amclr", "gamma": 0.2, "gamma_schedule": "adaptive"},
+    "queue": {"name": "xamclr", "queue": 17, "groups": True},
+    "queue, individual": {"name": "iamclr", "queue": 8},
+    "queue, learned": {"name": "clip", "queue": 30},
+    "queue, adaptive": {"name": "amclr", "gamma": 0.2, "gamma_schedule": "adaptive", "queue": 9},
     "cyclic": {"name": "xamclr", "cyclic_weight": 0.1},
     "weighted": {"name": "xamclr", "weights": {"image": 0.3, "text": 0.1}},
     **{

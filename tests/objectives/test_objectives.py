@@ -19,6 +19,7 @@ from torch.nn import functional as F
 import amclr
 from amclr.objectives import METHODS, blocks, build
 from amclr.objectives import objective as objective_module
+from amclr.objectives import queue as queue_module
 from amclr.objectives.adaptive import log_noise
 from amclr.objectives.blocks import Positives
 from tests.objectives import oracle
@@ -448,6 +449,115 @@ def test_cyclic_penalties_come_on_top(name: str) -> None:
     assert float((losses[1] - losses[0]).detach()) == pytest.approx(0.3 * expected, rel=1e-6)
 
 
+# -- a queue ---------------------------------------------------------------------------------------
+
+
+@DTYPES
+@pytest.mark.parametrize("name", GLOBAL)
+@pytest.mark.parametrize(("size", "gamma"), [(4, 1.0), (9, 0.6), (100, 0.6)])
+def test_a_queue_equals_the_loops(name: str, size: int, gamma: float, dtype: torch.dtype, tolerance: float) -> None:
+    """Value, gradients and tables over six steps; samples meet themselves and their groups in the queue."""
+    objective = build(name, 10, temperature=0.25, gamma=gamma, rho=1.3, temperature_lr=0.01, queue=size).to(dtype)
+    rho = 1.3 if METHODS[name].temperature == "individual" else 0.0
+    sums = oracle_for(name, gamma=gamma, tau=0.25, rho=rho, eta=0.01, queue=size)
+    draw = np.random.default_rng(0)
+    used = {v: METHODS[name].terms() and v in objective.required_views for v in VIEWS}
+    for step in range(6):
+        views = draw_views(step)
+        images = draw.choice(10, 6, replace=step % 2 == 1)
+        texts = np.where(draw.random(6) < 0.3, images[::-1], images)
+        groups = {v: draw.integers(-1, 9, 6) for v in ("image", "text", "text_aug") if used[v]}
+        t = tensors(views, dtype)
+        ids = {"image": torch.from_numpy(images), "text": torch.from_numpy(texts)}
+        loss, metrics = objective(t, ids, {v: torch.from_numpy(g) for v, g in groups.items()})
+        loss.backward()
+        expected, gradient, _ = sums.step(
+            views, images.tolist(), texts.tolist(), {v: g.tolist() for v, g in groups.items()}
+        )
+        assert float(loss.detach()) == pytest.approx(expected, rel=tolerance, abs=tolerance)
+        assert not any(m.requires_grad for m in metrics.values())
+        check_gradients(t, gradient, tolerance)
+    check_tables(objective, sums, tolerance)
+    assert len(objective.queue) == min(size, 36)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("tiles", [1, 20])
+def test_a_queue_with_a_learned_temperature(tiles: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(queue_module, "TILE", (1 << 20) // tiles if tiles == 1 else 20)
+    objective = build("amclr", 30, temperature=0.2, temperature_mode="learnable", rho=0.9, queue=12).double()
+    sums = oracle.Global(oracle.TERMS["amclr"], 0.8, 0.2, rho=0.9, queue=12)
+    for step in range(4):
+        views, ids = draw_views(step), list(range(6 * step, 6 * step + 6))
+        t = tensors(views)
+        objective.zero_grad()
+        loss, _ = objective(t, torch.tensor(ids))
+        loss.backward()
+        expected, gradient, slope = sums.step(views, ids, ids)
+        assert float(loss.detach()) == pytest.approx(expected, rel=1e-7)
+        check_gradients(t, gradient, 1e-6)
+        assert float(objective.log_temperature.grad) == pytest.approx(0.2 * slope, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["clip", "cyclip"])
+def test_cross_entropies_with_a_queue(name: str) -> None:
+    """Against autograd on the softmax over batch and queue, in which an anchor's positive is constant to the queue."""
+    objective = build(name, 30, temperature=0.2, queue=8).double()
+    former = [draw_views(10), draw_views(11)]
+    for k, views in enumerate(former):
+        objective(tensors(views), torch.arange(6 * k, 6 * k + 6))
+    queued = {v: torch.tensor(np.concatenate([f[v] for f in former])[-8:]) for v in VIEWS}
+    t, other = tensors(draw_views(3)), tensors(draw_views(3))
+    objective.zero_grad()
+    loss, _ = objective(t, torch.arange(20, 26))
+    loss.backward()
+    tau = torch.tensor(0.2, dtype=torch.float64, requires_grad=True)
+    parts = []
+    for a, c in (("image", "text"), ("text", "image")):
+        s = other[a] @ other[c].T / tau
+        # The positive cancels in value and in every gradient but its own.
+        further = other[a] @ queued[c].T / tau
+        own = (other[a] * other[c]).sum(1, keepdim=True) / tau
+        fixed = (other[a] * other[c].detach()).sum(1, keepdim=True) / tau
+        logits = torch.cat([s - own, further - fixed], 1)
+        parts.append(logits.logsumexp(1).mean())
+    expected = sum(parts) / 2
+    if name == "cyclip":
+        i, x = other["image"], other["text"]
+        cross = i @ x.T
+        expected = expected + 0.25 * ((i @ i.T - x @ x.T).square().sum() / 6 + (cross - cross.T).square().sum() / 6)
+    expected.backward()  # type: ignore[union-attr]
+    assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-7)  # type: ignore[union-attr]
+    for v in ("image", "text"):
+        torch.testing.assert_close(t[v].grad, other[v].grad, rtol=1e-6, atol=1e-9)
+    assert float(objective.log_temperature.grad) == pytest.approx(0.2 * float(tau.grad), rel=1e-6)
+
+
+def test_a_queue_in_evaluation_and_with_nan() -> None:
+    """It stands still in evaluation; embeddings that are not finite are nobody's negatives; another width is refused."""
+    objective = build("amclr", 30, temperature=0.2, queue=10, validate=False)
+    objective(tensors(draw_views(0), torch.float32), torch.arange(6))
+    objective.eval()
+    objective(tensors(draw_views(1), torch.float32), torch.arange(6, 12))
+    objective.train()
+    assert objective.queue.ids[0].tolist() == [*range(6)]
+    bad = {k: v.detach().clone() for k, v in tensors(draw_views(1), torch.float32).items()}
+    bad["text_aug"][2] = math.nan
+    assert bool(objective(bad, torch.arange(6, 12))[0].isnan())
+    assert objective.queue.ids[0].tolist() == [2, 3, 4, 5, 6, 7, -1, 9, 10, 11]
+    with_gap = build("amclr", 30, temperature=0.2, queue=10)
+    with_gap.load_state_dict(objective.state_dict())
+    views = tensors(draw_views(2), torch.float32)
+    loss, _ = with_gap(views, torch.arange(20, 26))
+    loss.backward()
+    assert bool(torch.isfinite(loss)) and all(bool(torch.isfinite(v.grad).all()) for v in views.values())  # type: ignore[union-attr]
+    wider = tensors(draw_views(2, dim=7), torch.float32)
+    with pytest.raises(ValueError, match="views have 7 dimensions, and those of the batches before had 5"):
+        with_gap(wider, torch.arange(6))
+    with_gap.queue.clear()
+    with_gap(wider, torch.arange(6))
+    assert with_gap.queue.rows.shape == (4, 6, 7)
+
+
 @DTYPES
 @pytest.mark.parametrize("name", GLOBAL)
 def test_adaptive_gamma_equals_the_loops(name: str, dtype: torch.dtype, tolerance: float) -> None:
@@ -848,11 +958,11 @@ def test_evaluation_mode_leaves_the_estimators_alone() -> None:
     assert all(torch.equal(v, before[k]) for k, v in objective.state_dict().items())
 
 
-@pytest.mark.parametrize("schedule", ["constant", "adaptive"])
-def test_state_goes_on_where_it_was(schedule: str) -> None:
+@pytest.mark.parametrize(("schedule", "queue"), [("constant", 0), ("adaptive", 0), ("adaptive", 8)])
+def test_state_goes_on_where_it_was(schedule: str, queue: int) -> None:
     ids = torch.tensor([0, 3, 4, 5, 1, 2])
     whole, first, second = (
-        build("iamclr", 6, temperature=0.1, gamma=0.3, gamma_schedule=schedule) for _ in range(3)
+        build("iamclr", 6, temperature=0.1, gamma=0.3, gamma_schedule=schedule, queue=queue) for _ in range(3)
     )  # fmt: skip
     for step in range(3):
         views = tensors(draw_views(step), torch.float32)
@@ -1045,6 +1155,10 @@ def test_value_checks_can_be_switched_off() -> None:
         ("amclr", {"pairs": "none"}, "pairs must be one of first, aligned, all"),
         ("amclr", {"weights": {"intra": 1}}, "weights must be one of cross, image, text"),
         ("amclr", {"weights": {"cross": 0}}, "leave 'amclr' without a term"),
+        ("amclr", {"queue": -1}, "queue must not be negative"),
+        ("siglip", {"queue": 9}, "'siglip' has no anchors to contrast with a queue: leave out queue=9"),
+        ("simclr", {"queue": 9}, "'simclr' has no anchors to contrast with a queue"),
+        ("amclr", {"queue": 9, "estimator": "reference"}, "a queue needs estimator 'per-term'"),
         ("amclr", {"storage": "tape"}, "storage must be one of auto, device, host, disk"),
         ("amclr", {"products": "int8"}, "products must be one of auto, float32"),
         ("amclr", {"backend": "cuda"}, "backend must be one of auto, eager, triton"),

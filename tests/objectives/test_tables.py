@@ -178,11 +178,12 @@ def test_the_index_says_what_is_there(tmp_path: Path) -> None:
         ("clip", {}), ("ixamclr", {}), ("ixamclr", {"estimator": "reference"}), ("ixamclr", {"storage": "disk"}),
         ("amclr", {"backend": "triton"}), ("amclr", {"gamma_schedule": "adaptive"}),
         ("amclr", {"gamma_schedule": "adaptive", "backend": "triton"}),
+        ("amclr", {"queue": 9}), ("clip", {"queue": 4}),
     ],
 )  # fmt: skip
-def test_a_step_can_be_undone(name: str, settings: dict[str, str]) -> None:
+def test_a_step_can_be_undone(name: str, settings: dict[str, Any]) -> None:
     """Tables, temperatures included, are as before; also where samples stand twice; and only the last step is."""
-    objective = build(name, 12, temperature=0.1, **settings)  # type: ignore[arg-type]
+    objective = build(name, 12, temperature=0.1, **settings)
     objective.remember = True
     generator = torch.Generator().manual_seed(0)
 
@@ -196,7 +197,21 @@ def test_a_step_can_be_undone(name: str, settings: dict[str, str]) -> None:
     after = {k: v.clone() for k, v in objective.state_dict().items()}
     objective.undo()
     assert all(torch.equal(v, before[k]) for k, v in objective.state_dict().items())
-    if name != "clip":
+    if name != "clip" or settings:
         assert not all(torch.equal(v, before[k]) for k, v in after.items())
     objective.undo()
     assert all(torch.equal(v, before[k]) for k, v in objective.state_dict().items())
+
+
+def test_rows_of_other_samples_and_the_queue() -> None:
+    """Tables are taken over sample by sample; what is queued, whose ids are the former samples', is not."""
+    before, after = build("sogclr", 6, temperature=0.1, queue=9), build("sogclr", 4, temperature=0.1, queue=9)
+    generator = torch.Generator().manual_seed(0)
+    views = {v: torch.nn.functional.normalize(torch.randn(6, 4, generator=generator), dim=1) for v in VIEWS}
+    before(views, torch.arange(6))
+    after.load_rows(before.state_dict(), torch.tensor([5, -1, 0, 2]))
+    found = after.get_submodule("log_u_image").values
+    assert torch.equal(found[[0, 2, 3]], before.get_submodule("log_u_image").values[[5, 0, 2]])
+    assert bool(torch.isinf(found[1])) and len(after.queue) == 0  # type: ignore[arg-type]
+    after(views, torch.tensor([0, 1, 2, 3, 0, 1]))
+    assert len(after.queue) == 6  # type: ignore[arg-type]

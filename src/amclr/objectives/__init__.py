@@ -41,6 +41,7 @@ def build(
     pairs: Pairs | None = None,
     weights: Mapping[str, float] | None = None,
     cyclic_weight: float | None = None,
+    queue: int = 0,
     estimator: str = "per-term",
     validate: bool | None = None,
     distributed: bool = True,
@@ -73,6 +74,8 @@ def build(
         weights: factors on the terms by kind: "cross", "image" (image-image), "text" (text-text).
         cyclic_weight: weight of each of CyCLIP's two penalties, for any method with image-text pairs. Default: the
             method's own, 0.25 for cyclip and else 0.
+        queue: samples of the last batches whose embeddings stay as further, constant negatives (see `queue.py`):
+            cross-batch memory, for small batches. Takes 4 x queue x views x D bytes, and is saved with the rest.
         estimator: "per-term" keeps one running estimate per sample and term; "reference" one per
             sample, overwritten by the terms in turn, as the public AmCLR code does (call `start_epoch`: it
             remembers nothing before the second).
@@ -127,6 +130,11 @@ def build(
         raise ValueError(f"estimator 'reference' needs a global objective, and '{name}' is a mini-batch one")
     if estimator == "reference" and gamma_schedule == "adaptive":
         raise ValueError("gamma_schedule 'adaptive' needs estimator 'per-term', which tells the terms apart")
+    _require(queue >= 0, "queue must not be negative", queue)
+    if queue and (method.contrast == "sigmoid" or method.pool_negatives):
+        raise ValueError(f"'{name}' has no anchors to contrast with a queue: leave out queue={queue!r}")
+    if queue and estimator == "reference":
+        raise ValueError("a queue needs estimator 'per-term': the public AmCLR code has none")
     if not method.terms(pairs, weights):
         raise ValueError(f"weights {dict(weights or {})} leave '{name}' without a term")
     _require(math.isfinite(rho) and rho >= 0, "rho must not be negative", rho)
@@ -153,6 +161,7 @@ def build(
         pairs=pairs,
         weights=weights,
         cyclic_weight=cyclic,
+        queue=operator.index(queue),
         estimator=estimator,
         validate=validate,
         distributed=distributed,

@@ -20,6 +20,7 @@ from amclr.objectives import contrast as math_of
 from amclr.objectives.adaptive import AdaptiveGamma, log_noise
 from amclr.objectives.blocks import NEG_INF, Blocks, Layout, Positives, Workspace
 from amclr.objectives.methods import PAIRS, VIEWS, Method, Pairs, Term, modality
+from amclr.objectives.queue import Queue
 from amclr.objectives.tables import Table
 
 UNIT_TOLERANCE = 2e-2
@@ -72,6 +73,7 @@ class Objective(nn.Module):
         pairs: Pairs | None,
         weights: Mapping[str, float] | None,
         cyclic_weight: float,
+        queue: int,
         estimator: str,
         validate: bool | None,
         distributed: bool,
@@ -101,6 +103,7 @@ class Objective(nn.Module):
         self.remember = False
         self._former: list[tuple[Table, Tensor, Tensor]] = []
         self._former_statistics: dict[str, Tensor] = {}
+        self._former_queue: tuple[Tensor, Tensor, Tensor] | None = None
         self._first_epoch = True
         self._stacked = tuple(v for v in VIEWS if v in self.required_views)
         self._layouts_of = {whole: self._layouts(whole) for whole in (True, False)}
@@ -121,6 +124,7 @@ class Objective(nn.Module):
                 for what, fill in fills.items():
                     columns = 1 if estimator == "reference" and what == "log_u" else len(self._columns[of])
                     self.add_module(f"{what}_{of}", Table(self.num_samples[of], columns, fill, storage, folder))
+        self.queue = Queue(queue, self._stacked) if queue else None
         self.adaptive: AdaptiveGamma | None = None
         if gamma_schedule == "adaptive" and method.contrast == "global":
             self.adaptive = AdaptiveGamma(len(self.terms), gamma)
@@ -159,11 +163,13 @@ class Objective(nn.Module):
             table.write(ids, 0, table.values.shape[1], former)
         if self._former and self.adaptive:
             self.adaptive.load_state_dict(self._former_statistics)
+        if self._former_queue is not None and self.queue is not None:
+            self.queue.state = self._former_queue
         self.forget()
 
     def forget(self) -> None:
         """Let the last call stand: `undo` puts back what later ones overwrite."""
-        self._former = []
+        self._former, self._former_queue = [], None
 
     # -- one step ---------------------------------------------------------------------------------
 
@@ -207,12 +213,14 @@ class Objective(nn.Module):
                 self.log_temperature.clamp_(math.log(self.tau_min), math.log(self.tau_max))
         if sum(world.sizes) < 2:
             raise ValueError("a batch of 1 has no negatives: pass at least 2 samples")
-        id_of, positives = _together(id_of, shown, world, device)
+        id_of, shown, positives = _together(id_of, shown, world, device)
         if self.remember:
             self._former = [(table, id_of[of], table.read(id_of[of], 0, table.values.shape[1], table.values))
                             for of, table in ((name.rpartition("_")[2], t) for name, t in self._tables())]  # fmt: skip
             if self.adaptive:
                 self._former_statistics = {name: b.clone() for name, b in self.adaptive.state_dict().items()}
+            if self.queue is not None:
+                self._former_queue = self.queue.state
         with torch.autocast(device.type, enabled=False):
             dtype = torch.promote_types(torch.float32, source)
             inputs = {v: views[v].to(dtype) for v in self._stacked}
@@ -221,7 +229,7 @@ class Objective(nn.Module):
             if self.method.contrast == "sigmoid" or any(t.also for t in self.terms):
                 total, metrics = self._autograd_loss(inputs, positives, world)
             else:
-                total, metrics = self._closed_form_loss(inputs, id_of, positives, world, wanted, source)
+                total, metrics = self._closed_form_loss(inputs, id_of, shown, positives, world, wanted, source)
             if self.cyclic_weight:
                 penalty = self._cyclic_penalty({v: world.gather_rows(x) for v, x in inputs.items()})
                 total, metrics["loss_cyclic"] = total + penalty, penalty.detach()
@@ -234,12 +242,12 @@ class Objective(nn.Module):
     # -- the closed form --------------------------------------------------------------------------
 
     def _closed_form_loss(
-        self, views: dict[str, Tensor], ids: dict[str, Tensor], positives: Positives, world: World, wanted: bool,
-        source: torch.dtype,
+        self, views: dict[str, Tensor], ids: dict[str, Tensor], groups: dict[str, Tensor], positives: Positives,
+        world: World, wanted: bool, source: torch.dtype,
     ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
         """The loss of the terms. Its gradient is computed with it, if `wanted`; backward only multiplies.
 
-        ids, positives: of the whole batch. source: the type that the views came in.
+        ids, groups, positives: of the whole batch. source: the type that the views came in.
         """
         metrics: dict[str, Tensor] = {}
         tau = self.temperature if self.temperature_mode == "learnable" else None
@@ -247,7 +255,7 @@ class Objective(nn.Module):
         def compute() -> tuple[Tensor, Tensor | None, Tensor | None]:
             own = [views[v].detach() for v in self._stacked]
             known = None if tau is None else tau.detach()
-            found = self._closed_form(own, ids, positives, known, world, wanted, source, metrics)
+            found = self._closed_form(own, ids, groups, positives, known, world, wanted, source, metrics)
             metrics["loss"] = found[0]
             return found
 
@@ -258,6 +266,7 @@ class Objective(nn.Module):
         self,
         views: list[Tensor],
         ids: dict[str, Tensor],
+        groups: dict[str, Tensor],
         positives: Positives,
         learned_tau: Tensor | None,
         world: World,
@@ -278,9 +287,17 @@ class Objective(nn.Module):
         like, size = every[0], len(every[0])
         if self._uses_triton(like) and self._is_plain(like):
             return self._few_launches(every, ids, learned_tau, world, positives, wanted, products, metrics)
+        queued = None
+        if self.queue is not None and len(self.queue):
+            part = world.mine
+            queued = self.queue.against(
+                views, {of: i[part] for of, i in ids.items()}, {v: g[part] for v, g in groups.items()}
+            )
         # Where no two rows are positives of each other, everybody has size - 1 negatives.
-        count = positives.negatives(like) if positives.matches else None
-        some = None if count is None else count > 0
+        count = positives.negatives(like) if positives.matches or queued else None
+        if queued and count is not None:
+            count = count + world.gather(queued.counts())
+        some = None if count is None or positives.matches is None else count > 0
         # Else the rows of a sample are averaged, without those that have no negative.
         simple = positives.unique and some is None
         if some is not None:
@@ -292,6 +309,7 @@ class Objective(nn.Module):
         individual = self.temperature_mode == "individual"
         slopes = self.diagnose or (individual and self.training)
         loss = None
+        queue_pull = like.new_zeros(()) if queued else 0.0
         gradient = like.new_empty(len(views), len(views[0]), like.shape[1]) if wanted or slopes else None
         written: set[int] = set()
 
@@ -301,10 +319,16 @@ class Objective(nn.Module):
             taus = self._read("tau", wave, ids, like) if individual else tau
             blocks = self._blocks(every, world, wave, taus, positives, products)
             sums, positive = blocks.log_sums()
+            own_taus = taus[:, world.mine] if individual and isinstance(taus, Tensor) else taus
+            found = [sums, positive]
+            if queued:
+                found.append(queued.log_sums(self._places(terms), own_taus))
             if not world.alone:
-                sums, positive = world.gather(torch.stack([sums, positive]), 2)
+                found = list(world.gather(torch.stack(found), 2))
+            sums, positive, *further = found
+            every_sum = torch.logaddexp(sums, further[0]) if further else sums
             log_rest = positive / taus
-            log_g = sums - log_rest - log_n
+            log_g = every_sum - log_rest - log_n
             if some is not None:
                 log_g = torch.where(some, log_g, 0.0)
             if self.method.contrast == "batch":
@@ -313,6 +337,8 @@ class Objective(nn.Module):
                 log_u = log_total - log_n
             else:
                 noise = self._noise(terms, every, taus, positives) if self.adaptive and self.training else None
+                if noise is not None and queued:
+                    noise = noise * (size / (size + queued.size))  # that of a mean over so many more
                 log_u = self._update_log_u(wave, log_g, ids, some, simple, noise)
                 values, log_total = taus * (log_u + self.rho if self.rho else log_u), log_u + log_n
             if some is not None:
@@ -330,7 +356,15 @@ class Objective(nn.Module):
             offsets, own = log_rest + log_total - log_c, (share + log_c).exp()
             if some is not None:
                 offsets, own = torch.where(some, offsets, math.inf), torch.where(some, own, 0.0)
-            pulls = blocks.gradients(offsets, own, gradient, written, slopes)
+            in_batch = (sums - offsets).exp() if queued else own
+            pulls = blocks.gradients(offsets, in_batch, gradient, written, slopes)
+            if queued:
+                part = world.mine
+                places, outside = self._places(terms), (own - in_batch)[:, part]
+                further_pulls = queued.gradients(places, own_taus, offsets[:, part], outside, gradient)
+                if learned_tau is not None:
+                    queue_pull = queue_pull + (further_pulls - outside * positive[:, part]).sum()
+                pulls = None if pulls is None else pulls + further_pulls
             if pulls is not None:
                 pulls = pulls if world.alone else world.gather(pulls, 1)
                 pulls = (pulls - own * positive) / (math.exp(log_c) if isinstance(log_c, float) else log_c.exp()) / taus
@@ -343,9 +377,11 @@ class Objective(nn.Module):
         assert loss is not None
         if self.adaptive and self.training:
             metrics["gamma"] = self.adaptive.gamma().mean()
+        if self.queue is not None and self.training:
+            self.queue.push(every, ids, groups)
         if gradient is None or not wanted:
             return loss, None, None
-        return loss, gradient, self._tau_gradient(views, gradient, learned_tau, tau, loss, world)
+        return loss, gradient, self._tau_gradient(views, gradient, learned_tau, tau, loss, world, queue_pull)
 
     def _require_negatives(self, found: Tensor) -> None:
         """Raise ValueError, where values are checked, if nothing in `found` (bool) is True."""
@@ -363,6 +399,7 @@ class Objective(nn.Module):
             and self.temperature_mode != "individual"
             and not self.diagnose
             and not self.adaptive
+            and self.queue is None
         )
 
     def _few_launches(
@@ -401,18 +438,19 @@ class Objective(nn.Module):
 
     def _tau_gradient(
         self, views: list[Tensor], gradient: Tensor, learned_tau: Tensor | None, tau: float | Tensor, loss: Tensor,
-        world: World,
+        world: World, queue_pull: float | Tensor = 0.0,
     ) -> Tensor | None:  # fmt: skip
         """The derivative of the loss with respect to a learned temperature, from the views' gradient.
 
         With G of `blocks`, sum_ij G_ij s_ij is the sum over anchors of c sum_j w_ij d_ij: the part of the
         derivative that depends on similarities, times -tau. Every pair stands in the gradients of both its
-        members: hence the half. A global term, tau (log u + rho), also has its own value over tau.
+        members: hence the half, but for `queue_pull`, the sum over the pairs with what is queued, which stand in
+        their anchors' alone. A global term, tau (log u + rho), also has its own value over tau.
         """
         if learned_tau is None:
             return None
         pulls = torch.stack([(v * g).sum() for v, g in zip(views, gradient, strict=True)]).sum()
-        slope = -world.sum(pulls) / 2 / tau
+        slope = -world.sum((pulls + queue_pull) / 2) / tau
         return slope + loss / tau if self.method.contrast == "global" else slope
 
     def _layouts(self, whole: bool) -> list[Layout]:
@@ -522,10 +560,14 @@ class Objective(nn.Module):
             return math_of.mean_by_id(next(iter(ids.values())), values, some, log)
         return torch.cat([math_of.mean_by_id(ids[of], values[part], some, log) for part, of, _, _ in self._sides(wave)])
 
+    def _places(self, terms: list[Term]) -> list[tuple[int, int]]:
+        """Where the anchor and the candidate of terms stand among the views."""
+        place = {v: k for k, v in enumerate(self._stacked)}
+        return [(place[t.anchor], place[t.candidate]) for t in terms]
+
     def _noise(self, terms: list[Term], every: list[Tensor], taus: float | Tensor, positives: Positives) -> Tensor:
         """Variance of log g of some terms, (T,): what the adaptive gamma needs besides the estimates."""
-        place = {v: k for k, v in enumerate(self._stacked)}
-        anchors, candidates = [place[t.anchor] for t in terms], [place[t.candidate] for t in terms]
+        anchors, candidates = (list(places) for places in zip(*self._places(terms), strict=True))
         return log_noise(every, anchors, candidates, taus, positives)
 
     def _update_log_u(
@@ -662,7 +704,7 @@ class Objective(nn.Module):
             raise ValueError(f"'{self.name}' keeps no estimates")
         device = views[self._stacked[0]].device
         own, shown = self._check(views, ids, groups)
-        id_of, positives = _together(own, shown, World((len(next(iter(own.values()))),)), device)
+        id_of, _, positives = _together(own, shown, World((len(next(iter(own.values()))),)), device)
         id_of = {of: i.to(device) for of, i in id_of.items()}
         probe = probe.to(device)
         chunk = chunk or max(1, (1 << 26) // len(views[self._stacked[0]]))
@@ -732,6 +774,8 @@ class Objective(nn.Module):
             values[known] = state[key].cpu()[rows[known]]
             own[key] = values
         self.load_state_dict(own)
+        if self.queue is not None:
+            self.queue.clear()  # its ids are those of the other samples
 
     def _tables(self) -> list[tuple[str, Table]]:
         return [(name, module) for name, module in self.named_children() if isinstance(module, Table)]
@@ -792,6 +836,11 @@ class Objective(nn.Module):
                 )
         if shape[0] < 1:
             raise ValueError("the batch is empty: pass at least 2 samples")
+        if self.queue is not None and len(self.queue) and self.queue.rows.shape[2] != shape[1]:
+            raise ValueError(
+                f"views have {shape[1]} dimensions, and those of the batches before had {self.queue.rows.shape[2]}: "
+                "build a new objective, or objective.queue.clear()"
+            )
         id_of = self._ids_by_modality(ids, shape[0])
         shown = self._groups_of_used_views(groups, shape[0])
         if self._validates(views[self.required_views[0]]):
@@ -861,6 +910,7 @@ class Objective(nn.Module):
         return (
             f"{self.name}: {len(self.terms)} terms, {self.temperature_mode} temperature "
             f"{self.initial_temperature:g}, gamma {self.gamma:g} ({self.gamma_schedule}), {self.estimator} estimator"
+            + (f", {self.queue.size} queued" if self.queue is not None else "")
         )
 
 
@@ -895,14 +945,14 @@ class _Scaled(torch.autograd.Function):
 
 def _together(
     ids: dict[str, Tensor], groups: dict[str, Tensor], world: World, device: torch.device
-) -> tuple[dict[str, Tensor], Positives]:
-    """Ids of the whole batch by modality, and who are positives of each other in it."""
+) -> tuple[dict[str, Tensor], dict[str, Tensor], Positives]:
+    """Ids of the whole batch by modality, its groups by view, and who are positives of each other in it."""
     if not world.alone:
         gathered = {k: world.gather(i.to(device)) for k, i in {id(i): i for i in ids.values()}.items()}
         ids = {of: gathered[id(i)] for of, i in ids.items()}
         groups = {v: world.gather(g.to(device)) for v, g in groups.items()}
     views = ([g for v, g in groups.items() if modality(v) == of] for of in ids)
-    return ids, Positives.of(tuple(ids.values()), device, [g for g in views if g])
+    return ids, groups, Positives.of(tuple(ids.values()), device, [g for g in views if g])
 
 
 def _learned(mean: Tensor, before: Tensor, some: Tensor | None) -> Tensor:

@@ -82,6 +82,19 @@ def test_kernels_equal_the_blocks(name: str, products: str, batch: int, dim: int
     torch.testing.assert_close(given[2], exact[2], rtol=10 * tolerance, atol=10 * tolerance)
 
 
+@pytest.mark.parametrize("name", ["amclr", "clip"])
+def test_a_queue_beside_the_kernels(name: str) -> None:
+    """The batch in the kernels, the queue in torch; ids that are queued already are nobody's negatives."""
+    ids = {"image": torch.arange(24), "text": torch.arange(24)}
+    given = run("triton", name, ids, 24, 20, "auto", torch.float32, queue=40, temperature=0.1)
+    exact = run("eager", name, ids, 24, 20, "auto", torch.float64, queue=40, temperature=0.1)
+    for view, gradient in given[1].items():
+        error = float((gradient.double() - exact[1][view]).norm() / exact[1][view].norm())
+        assert error < TOLERANCES["auto"], (view, error)
+    for found, expected in ((given[0], exact[0]), (given[2], exact[2])):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4, check_dtype=False)
+
+
 @pytest.mark.parametrize(
     ("name", "views", "twice"),
     [

@@ -43,7 +43,7 @@ ESTIMATORS: dict[str, dict[str, Any]] = {
     "queue 496": {"gamma": 1.0, "queue": 496},
 }
 LOOKS = 8
-"""Steps of an epoch at which is looked."""
+"""Steps of an epoch at which is looked, or one more."""
 
 
 class Watch:
@@ -67,7 +67,7 @@ class Watch:
     def look(self, _: object, given: tuple[dict[str, Tensor], Tensor, dict[str, Tensor]]) -> None:
         """Before the objective's own step: update the estimators, at some steps with a look at how well they do."""
         views, ids, groups = given
-        every = self.training.plan.steps_per_epoch // LOOKS
+        every = max(1, self.training.plan.steps_per_epoch // LOOKS)
         looks = self.training.step % every == every - 1
         exact: dict[str, Any] = {}
         if looks:

@@ -420,7 +420,7 @@ def problems(config: Config) -> list[str]:
         ("views.other_captions", v.other_captions, 0, 1e9),
         ("views.words", v.words, 0, 1e9),
         ("views.cached", v.cached, 1, 1024),
-        ("loss.queue", config.loss.queue, 0, 1e7),
+        ("loss.queue", config.loss.queue, 0, 1e6),
         ("model.image_size", m.image_size, 8, 4096),
         ("model.max_tokens", m.max_tokens, 3, 512),
         ("model.dim", m.dim, 1, 65536),

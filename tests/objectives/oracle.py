@@ -16,6 +16,7 @@ import numpy as np
 Views = dict[str, np.ndarray]
 TermName = tuple[str, str]
 
+VIEWS = ("image", "image_aug", "text", "text_aug")
 CROSS = [("image", "text"), ("image", "text_aug"), ("image_aug", "text"), ("image_aug", "text_aug")]
 TERMS: dict[str, list[TermName]] = {
     "sogclr": [("image", "text"), ("text", "image")],
@@ -81,6 +82,7 @@ class Global:
         gradient = {name: np.zeros_like(rows) for name, rows in views.items()}
         batch = len(image_ids)
         shown = groups or {}
+        former_of = [self._former(i, image_ids, text_ids, shown) for i in range(batch)]
         for term in self.terms:
             anchor, candidate = views[term[0]], views[term[1]]
             ids = image_ids if side(term[0]) == "image" else text_ids
@@ -88,18 +90,12 @@ class Global:
             weight = self.weights.get(term, 1.0)
             gamma, drift = self.gamma, 0.0
             if self.adaptive:
-                gamma, drift = self._adapt(term, ids, anchor @ candidate.T, positives)
+                gamma, drift = self._adapt(term, ids, anchor, candidate, positives, former_of)
             fresh_u: dict[int, list[float]] = {}
             fresh_slope: dict[int, list[float]] = {}
             for i in range(batch):
                 others = [j for j in range(batch) if not positives[i, j]]
-                former = [
-                    q for q in self.queued
-                    if q["image id"] != image_ids[i] and q["text id"] != text_ids[i] and not any(
-                        side(v) == side(w) and shown[v][i] >= 0 and shown[v][i] == q[f"group of {w}"]
-                        for v in shown for w in shown
-                    )
-                ]  # fmt: skip
+                former = former_of[i]
                 count = len(others) + len(former)
                 if not count:
                     continue
@@ -141,9 +137,28 @@ class Global:
             self.queued = [*self.queued, {**{v: x[i] for v, x in views.items()}, **ids_of, **groups_of}][-self.queue :]
         return loss, gradient, slope
 
-    def _adapt(self, term: TermName, ids: list[int], s: np.ndarray, positives: np.ndarray) -> tuple[float, float]:
+    def _former(
+        self, i: int, image_ids: list[int], text_ids: list[int], groups: dict[str, list[int]]
+    ) -> list[dict[str, Any]]:
+        """The queued samples that are negatives of row i."""
+        found = []
+        for q in self.queued:
+            same = q["image id"] == image_ids[i] or q["text id"] == text_ids[i]
+            for v, of_v in groups.items():
+                for w in VIEWS:
+                    if side(v) == side(w) and of_v[i] >= 0 and of_v[i] == q.get(f"group of {w}"):
+                        same = True
+            if not same:
+                found.append(q)
+        return found
+
+    def _adapt(
+        self, term: TermName, ids: list[int], anchor: np.ndarray, candidate: np.ndarray, positives: np.ndarray,
+        former_of: list[list[dict[str, Any]]],
+    ) -> tuple[float, float]:  # fmt: skip
         """Gamma and drift of a term after what a batch shows; at most its first 16 rows tell of the noise."""
-        noise, innovations = [], []
+        noise, innovations, shares = [], [], []
+        s = anchor @ candidate.T
         for i in range(len(s)):
             tau = self.temperature.get((term, ids[i]), self.tau) if self.individual else self.tau
             e = [math.exp((s[i, j] - s[i, i]) / tau) for j in range(len(s)) if not positives[i, j]]
@@ -152,15 +167,19 @@ class Global:
                 mean = sum(e) / n
                 # The variance of a mean of n over its square: that of its log, to first order.
                 noise.append(sum((x - mean) ** 2 for x in e) / (n - 1) / n / mean**2)
-            if n and (term, ids[i]) in self.u:
-                innovations.append(math.log(sum(e) / n) - math.log(self.u[term, ids[i]]))
+            e += [math.exp((float(anchor[i] @ q[term[1]]) - s[i, i]) / tau) for q in former_of[i]]
+            shares.append(n / max(len(e), 1))
+            if e and (term, ids[i]) in self.u:
+                innovations.append(math.log(sum(e) / len(e)) - math.log(self.u[term, ids[i]]))
+        # A mean over the queue too has so much less noise.
+        fewer = sum(shares) / len(shares) if self.queued else 1.0
         own = self.statistics.setdefault(term, {"drift": 0.0, "innovation": 0.0, "noise": 0.0, "steps": 0})
         if innovations:
             rate = max(1 / 32, 1 / (own["steps"] + 1))
             own["drift"] += rate * (sum(innovations) / len(innovations) - own["drift"])
             square = sum((x - own["drift"]) ** 2 for x in innovations) / len(innovations)
             own["innovation"] += rate * (square - own["innovation"])
-            own["noise"] += rate * (sum(noise) / max(len(noise), 1) - own["noise"])
+            own["noise"] += rate * (fewer * sum(noise) / max(len(noise), 1) - own["noise"])
             own["steps"] += 1
         if not own["steps"]:
             return 1.0, 0.0

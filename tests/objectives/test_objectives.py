@@ -454,19 +454,23 @@ def test_cyclic_penalties_come_on_top(name: str) -> None:
 
 @DTYPES
 @pytest.mark.parametrize("name", GLOBAL)
-@pytest.mark.parametrize(("size", "gamma"), [(4, 1.0), (9, 0.6), (100, 0.6)])
-def test_a_queue_equals_the_loops(name: str, size: int, gamma: float, dtype: torch.dtype, tolerance: float) -> None:
+@pytest.mark.parametrize(("size", "gamma", "tile"), [(4, 1.0, 1 << 20), (9, 0.6, 20), (100, 0.6, 1 << 20)])
+def test_a_queue_equals_the_loops(
+    name: str, size: int, gamma: float, tile: int, dtype: torch.dtype, tolerance: float,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     """Value, gradients and tables over six steps; samples meet themselves and their groups in the queue."""
+    monkeypatch.setattr(queue_module, "TILE", tile)
     objective = build(name, 10, temperature=0.25, gamma=gamma, rho=1.3, temperature_lr=0.01, queue=size).to(dtype)
     rho = 1.3 if METHODS[name].temperature == "individual" else 0.0
     sums = oracle_for(name, gamma=gamma, tau=0.25, rho=rho, eta=0.01, queue=size)
     draw = np.random.default_rng(0)
-    used = {v: METHODS[name].terms() and v in objective.required_views for v in VIEWS}
     for step in range(6):
         views = draw_views(step)
         images = draw.choice(10, 6, replace=step % 2 == 1)
         texts = np.where(draw.random(6) < 0.3, images[::-1], images)
-        groups = {v: draw.integers(-1, 9, 6) for v in ("image", "text", "text_aug") if used[v]}
+        groups = {v: draw.integers(-1, 9, 6) for v in ("image", "text", "text_aug")}
+        groups = {v: g for v, g in groups.items() if v in objective.required_views}
         t = tensors(views, dtype)
         ids = {"image": torch.from_numpy(images), "text": torch.from_numpy(texts)}
         loss, metrics = objective(t, ids, {v: torch.from_numpy(g) for v, g in groups.items()})
@@ -481,9 +485,9 @@ def test_a_queue_equals_the_loops(name: str, size: int, gamma: float, dtype: tor
     assert len(objective.queue) == min(size, 36)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("tiles", [1, 20])
-def test_a_queue_with_a_learned_temperature(tiles: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(queue_module, "TILE", (1 << 20) // tiles if tiles == 1 else 20)
+@pytest.mark.parametrize("tile", [1 << 20, 20])
+def test_a_queue_with_a_learned_temperature(tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(queue_module, "TILE", tile)
     objective = build("amclr", 30, temperature=0.2, temperature_mode="learnable", rho=0.9, queue=12).double()
     sums = oracle.Global(oracle.TERMS["amclr"], 0.8, 0.2, rho=0.9, queue=12)
     for step in range(4):
@@ -558,15 +562,31 @@ def test_a_queue_in_evaluation_and_with_nan() -> None:
     assert with_gap.queue.rows.shape == (4, 6, 7)
 
 
+def test_the_state_of_a_queue() -> None:
+    """A shorter queue takes up the newest; one of other views is refused; an emptied one holds no memory."""
+    long = build("clip", 30, temperature=0.2, pairs="all", queue=20)
+    for k in range(3):
+        long(tensors(draw_views(k), torch.float32), torch.arange(6 * k, 6 * k + 6))
+    short = build("clip", 30, temperature=0.2, pairs="all", queue=4)
+    short.load_state_dict(long.state_dict())
+    assert short.queue.ids[0].tolist() == [14, 15, 16, 17] and len(long.queue) == 18  # type: ignore[arg-type]
+    assert torch.equal(short.queue.rows, long.queue.rows[:, -4:])  # type: ignore[union-attr, index]
+    with pytest.raises(RuntimeError, match="size mismatch for queue.rows"):
+        build("clip", 30, temperature=0.2, queue=20).load_state_dict(long.state_dict())
+    long.queue.clear()  # type: ignore[union-attr]
+    assert all(x.untyped_storage().nbytes() == 0 for x in long.queue.state)  # type: ignore[union-attr]
+
+
 @DTYPES
 @pytest.mark.parametrize("name", GLOBAL)
-def test_adaptive_gamma_equals_the_loops(name: str, dtype: torch.dtype, tolerance: float) -> None:
+@pytest.mark.parametrize("queue", [0, 7])
+def test_adaptive_gamma_equals_the_loops(name: str, queue: int, dtype: torch.dtype, tolerance: float) -> None:
     """Value, gradients, estimators and statistics over eight steps, with samples seen again and some left out."""
     objective = build(
-        name, 10, temperature=0.25, gamma=0.2, gamma_schedule="adaptive", rho=1.3, temperature_lr=0.01
+        name, 10, temperature=0.25, gamma=0.2, gamma_schedule="adaptive", rho=1.3, temperature_lr=0.01, queue=queue
     ).to(dtype)  # fmt: skip
     rho = 1.3 if METHODS[name].temperature == "individual" else 0.0
-    sums = oracle_for(name, gamma=0.2, tau=0.25, rho=rho, eta=0.01, adaptive=True)
+    sums = oracle_for(name, gamma=0.2, tau=0.25, rho=rho, eta=0.01, adaptive=True, queue=queue)
     draw = np.random.default_rng(0)
     gammas = []
     for step in range(8):
@@ -1155,7 +1175,8 @@ def test_value_checks_can_be_switched_off() -> None:
         ("amclr", {"pairs": "none"}, "pairs must be one of first, aligned, all"),
         ("amclr", {"weights": {"intra": 1}}, "weights must be one of cross, image, text"),
         ("amclr", {"weights": {"cross": 0}}, "leave 'amclr' without a term"),
-        ("amclr", {"queue": -1}, "queue must not be negative"),
+        ("amclr", {"queue": -1}, "queue must be a whole number, 0 for none, got -1"),
+        ("amclr", {"queue": 2.5}, "queue must be a whole number, 0 for none, got 2.5"),
         ("siglip", {"queue": 9}, "'siglip' has no anchors to contrast with a queue: leave out queue=9"),
         ("simclr", {"queue": 9}, "'simclr' has no anchors to contrast with a queue"),
         ("amclr", {"queue": 9, "estimator": "reference"}, "a queue needs estimator 'per-term'"),

@@ -130,7 +130,7 @@ def build(
         raise ValueError(f"estimator 'reference' needs a global objective, and '{name}' is a mini-batch one")
     if estimator == "reference" and gamma_schedule == "adaptive":
         raise ValueError("gamma_schedule 'adaptive' needs estimator 'per-term', which tells the terms apart")
-    _require(queue >= 0, "queue must not be negative", queue)
+    _require(isinstance(queue, int) and queue >= 0, "queue must be a whole number, 0 for none", queue)
     if queue and (method.contrast == "sigmoid" or method.pool_negatives):
         raise ValueError(f"'{name}' has no anchors to contrast with a queue: leave out queue={queue!r}")
     if queue and estimator == "reference":
@@ -161,7 +161,7 @@ def build(
         pairs=pairs,
         weights=weights,
         cyclic_weight=cyclic,
-        queue=operator.index(queue),
+        queue=queue,
         estimator=estimator,
         validate=validate,
         distributed=distributed,

@@ -37,6 +37,7 @@ def mean_by_id(ids: Tensor, values: Tensor, some: Tensor | None = None, log: boo
     ids: (N,) int64. values: (T, N), a row per term. some: (N,) bool, which columns have something to say;
     where none of an id's has, the mean is NaN (or, `log`, -inf). Costs O(N log N) time and O(T N) memory.
     """
+    ids = ids.to(values.device)
     order = ids.argsort(stable=True)
     sorted_ids = ids[order]
     starts = torch.ones_like(sorted_ids)

@@ -20,7 +20,7 @@ from amclr.objectives import contrast as math_of
 from amclr.objectives.adaptive import AdaptiveGamma, log_noise
 from amclr.objectives.blocks import NEG_INF, Blocks, Layout, Positives, Workspace
 from amclr.objectives.methods import PAIRS, VIEWS, Method, Pairs, Term, modality
-from amclr.objectives.queue import Queue
+from amclr.objectives.queue import Queue, QueuedNegatives
 from amclr.objectives.tables import Table
 
 UNIT_TOLERANCE = 2e-2
@@ -29,7 +29,7 @@ SMALL = 1 << 18
 """Grids of at most this many similarities are worked on at once: there, calls cost more than arithmetic."""
 QUANTILE_SAMPLE = 1 << 20
 """torch.quantile takes at most 2^24 numbers, and an even sample of them says as much."""
-COMPARED = ("dimensions", "type", "training", "gradient", "diagnostics", "groups")
+COMPARED = ("dimensions", "type", "training", "gradient", "diagnostics", "groups", "queued samples")
 """What the processes compare before a step, so that none waits for a collective that another does not call."""
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 DEAD = 0.01
@@ -53,7 +53,7 @@ class Objective(nn.Module):
     respect to its own rows. The estimators stay the same on all of them.
 
     `diagnose = True` adds to the metrics what one looks at when training goes wrong (see `_diagnose`).
-    `remember = True` keeps what a step overwrites in the tables, so that `undo` can put it back.
+    `remember = True` keeps what a step overwrites in tables and queue, so that `undo` can put it back.
     """
 
     def __init__(
@@ -158,7 +158,7 @@ class Objective(nn.Module):
         return torch.tensor(self.initial_temperature, dtype=torch.float64)
 
     def undo(self) -> None:
-        """Put back what the last call overwrote in the tables, if it was to be remembered; once."""
+        """Put back what the last call overwrote in tables and queue, if it was to be remembered; once."""
         for table, ids, former in self._former:
             table.write(ids, 0, table.values.shape[1], former)
         if self._former and self.adaptive:
@@ -206,7 +206,8 @@ class Objective(nn.Module):
         leaves = (*(views[v] for v in self._stacked), *self.parameters())
         wanted = torch.is_grad_enabled() and any(x.requires_grad for x in leaves)
         grouped = sum(1 << VIEWS.index(v) for v in shown)
-        same = (first.shape[1], DTYPES.index(source), self.training, wanted, self.diagnose, grouped)
+        held = 0 if self.queue is None else len(self.queue)
+        same = (first.shape[1], DTYPES.index(source), self.training, wanted, self.diagnose, grouped, held)
         world = World.of(len(first), device, self.distributed, dict(zip(COMPARED, same, strict=True)))
         if self.training and self.temperature_mode == "learnable":
             with torch.no_grad():
@@ -287,16 +288,23 @@ class Objective(nn.Module):
         like, size = every[0], len(every[0])
         if self._uses_triton(like) and self._is_plain(like):
             return self._few_launches(every, ids, learned_tau, world, positives, wanted, products, metrics)
-        queued = None
-        if self.queue is not None and len(self.queue):
-            part = world.mine
-            queued = self.queue.against(
-                views, {of: i[part] for of, i in ids.items()}, {v: g[part] for v, g in groups.items()}
+        queued: QueuedNegatives | None = None
+        fewer: float | Tensor = 1.0
+        mine = world.mine
+        if self.queue is not None:
+            # Labels may be on the CPU, where it shows at no cost whether any match.
+            there_ids, there_groups = (
+                {k: x.to(like.device, non_blocking=True) for k, x in labels.items()} for labels in (ids, groups)
             )
+            if len(self.queue):
+                own_ids, own_groups = ({k: x[mine] for k, x in labels.items()} for labels in (there_ids, there_groups))
+                queued = QueuedNegatives(self.queue, views, own_ids, own_groups)
         # Where no two rows are positives of each other, everybody has size - 1 negatives.
         count = positives.negatives(like) if positives.matches or queued else None
         if queued and count is not None:
+            in_batch = count
             count = count + world.gather(queued.counts())
+            fewer = (in_batch / count.clamp(min=1)).mean()
         some = None if count is None or positives.matches is None else count > 0
         # Else the rows of a sample are averaged, without those that have no negative.
         simple = positives.unique and some is None
@@ -309,7 +317,7 @@ class Objective(nn.Module):
         individual = self.temperature_mode == "individual"
         slopes = self.diagnose or (individual and self.training)
         loss = None
-        queue_pull = like.new_zeros(()) if queued else 0.0
+        queue_pull: float | Tensor = 0.0
         gradient = like.new_empty(len(views), len(views[0]), like.shape[1]) if wanted or slopes else None
         written: set[int] = set()
 
@@ -318,15 +326,17 @@ class Objective(nn.Module):
             weights = self._weights(terms, like)
             taus = self._read("tau", wave, ids, like) if individual else tau
             blocks = self._blocks(every, world, wave, taus, positives, products)
-            sums, positive = blocks.log_sums()
-            own_taus = taus[:, world.mine] if individual and isinstance(taus, Tensor) else taus
-            found = [sums, positive]
+            found = [*blocks.log_sums()]
             if queued:
-                found.append(queued.log_sums(self._places(terms), own_taus))
+                places, own_taus = (
+                    self._places(terms),
+                    taus[:, mine] if individual and isinstance(taus, Tensor) else taus,
+                )
+                found.append(queued.log_sums(places, own_taus))
             if not world.alone:
                 found = list(world.gather(torch.stack(found), 2))
-            sums, positive, *further = found
-            every_sum = torch.logaddexp(sums, further[0]) if further else sums
+            sums, positive = found[:2]
+            every_sum = torch.logaddexp(sums, found[2]) if queued else sums
             log_rest = positive / taus
             log_g = every_sum - log_rest - log_n
             if some is not None:
@@ -337,8 +347,8 @@ class Objective(nn.Module):
                 log_u = log_total - log_n
             else:
                 noise = self._noise(terms, every, taus, positives) if self.adaptive and self.training else None
-                if noise is not None and queued:
-                    noise = noise * (size / (size + queued.size))  # that of a mean over so many more
+                if noise is not None:
+                    noise = noise * fewer  # that of a mean over the queue's negatives too
                 log_u = self._update_log_u(wave, log_g, ids, some, simple, noise)
                 values, log_total = taus * (log_u + self.rho if self.rho else log_u), log_u + log_n
             if some is not None:
@@ -356,15 +366,13 @@ class Objective(nn.Module):
             offsets, own = log_rest + log_total - log_c, (share + log_c).exp()
             if some is not None:
                 offsets, own = torch.where(some, offsets, math.inf), torch.where(some, own, 0.0)
-            in_batch = (sums - offsets).exp() if queued else own
-            pulls = blocks.gradients(offsets, in_batch, gradient, written, slopes)
+            # The weights of anchors on the batch alone are what its candidates and its positives are moved by.
+            pulls = blocks.gradients(offsets, (sums - offsets).exp() if queued else own, gradient, written, slopes)
             if queued:
-                part = world.mine
-                places, outside = self._places(terms), (own - in_batch)[:, part]
-                further_pulls = queued.gradients(places, own_taus, offsets[:, part], outside, gradient)
-                if learned_tau is not None:
-                    queue_pull = queue_pull + (further_pulls - outside * positive[:, part]).sum()
-                pulls = None if pulls is None else pulls + further_pulls
+                total = (found[2] - offsets)[:, mine].exp()
+                further = queued.gradients(places, own_taus, offsets[:, mine], total, gradient)
+                queue_pull = queue_pull + (further - total * positive[:, mine]).sum()
+                pulls = None if pulls is None else pulls + further
             if pulls is not None:
                 pulls = pulls if world.alone else world.gather(pulls, 1)
                 pulls = (pulls - own * positive) / (math.exp(log_c) if isinstance(log_c, float) else log_c.exp()) / taus
@@ -378,7 +386,7 @@ class Objective(nn.Module):
         if self.adaptive and self.training:
             metrics["gamma"] = self.adaptive.gamma().mean()
         if self.queue is not None and self.training:
-            self.queue.push(every, ids, groups)
+            self.queue.push(every, there_ids, there_groups)
         if gradient is None or not wanted:
             return loss, None, None
         return loss, gradient, self._tau_gradient(views, gradient, learned_tau, tau, loss, world, queue_pull)
@@ -910,7 +918,7 @@ class Objective(nn.Module):
         return (
             f"{self.name}: {len(self.terms)} terms, {self.temperature_mode} temperature "
             f"{self.initial_temperature:g}, gamma {self.gamma:g} ({self.gamma_schedule}), {self.estimator} estimator"
-            + (f", {self.queue.size} queued" if self.queue is not None else "")
+            + (f", a queue of {self.queue.size}" if self.queue is not None else "")
         )
 
 

@@ -17,17 +17,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from amclr.objectives.blocks import NEG_INF
+from amclr.objectives.blocks import ACCELERATOR_TILE_BYTES, NEG_INF
 from amclr.objectives.methods import modality
 
 TILE = 1 << 20
-"""Similarities that are worked on at once: 4 MiB of float32."""
+"""Similarities that are worked on at once on a CPU: 4 MiB of float32."""
 
 
 class Queue(nn.Module):
     """The last `size` samples of an objective: their views, and what tells whose positives they are. Starts empty.
 
-    views: names of the objective's views, in the order of the tensors that `push` is given.
+    views: names of the objective's views, in the order of the tensors that `push` is given. `len` says how many
+    samples it holds.
     """
 
     rows: Tensor
@@ -48,7 +49,10 @@ class Queue(nn.Module):
         return self.ids.shape[1]
 
     def push(self, every: Sequence[Tensor], ids: Mapping[str, Tensor], groups: Mapping[str, Tensor]) -> None:
-        """Take up a whole batch: V views (N, D), ids by modality and groups by view, (N,). The oldest samples go."""
+        """Take up a whole batch: V views (N, D), ids by modality and groups by view, (N,), all in one place.
+
+        The oldest samples go. Copies what stays: 4 V K D bytes.
+        """
         new = torch.stack([v.detach()[-self.size :] for v in every])
         finite = torch.isfinite(new).all(2).all(0)
         first = next(iter(ids.values()))
@@ -63,8 +67,8 @@ class Queue(nn.Module):
 
         # New tensors, not the old ones overwritten: `state` holds on to those.
         self.rows = joined(self.rows, torch.where(finite[:, None], new, 0.0))
-        self.ids = joined(self.ids, torch.where(finite, labels, -1).to(new.device))
-        self.groups = joined(self.groups, shown.to(new.device))
+        self.ids = joined(self.ids, torch.where(finite, labels, -1))
+        self.groups = joined(self.groups, shown)
 
     @property
     def state(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -77,56 +81,48 @@ class Queue(nn.Module):
 
     def clear(self) -> None:
         """Forget everything."""
-        self.state = self.rows[:, :0], self.ids[:, :0], self.groups[:, :0]
+        views = len(self.views)
+        self.state = self.rows.new_empty(views, 0, 0), self.ids.new_empty(2, 0), self.groups.new_empty(views, 0)
 
-    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
-        # It grows in training, so it takes the size of what it is given.
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # It grows in training, so it takes the size of what it is given; not another number of views.
         for name in ("rows", "ids", "groups"):
-            given = state_dict.get(prefix + name)
-            if isinstance(given, Tensor):
-                setattr(self, name, torch.empty_like(given, device=getattr(self, name).device))
+            given, own = state_dict.get(prefix + name), getattr(self, name)
+            if isinstance(given, Tensor) and given.dim() == own.dim() and len(given) == len(own):
+                state_dict[prefix + name] = given = given[:, -self.size :]
+                setattr(self, name, torch.empty_like(given, device=own.device))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def against(self, anchors: Sequence[Tensor], ids: Mapping[str, Tensor], groups: Mapping[str, Tensor]) -> Contrast:
-        """The contrast of V views (M, D) with what is queued. ids by modality and groups by view: (M,), theirs."""
-        return Contrast(self, anchors, ids, groups)
 
+class QueuedNegatives:
+    """What is queued, against the anchors of a batch, in two passes as `blocks.Blocks`. Call without gradients.
 
-class Contrast:
-    """Anchors of a batch against a queue, in two passes, as `blocks.Blocks`. Call without gradients."""
+    anchors: V views (M, D). ids by modality and groups by view: (M,), the anchors', in the same place.
+    """
 
     def __init__(
         self, queue: Queue, anchors: Sequence[Tensor], ids: Mapping[str, Tensor], groups: Mapping[str, Tensor]
     ) -> None:
-        self.queue, self.anchors = queue, anchors
-        like = anchors[0]
-        self.rows = queue.rows.to(like)
-        mine = {of: i.to(like.device) for of, i in ids.items()}
-        shown = {v: g.to(like.device) for v, g in groups.items()}
-        # Who is a positive of whom is asked of rows and queue alike: pairs of labels, a positive where they are equal.
-        self.labels = [(mine[of], queue.ids[k].to(like.device)) for k, of in enumerate(("image", "text")) if of in mine]
-        for v, g in shown.items():
+        self.anchors = anchors
+        self.rows, self.known = queue.rows.to(anchors[0]), queue.ids[0] >= 0
+        # Pairs of labels, of the anchors and of the queue: positives of each other where any is equal.
+        self.labels = [(ids[of], queue.ids[k]) for k, of in enumerate(("image", "text")) if of in ids]
+        for v, g in groups.items():
             own = torch.where(g >= 0, g, -2)  # which none of the queue has
-            for k, w in enumerate(queue.views):
-                if modality(v) == modality(w):
-                    self.labels.append((own, queue.groups[k].to(like.device)))
-        self.known = queue.ids[0].to(like.device) >= 0
+            same = [k for k, w in enumerate(queue.views) if modality(v) == modality(w)]
+            self.labels += [(own, queue.groups[k]) for k in same]
 
     def _tiles(self) -> Iterator[tuple[slice, Tensor]]:
-        """Some anchors at a time, and which of the queue are their negatives (m, K)."""
-        size = len(self.anchors[0])
-        step = max(1, TILE // max(1, len(self.queue)))
-        for start in range(0, size, step):
-            part = slice(start, min(start + step, size))
+        """Some anchors at a time, and which of the queue are their negatives, (m, K)."""
+        like, count = self.anchors[0], len(self.known)
+        tile = TILE if like.device.type == "cpu" else ACCELERATOR_TILE_BYTES // like.element_size()
+        step = max(1, tile // count)
+        for start in range(0, len(like), step):
+            part = slice(start, min(start + step, len(like)))
             found = self.known.expand(part.stop - start, -1)
             for own, others in self.labels:
                 found = found & (own[part, None] != others)
             yield part, found
-
-    @property
-    def size(self) -> int:
-        """How many samples are queued."""
-        return len(self.queue)
 
     def counts(self) -> Tensor:
         """How many negatives each anchor has in the queue, (M,) in the type of the views."""
@@ -146,20 +142,20 @@ class Contrast:
         return sums
 
     def gradients(
-        self, pairs: Sequence[tuple[int, int]], taus: float | Tensor, offsets: Tensor, own: Tensor, gradient: Tensor
+        self, pairs: Sequence[tuple[int, int]], taus: float | Tensor, offsets: Tensor, total: Tensor, gradient: Tensor
     ) -> Tensor:
         """Add the anchors' part to `gradient` (V, M, D): sum_j w_ij (q_j - c_i), with w_ij = exp(s / tau - offset).
 
-        offsets (T, M): +inf where an anchor has no weight. own (T, M): the sums of its weights. Returns
-        sum_j w_ij s_ij, (T, M).
+        offsets (T, M): +inf where an anchor has no weight. total (T, M): the sums of its weights on the queue.
+        Returns sum_j w_ij s_ij, (T, M).
         """
-        pulls = torch.empty_like(own)
+        pulls = torch.empty_like(total)
         for part, negatives in self._tiles():
             for t, (a, c) in enumerate(pairs):
                 s = self.anchors[a][part] @ self.rows[c].T
                 w = (s / _of(taus, t, part) - offsets[t, part, None]).masked_fill_(~negatives, NEG_INF).exp_()
                 pulls[t, part] = (w * s).sum(1)
-                gradient[a, part] += w @ self.rows[c] - own[t, part, None] * self.anchors[c][part]
+                gradient[a, part] += w @ self.rows[c] - total[t, part, None] * self.anchors[c][part]
         return pulls
 
 

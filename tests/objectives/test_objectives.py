@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses import FakeTensorMode
 from torch.nn import functional as F
 
 import amclr
@@ -560,6 +561,21 @@ def test_a_queue_in_evaluation_and_with_nan() -> None:
     with_gap.queue.clear()
     with_gap(wider, torch.arange(6))
     assert with_gap.queue.rows.shape == (4, 6, 7)
+
+
+@pytest.mark.parametrize("groups", [(), ("image",), ("image", "text")])
+@pytest.mark.parametrize("ids_on", ["cpu", "cuda"])
+@pytest.mark.parametrize("queue", [0, 9])
+def test_labels_may_be_on_the_cpu(groups: tuple[str, ...], ids_on: str, queue: int, monkeypatch: Any) -> None:
+    """Beside views on a GPU, seen by tensors without values, which no GPU is needed for."""
+    monkeypatch.setattr(blocks, "_may_match", lambda labels: True)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        objective = build("amclr", 30, queue=queue, backend="eager", validate=False, storage="device").to("cuda")
+        for _ in range(2):
+            views = {v: torch.empty(4, 3, device="cuda", requires_grad=True) for v in VIEWS}
+            ids = torch.empty(4, dtype=torch.int64, device=ids_on)
+            loss, _ = objective(views, ids, {v: torch.empty(4, dtype=torch.int64) for v in groups})
+            assert loss.device.type == "cuda"
 
 
 def test_the_state_of_a_queue() -> None:

@@ -1,0 +1,89 @@
+"""Cross-validation of a comparison: train on all but one part of the training pictures, measure on that, in turn.
+
+    python -m benchmarks.folds FLICKR8K experiments/flickr8k-frozen-folds.yaml [--out runs/folds]
+
+FLICKR8K holds Images/, captions.txt and train.txt. Fold k has the training pictures k, k + K, k + 2K, ... of K folds kept
+aside, and seed 100 + k; runs that are finished are taken as they are. Printed: the mean of R@1, R@5, R@10 over the
+folds in percent, its standard deviation, and the difference to the experiment's baseline with two p-values by sign-flip
+permutation, with folds and with pictures as clusters (every picture is measured in one fold).
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+
+from amclr import compare
+from amclr.compare import Asked, Outcome, sign_flip
+
+FIRST_SEED = 100
+
+
+def write_fold(data: Path, folder: Path, fold: int, folds: int) -> None:
+    """A data set with its split, of which the pictures of a fold are what is measured on."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "Images").exists():
+        (folder / "Images").symlink_to((data / "Images").resolve())
+    names = (data / "train.txt").read_text(encoding="utf-8").split()
+    kept = set(names[fold::folds])
+    (folder / "val.txt").write_text("".join(f"{n}\n" for n in names if n in kept), encoding="utf-8")
+    (folder / "train.txt").write_text("".join(f"{n}\n" for n in names if n not in kept), encoding="utf-8")
+    header, *lines = (data / "captions.txt").read_text(encoding="utf-8").splitlines(keepends=True)
+    wanted = set(names)
+    own = [line for line in lines if line.split(",")[0] in wanted]
+    (folder / "captions.txt").write_text("".join([header, *own]), encoding="utf-8")
+
+
+def outcomes(file: Path, data: Path, seed: int, out: Path) -> dict[str, Outcome]:
+    """What the finished runs of a fold have found, by variant."""
+    experiment = compare.read(file, data=str(data), seeds=f"{seed},")
+    cells = compare.plan(experiment, out)
+    return {cell.label: compare.run_one(cell, seed, Asked({}, None), progress=False) for cell in cells}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path, help="Flickr8k")
+    parser.add_argument("experiment", type=Path, help="what to compare")
+    parser.add_argument("--folds", type=int, default=6)
+    parser.add_argument("--only", type=int, nargs="+", help="make these folds alone")
+    parser.add_argument("--out", type=Path, default=Path("runs/folds"))
+    options = parser.parse_args()
+    found: dict[str, list[Outcome]] = defaultdict(list)
+    for fold in options.only or range(options.folds):
+        folder, seed = options.out / f"fold{fold}", FIRST_SEED + fold
+        write_fold(options.data, folder / "data", fold, options.folds)
+        data = folder / "data"
+        compare.compare(options.experiment, data=str(data), seeds=f"{seed},", out=str(folder / "comparison"))
+        for variant, outcome in outcomes(options.experiment, data, seed, folder / "comparison").items():
+            if outcome.failure:
+                raise SystemExit(f"fold {fold}, {variant}: {outcome.failure}")
+            found[variant].append(outcome)
+    baseline = compare.read(options.experiment).baseline
+    base = found[baseline]
+    print(
+        f"| variant | text | image | mean | against {baseline} | p, folds | p, pictures |\n|---|---|---|---|---|---|---|"
+    )
+    for variant, own in found.items():
+        cells = []
+        for measure in ("txt_r_mean", "img_r_mean", "r_mean"):
+            values = [o.measures[measure] for o in own]
+            spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+            cells.append(f"{statistics.fmean(values):.1f}{spread}")
+        if variant == baseline:
+            cells += ["", "", ""]
+        else:
+            differences = [o.shares["r_mean"] - b.shares["r_mean"] for o, b in zip(own, base, strict=True)]
+            by_fold = np.array([d.sum() for d in differences])
+            # A picture's share counts as it does in its own fold.
+            p_folds, p_pictures = sign_flip(by_fold), sign_flip(np.concatenate(differences))
+            cells += [f"{by_fold.mean():+.2f}", f"{p_folds:.2g}", f"{p_pictures:.2g}"]
+        print(f"| {variant} | {' | '.join(cells)} |")
+
+
+if __name__ == "__main__":
+    main()

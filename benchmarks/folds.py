@@ -49,6 +49,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help="Flickr8k")
     parser.add_argument("experiment", type=Path, help="what to compare")
+    parser.add_argument("--baseline", help="what the others are compared with, instead of the experiment's")
     parser.add_argument("--folds", type=int, default=6)
     parser.add_argument("--only", type=int, nargs="+", help="make these folds alone")
     parser.add_argument("--out", type=Path, default=Path("runs/folds"))
@@ -63,7 +64,9 @@ def main() -> None:
             if outcome.failure:
                 raise SystemExit(f"fold {fold}, {variant}: {outcome.failure}")
             found[variant].append(outcome)
-    baseline = compare.read(options.experiment).baseline
+    baseline = options.baseline or compare.read(options.experiment).baseline
+    if baseline not in found:
+        parser.error(f"no variant '{baseline}': choose from {', '.join(found)}")
     base = found[baseline]
     print(
         f"| variant | text | image | mean | against {baseline} | p, folds | p, pictures |\n|---|---|---|---|---|---|---|"

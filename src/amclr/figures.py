@@ -303,7 +303,7 @@ def many_curves(
             panel.xaxis.set_major_locator(plt.MaxNLocator(6, steps=[1, 2, 5, 10], integer=across == "epoch"))
         axes[0, 0].set(ylabel=label)
         shown = {t: h for panel in axes[0] for h, t in zip(*panel.get_legend_handles_labels(), strict=True)}
-        figure.legend(shown.values(), shown, frameon=False, loc="outside right upper")
+        figure.legend(shown.values(), shown, frameon=False, loc="outside right center")
         figure.suptitle(title)
         figure.savefig(file, dpi=110)
         plt.close(figure)

@@ -187,8 +187,8 @@ class LossConfig:
     cyclic_weight: float | None = None
     """Weight of each of CyCLIP's two consistency penalties; empty is the method's own, 0 for all but cyclip."""
     queue: int = 0
-    """Samples of the last batches that stay as further negatives: 112, say, with gamma 1, for batches of less than 100;
-    0 is none."""
+    """Samples of the last batches that stay as further negatives: 112, say, with gamma 1, for batches of less than 100
+    on frozen towers; 0 is none. Not for towers from scratch, whose embeddings move too fast."""
     estimator: Literal["per-term", "reference"] = "per-term"
     """per-term: an estimate per sample and term. reference: one per sample, as the public AmCLR code."""
     storage: Literal["auto", "device", "host", "disk"] = "auto"

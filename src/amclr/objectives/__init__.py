@@ -75,8 +75,8 @@ def build(
         cyclic_weight: weight of each of CyCLIP's two penalties, for any method with image-text pairs. Default: the
             method's own, 0.25 for cyclip and else 0.
         queue: samples of the last batches whose embeddings stay as further, constant negatives (see `queue.py`):
-            cross-batch memory, for small batches where embeddings move slowly (frozen or trained towers, not ones
-            from scratch). Takes 4 x queue x views x D bytes, and is saved with the rest.
+            cross-batch memory, for small batches where embeddings move slowly (frozen or fine-tuned towers, not
+            ones from scratch). Takes 4 x queue x views x D bytes, and is saved with the rest.
         estimator: "per-term" keeps one running estimate per sample and term; "reference" one per
             sample, overwritten by the terms in turn, as the public AmCLR code does (call `start_epoch`: it
             remembers nothing before the second).

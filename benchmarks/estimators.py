@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import math
 import statistics
 import tempfile
 from collections import defaultdict
@@ -20,7 +21,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -94,7 +94,7 @@ class Watch:
     def note(self, name: str, estimator: Objective, exact: dict[str, Any]) -> None:
         """Keep by how much an estimator is off."""
         error = estimator.estimator_error(**exact)
-        if np.isfinite(error["rms"]):
+        if math.isfinite(error["rms"]):
             epoch = self.training.step // self.training.plan.steps_per_epoch
             self.errors[epoch, name].append((error["bias"], error["rms"]))
 

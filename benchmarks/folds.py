@@ -11,14 +11,15 @@ permutation, with folds and with pictures as clusters (every picture is measured
 from __future__ import annotations
 
 import argparse
-import statistics
 from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
 
 from amclr import compare
-from amclr.compare import Asked, Outcome, sign_flip
+from amclr.compare import Asked, Outcome, sign_flip, spread
+from amclr.data.tables import read_lines
+from amclr.report import p_value, with_spread
 
 FIRST_SEED = 100
 
@@ -28,7 +29,7 @@ def write_fold(data: Path, folder: Path, fold: int, folds: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "Images").exists():
         (folder / "Images").symlink_to((data / "Images").resolve())
-    names = (data / "train.txt").read_text(encoding="utf-8").split()
+    names = read_lines(data / "train.txt")
     kept = set(names[fold::folds])
     (folder / "val.txt").write_text("".join(f"{n}\n" for n in names if n in kept), encoding="utf-8")
     (folder / "train.txt").write_text("".join(f"{n}\n" for n in names if n not in kept), encoding="utf-8")
@@ -72,19 +73,18 @@ def main() -> None:
         f"| variant | text | image | mean | against {baseline} | p, folds | p, pictures |\n|---|---|---|---|---|---|---|"
     )
     for variant, own in found.items():
-        cells = []
-        for measure in ("txt_r_mean", "img_r_mean", "r_mean"):
-            values = [o.measures[measure] for o in own]
-            spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-            cells.append(f"{statistics.fmean(values):.1f}{spread}")
+        measures = ("txt_r_mean", "img_r_mean", "r_mean")
+        cells = [with_spread(spread([o.measures[m] for o in own])) for m in measures]
         if variant == baseline:
             cells += ["", "", ""]
         else:
             differences = [o.shares["r_mean"] - b.shares["r_mean"] for o, b in zip(own, base, strict=True)]
             by_fold = np.array([d.sum() for d in differences])
             # A picture's share counts as it does in its own fold.
-            p_folds, p_pictures = sign_flip(by_fold), sign_flip(np.concatenate(differences))
-            cells += [f"{by_fold.mean():+.2f}", f"{p_folds:.2g}", f"{p_pictures:.2g}"]
+            cells += [
+                f"{by_fold.mean():+.2f}",
+                *(p_value(sign_flip(d)) for d in (by_fold, np.concatenate(differences))),
+            ]
         print(f"| {variant} | {' | '.join(cells)} |")
 
 

@@ -12,15 +12,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 from pathlib import Path
 
 import numpy as np
 
+from amclr.compare import spread
 from amclr.data import manifest, tables
 from amclr.data.scenes import ranked_kinds
 from amclr.errors import UserError
 from amclr.files import read_arrays
+from amclr.report import with_spread
 from amclr.run import Run
 
 GROUPS = {"10 commonest": slice(0, 10), "20 between": slice(10, 30), "10 rarest": slice(30, 40)}
@@ -66,8 +67,7 @@ def main() -> None:
         cells = []
         for name in GROUPS if runs else ():
             values, (_, fewest, most) = [run[name][0] for run in runs], runs[0][name]
-            spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-            cells.append(f"{statistics.mean(values):.1f}{spread} ({fewest} to {most})")
+            cells.append(f"{with_spread(spread(values))} ({fewest} to {most})")
         print(f"| {' | '.join([row['variant'], *map(str, row['grid'].values()), *cells])} |")
 
 

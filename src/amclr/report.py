@@ -73,16 +73,17 @@ def _table(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
         found = row["against"].get("r_mean")
         test = ["baseline" if row["variant"] == baseline else "–", "", ""] if baseline else []
         if found:
-            test = [f"{found['difference']:+.1f}", _p(found["p_seeds"]), _p(found["p_pictures"])]
+            test = [f"{found['difference']:+.1f}", p_value(found["p_seeds"]), p_value(found["p_pictures"])]
         fine = sum(not run["failure"] for run in row["runs"])
         runs = str(fine) if fine == len(row["runs"]) else f"{fine} of {len(row['runs'])}"
         passes, seconds = "–", "–"
         if row["budget"]:
             total = row["budget"]["picture_passes"]["mean"] + row["budget"]["caption_passes"]["mean"]
-            passes, seconds = f"{total / 1000:,.4g}", _spread(row["budget"]["seconds"])
+            passes, seconds = f"{total / 1000:,.4g}", with_spread(row["budget"]["seconds"])
         body.append([
             row["variant"], *(str(row["grid"][name]) for name in grid),
-            *(_spread(row["measures"].get(m)) for m in shown), *test, *(_spread(row["measures"].get(m)) for m in tops),
+            *(with_spread(row["measures"].get(m)) for m in shown), *test,
+            *(with_spread(row["measures"].get(m)) for m in tops),
             *([str(row["epochs"])] if epochs else []), passes, seconds, f"{runs}, cut" if row["cut"] else runs,
         ])  # fmt: skip
     return header, body
@@ -106,18 +107,20 @@ def _at_equal_cost(results: Mapping[str, Any]) -> tuple[list[str], list[list[str
         line = [row["variant"], *(str(row["grid"][name]) for name in grid)]
         for kind, tell in told.items():
             found = row["at equal cost"].get(kind)
-            line.append(_spread(found) + (f" ({tell(found['at'])})" if found and len(amounts[kind]) > 1 else ""))
+            line.append(with_spread(found) + (f" ({tell(found['at'])})" if found and len(amounts[kind]) > 1 else ""))
         body.append(line)
     return header, body
 
 
-def _spread(found: Mapping[str, Any] | None) -> str:
+def with_spread(found: Mapping[str, Any] | None) -> str:
+    """What `compare.spread` found, as tables tell it; a dash for nothing."""
     if not found:
         return "–"
     return f"{found['mean']:.1f}" + (f" ± {found['sd']:.1f}" if found["sd"] is not None else "")
 
 
-def _p(value: float) -> str:
+def p_value(value: float) -> str:
+    """A p-value as tables tell it."""
     return f"{value:.2g}" if value >= 0.001 else "< 0.001"
 
 

@@ -106,6 +106,7 @@ class Objective(nn.Module):
         self._former_queue: tuple[Tensor, Tensor, Tensor] | None = None
         self._first_epoch = True
         self._stacked = tuple(v for v in VIEWS if v in self.required_views)
+        self._place = {v: k for k, v in enumerate(self._stacked)}
         self._layouts_of = {whole: self._layouts(whole) for whole in (True, False)}
         self._weight_tensors: dict[Any, Tensor] = {}
         self._workspace = Workspace()
@@ -289,7 +290,6 @@ class Objective(nn.Module):
         if self._uses_triton(like) and self._is_plain(like):
             return self._few_launches(every, ids, learned_tau, world, positives, wanted, products, metrics)
         queued: QueuedNegatives | None = None
-        fewer: float | Tensor = 1.0
         mine = world.mine
         if self.queue is not None:
             # Labels may be on the CPU, where it shows at no cost whether any match.
@@ -300,11 +300,10 @@ class Objective(nn.Module):
                 own_ids, own_groups = ({k: x[mine] for k, x in labels.items()} for labels in (there_ids, there_groups))
                 queued = QueuedNegatives(self.queue, views, own_ids, own_groups)
         # Where no two rows are positives of each other, everybody has size - 1 negatives.
-        count = positives.negatives(like) if positives.matches or queued else None
-        if queued and count is not None:
-            in_batch = count
-            count = count + world.gather(queued.counts())
-            fewer = (in_batch / count.clamp(min=1)).mean()
+        in_batch = positives.negatives(like) if positives.matches or queued else None
+        count = in_batch
+        if queued and in_batch is not None:
+            count = in_batch + world.gather(queued.counts())
         some = None if count is None or positives.matches is None else count > 0
         # Else the rows of a sample are averaged, without those that have no negative.
         simple = positives.unique and some is None
@@ -328,10 +327,8 @@ class Objective(nn.Module):
             blocks = self._blocks(every, world, wave, taus, positives, products)
             found = [*blocks.log_sums()]
             if queued:
-                places, own_taus = (
-                    self._places(terms),
-                    taus[:, mine] if individual and isinstance(taus, Tensor) else taus,
-                )
+                places = self._places(terms)
+                own_taus = taus[:, mine] if individual and isinstance(taus, Tensor) else taus
                 found.append(queued.log_sums(places, own_taus))
             if not world.alone:
                 found = list(world.gather(torch.stack(found), 2))
@@ -347,8 +344,8 @@ class Objective(nn.Module):
                 log_u = log_total - log_n
             else:
                 noise = self._noise(terms, every, taus, positives) if self.adaptive and self.training else None
-                if noise is not None:
-                    noise = noise * fewer  # that of a mean over the queue's negatives too
+                if noise is not None and queued and in_batch is not None and count is not None:
+                    noise = noise * (in_batch / count.clamp(min=1)).mean()  # that of a mean over so many more
                 log_u = self._update_log_u(wave, log_g, ids, some, simple, noise)
                 values, log_total = taus * (log_u + self.rho if self.rho else log_u), log_u + log_n
             if some is not None:
@@ -463,7 +460,7 @@ class Objective(nn.Module):
 
     def _layouts(self, whole: bool) -> list[Layout]:
         """The terms as grids of blocks. whole: all image-text pairs as one grid, where they make one."""
-        place = {v: k for k, v in enumerate(self._stacked)}
+        place = self._place
         by_views = {(t.anchor, t.candidate): t for t in self.terms}
         images, texts = ([v for v in self._stacked if modality(v) == of] for of in ("image", "text"))
         cross = [(i, t) for i in images for t in texts if (i, t) in by_views]
@@ -570,8 +567,7 @@ class Objective(nn.Module):
 
     def _places(self, terms: list[Term]) -> list[tuple[int, int]]:
         """Where the anchor and the candidate of terms stand among the views."""
-        place = {v: k for k, v in enumerate(self._stacked)}
-        return [(place[t.anchor], place[t.candidate]) for t in terms]
+        return [(self._place[t.anchor], self._place[t.candidate]) for t in terms]
 
     def _noise(self, terms: list[Term], every: list[Tensor], taus: float | Tensor, positives: Positives) -> Tensor:
         """Variance of log g of some terms, (T,): what the adaptive gamma needs besides the estimates."""

@@ -11,7 +11,7 @@ Sources: Wang et al. 2020 (arXiv 1912.06798), for samples of the same encoder a 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -111,14 +111,20 @@ class QueuedNegatives:
             own = torch.where(g >= 0, g, -2)  # which none of the queue has
             same = [k for k, w in enumerate(queue.views) if modality(v) == modality(w)]
             self.labels += [(own, queue.groups[k]) for k in same]
-
-    def _tiles(self) -> Iterator[tuple[slice, Tensor]]:
-        """Some anchors at a time, and which of the queue are their negatives, (m, K)."""
-        like, count = self.anchors[0], len(self.known)
+        like = anchors[0]
         tile = TILE if like.device.type == "cpu" else ACCELERATOR_TILE_BYTES // like.element_size()
-        step = max(1, tile // count)
-        for start in range(0, len(like), step):
-            part = slice(start, min(start + step, len(like)))
+        self.step = max(1, tile // len(self.known))
+        # Whose negatives are whose is asked in every pass: found once where it takes no more than a tile.
+        self.kept = list(self._found()) if self.step >= len(like) else None
+
+    def _tiles(self) -> Iterable[tuple[slice, Tensor]]:
+        """Some anchors at a time, and which of the queue are their negatives, (m, K)."""
+        return self._found() if self.kept is None else self.kept
+
+    def _found(self) -> Iterator[tuple[slice, Tensor]]:
+        size = len(self.anchors[0])
+        for start in range(0, size, self.step):
+            part = slice(start, min(start + self.step, size))
             found = self.known.expand(part.stop - start, -1)
             for own, others in self.labels:
                 found = found & (own[part, None] != others)

@@ -163,13 +163,15 @@ def steps_slowly(rank: int, config: Config, where: str) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
             if where == "frozen":
                 os.kill(os.getpid(), signal.SIGSTOP)
-            if where == "stuck":
+            if where in ("stuck", "noticed by one"):
                 time.sleep(1000)
             if where == "raises":
                 raise ArithmeticError("the sum does not add up")
         return taken(model, batch)
 
     engine.embed = embed
+    if where == "noticed by one" and rank == 0:
+        config = replace(config, patience=100.0)
     from amclr import cli
 
     cli._configure = lambda command, arguments: config  # type: ignore[assignment]
@@ -183,6 +185,7 @@ def steps_slowly(rank: int, config: Config, where: str) -> None:
         ("killed", "the connection to another process is lost|nothing has been heard of process 1"),
         ("frozen", "nothing has been heard of process 1 of 2 for"),
         ("stuck", "process 1( of 2 has been)? in 'forward' for"),
+        ("noticed by one", r"process 1 of 2 has stopped.* process 1 of 2 has been in 'forward' for"),
         ("raises", "ArithmeticError|the sum does not add up"),
     ],
 )

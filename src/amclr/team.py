@@ -231,7 +231,7 @@ class Team:
 
     def _end(self, why: str) -> None:
         """End this process, whatever its main thread waits for."""
-        self.fail(why)
+        self.fail(f"{why}{self.advice}")  # the others may learn of the end from this before their own watch acts
         self._leave(f"{why}: process {self.rank} stops too{self.advice}")
 
     def _follow(self, said: str) -> None:

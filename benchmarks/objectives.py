@@ -6,7 +6,7 @@ Compared are: this project's objectives; the straightforward formulation, which 
 matrix per term and leaves the gradient to autograd; open_clip's ClipLoss and SigLipLoss (2 terms each)
 and LibAUC's GCLoss (SogCLR, 2 terms), where installed; and the floor, torch's own matrix products alone
 that any form of the gradient needs (three per similarity block; four where the memory may not grow with
-B x B, so there 1.33 is the least). Each time is the median of rounds in which all rivals take turns;
+B x B, so there 1.33 is the least; consistency penalties, `--methods cyamclr`, are no part of it). Each time is the median of rounds in which all rivals take turns;
 the memory is the most that a step allocates beyond its inputs, the gradient included.
 """
 
@@ -49,7 +49,8 @@ def ours(name: str, views: dict[str, torch.Tensor], tau: float) -> Step:
 
 def straightforward(name: str, views: dict[str, torch.Tensor], tau: float) -> Step:
     """Every term on its own, as published code writes it: similarities, masked exponentials, weights, in fp32."""
-    pairs = [(t.anchor, t.candidate) for t in build(name, 1).terms]
+    built = build(name, 1)
+    pairs = [(t.anchor, t.candidate) for t in built.terms]
     batch = len(views["image"])
     device = views["image"].device
     table = torch.zeros(len(pairs), batch, device=device)
@@ -66,6 +67,11 @@ def straightforward(name: str, views: dict[str, torch.Tensor], tau: float) -> St
             table[k, ids] = u
             w = e / u[:, None]
             loss = loss + ((w * d * (1 - eye)).sum(1) / (batch - 1)).mean()
+        for image, text in built.pairs if built.cyclic_weight else ():
+            x, y = views[image], views[text]
+            s = x @ y.T
+            inconsistency = (x @ x.T - y @ y.T).square().mean() + (s - s.T).square().mean()
+            loss = loss + built.cyclic_weight * batch / len(built.pairs) * inconsistency
         backward(loss, views)
 
     return step

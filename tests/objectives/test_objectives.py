@@ -23,6 +23,7 @@ from amclr.objectives import objective as objective_module
 from amclr.objectives import queue as queue_module
 from amclr.objectives.adaptive import log_noise
 from amclr.objectives.blocks import Positives
+from amclr.objectives.contrast import cyclic_penalty
 from tests.objectives import oracle
 
 VIEWS = ("image", "image_aug", "text", "text_aug")
@@ -440,14 +441,46 @@ def test_cosine_gamma() -> None:
     assert constant.gamma == 0.2
 
 
+@pytest.mark.parametrize("batch", [6, 9, 30])
 @pytest.mark.parametrize("name", ["sogclr", "amclr", "clip"])
-def test_cyclic_penalties_come_on_top(name: str) -> None:
-    """The mean over the pairs of both penalties, by loops, whatever the method."""
-    views, ids = draw_views(3), torch.arange(6)
-    losses = [build(name, 6, temperature=0.2, cyclic_weight=w).double()(tensors(views), ids)[0] for w in (0.0, 0.3)]
-    pairs = [p for p in oracle.CROSS if {*p} <= {*build(name, 6).required_views}]
+def test_cyclic_penalties_come_on_top(name: str, batch: int) -> None:
+    """The mean over the pairs of both penalties, by loops, whatever the method and the form that the batch is done in."""
+    views, ids = draw_views(3, batch=batch, dim=4), torch.arange(batch)
+    losses = [build(name, batch, temperature=0.2, cyclic_weight=w).double()(tensors(views), ids)[0] for w in (0.0, 0.3)]
+    pairs = [p for p in oracle.CROSS if {*p} <= {*build(name, batch).required_views}]
     expected = sum(sum(oracle.cyclic(views[i], views[t])) for i, t in pairs) / len(pairs)
     assert float((losses[1] - losses[0]).detach()) == pytest.approx(0.3 * expected, rel=1e-6)
+
+
+def test_cyamclr_is_amclr_with_a_tenth_of_the_penalties() -> None:
+    views, ids = draw_views(4), torch.arange(6)
+    with_, without = (
+        float(build(name, 6, temperature=0.2).double()(tensors(views), ids)[0]) for name in ("cyamclr", "amclr")
+    )
+    expected = sum(sum(oracle.cyclic(views[i], views[t])) for i, t in oracle.CROSS) / 4
+    assert with_ - without == pytest.approx(0.1 * expected, rel=1e-6)
+
+
+@pytest.mark.parametrize(("batch", "width"), [(64, 256), (600, 32)])
+def test_the_gradient_of_cyclic_penalties_is_that_of_their_definition(batch: int, width: int) -> None:
+    """In float32, of views that are nearly aligned, against float64 autograd of the two differences."""
+    draw = torch.Generator().manual_seed(0)
+    image = torch.randn(batch, width, generator=draw, dtype=torch.float64)
+    text = image + 0.1 * torch.randn(batch, width, generator=draw, dtype=torch.float64)
+    exact, ours = (
+        [F.normalize(v, dim=1).to(dtype).requires_grad_() for v in (image, text)]
+        for dtype in (torch.float64, torch.float32)
+    )
+    x, y = exact
+    inside, cross = x @ x.T - y @ y.T, x @ y.T - y @ x.T
+    expected = (inside.square().sum() + cross.square().sum()) / batch
+    value = cyclic_penalty(*ours)
+    assert value.item() == pytest.approx(expected.item(), rel=1e-5)
+    expected.backward()  # type: ignore[no-untyped-call]
+    value.backward()  # type: ignore[no-untyped-call]
+    for a, b in zip(ours, exact, strict=True):
+        assert a.grad is not None and b.grad is not None
+        assert float((a.grad - b.grad).norm() / b.grad.norm()) < 1e-5
 
 
 # -- a queue ---------------------------------------------------------------------------------------
@@ -1212,7 +1245,8 @@ def test_bad_settings_are_named(name: str, settings_: dict[str, Any], message: s
 
 def test_public_names() -> None:
     assert set(METHODS) == {
-        "simclr", "clip", "cyclip", "siglip", "sogclr", "isogclr", "amclr", "xamclr", "iamclr", "ixamclr",
+        "simclr", "clip", "cyclip", "siglip", "sogclr", "isogclr", "amclr", "xamclr", "cyamclr", "iamclr",
+        "ixamclr",
     }  # fmt: skip
     assert amclr.objectives.build("xamclr", num_samples=9, temperature=0.01, gamma=0.8).required_views == (
         "image", "text", "text_aug", "image_aug",

@@ -75,8 +75,15 @@ def sigmoid_terms(similarities: Tensor, negatives: Tensor, scale: Tensor, bias: 
     return matched + unmatched.sum(dim=1)
 
 
-def cyclic_penalties(image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
-    """CyCLIP's in-modal and cross-modal inconsistencies, each sum over (j, k) divided by B."""
-    cross = image @ text.T
-    in_modal = (image @ image.T - text @ text.T).square().sum() / len(image)
-    return in_modal, (cross - cross.T).square().sum() / len(image)
+def cyclic_penalty(image: Tensor, text: Tensor) -> Tensor:
+    """CyCLIP's in-modal and cross-modal inconsistency, added up: sums over (j, k) divided by B. Scalar.
+
+    image, text: (B, D). With M = X - Y and P = X + Y, X X' - Y Y' = (M P' + P M') / 2 and X Y' - Y X' =
+    (M P' - P M') / 2, whose squares add up to that of M P' alone: one product of (B, D) and (D, B), or, for large
+    batches, two of (D, B) and (B, D), since |M P'|^2 = <M' M, P' P>. Goel et al. 2022, arXiv 2205.14459, section 3.
+    """
+    apart, common = image - text, image + text
+    batch, width = image.shape
+    if batch <= 2 * width:  # forward and backward 3 B^2 D against 6 B D^2
+        return (apart @ common.T).square().sum() / batch
+    return ((apart.T @ apart) * (common.T @ common)).sum() / batch

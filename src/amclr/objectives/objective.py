@@ -813,8 +813,8 @@ class Objective(nn.Module):
         return total, {**metrics, "temperature": tau.detach()}
 
     def _cyclic_penalty(self, views: dict[str, Tensor]) -> Tensor:
-        parts = [sum(math_of.cyclic_penalties(views[i], views[t])) for i, t in self.pairs]
-        return self.cyclic_weight / len(parts) * torch.stack(parts).sum()  # type: ignore[arg-type]
+        parts = [math_of.cyclic_penalty(views[i], views[t]) for i, t in self.pairs]
+        return self.cyclic_weight * torch.stack(parts).mean()
 
     # -- arguments --------------------------------------------------------------------------------
 

@@ -134,7 +134,9 @@ def test_a_comparison(
         assert equal["steps"]["values"] == [max(e["r_mean"] for e in one["curve"]) for one in row["runs"]]
         last = 1 if variant == "amclr" else 2
         assert equal["passes"]["values"] == [max(e["r_mean"] for e in one["curve"][:last]) for one in row["runs"]]
-    assert "| variant | optim.name | by 8 steps | by 0.128 thousand passes | by equal seconds |" in found.table
+    # Two numbers of seconds, or one where a slow machine left nothing to compare at the other point of the grid.
+    header = r"\| variant \| optim.name \| by 8 steps \| by 0.128 thousand passes \| by (equal|[\d.]+) seconds \|"
+    assert re.search(header, found.table)
     assert (
         "**small (all of them)**" in found.table
         and "with seeds as many as here, 2, it cannot go below 0.5" in found.table

@@ -1251,4 +1251,4 @@ def test_public_names() -> None:
     assert amclr.objectives.build("xamclr", num_samples=9, temperature=0.01, gamma=0.8).required_views == (
         "image", "text", "text_aug", "image_aug",
     )  # fmt: skip
-    assert "8 terms" in repr(build("amclr", 6))
+    assert "8 terms" in repr(build("amclr", 6)) and "penalties at 0.1" in repr(build("cyamclr", 6))

@@ -914,6 +914,7 @@ class Objective(nn.Module):
         return (
             f"{self.name}: {len(self.terms)} terms, {self.temperature_mode} temperature "
             f"{self.initial_temperature:g}, gamma {self.gamma:g} ({self.gamma_schedule}), {self.estimator} estimator"
+            + (f", consistency penalties at {self.cyclic_weight:g}" if self.cyclic_weight else "")
             + (f", a queue of {self.queue.size}" if self.queue is not None else "")
         )
 

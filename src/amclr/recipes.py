@@ -34,7 +34,7 @@ def frozen() -> Config:
     amclr train --data FOLDER
     """
     return Config(
-        objective="cyamclr",
+        objective="xamclr",
         epochs=8,
         batch_size=128,
         views=ViewsConfig(image="weak", image_aug="weak", cached=4),
@@ -57,6 +57,7 @@ def finetune() -> Config:
     base = frozen()
     return replace(
         base,
+        objective="amclr",
         views=ViewsConfig(image="paper", image_aug="single"),
         # Heads that are trained already want a lower rate. Norms' statistics of batches of a small set are worse than
         # those of the pictures that the tower comes from.

@@ -6,8 +6,9 @@ Compared are: this project's objectives; the straightforward formulation, which 
 matrix per term and leaves the gradient to autograd; open_clip's ClipLoss and SigLipLoss (2 terms each)
 and LibAUC's GCLoss (SogCLR, 2 terms), where installed; and the floor, torch's own matrix products alone
 that any form of the gradient needs (three per similarity block; four where the memory may not grow with
-B x B, so there 1.33 is the least; consistency penalties, `--methods cyamclr`, are no part of it). Each time is the median of rounds in which all rivals take turns;
-the memory is the most that a step allocates beyond its inputs, the gradient included.
+B x B, so there 1.33 is the least; consistency penalties, `--methods cyamclr`, are no part of it). Each time
+is the median of rounds in which all rivals take turns; the memory is the most that a step allocates beyond its
+inputs, the gradient included.
 """
 
 from __future__ import annotations

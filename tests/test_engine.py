@@ -617,13 +617,14 @@ def test_cached_features_are_the_towers_own(towers: Any, own_cache: Path) -> Non
     found = features.image_features(model, samples, "weak", 3, config, own_cache, store, progress=False)
     assert found.shape == (32, 3, 256)
     drawn = policy("weak", 32)
+    table = found.read()
     for i, v in ((0, 0), (17, 2), (31, 1)):
         (view,) = drawn([store[i]], np.array([samples[i].id]), 0, "cached", v, "weak")
         with torch.inference_mode():
             expected = model.image_tower(view[None])[0]
-        np.testing.assert_allclose(found[i, v], expected, atol=1e-4)
+        np.testing.assert_allclose(table[i, v], expected, atol=1e-4)
     captions = ["a red patch", "a much longer caption of a green patch number 7", "blue"]
-    rows = features.caption_features(model, captions, own_cache, progress=False)
+    rows = features.caption_features(model, captions, own_cache, progress=False).read()
     for text, row in zip(captions, rows, strict=True):
         with torch.inference_mode():
             np.testing.assert_allclose(row, model.text_tower(**model.tokenize([text]))[0], atol=1e-4)
@@ -648,10 +649,45 @@ def test_cache_is_reused_until_something_that_matters_changes(
     assert get(views=2) == 64 and get("none") == 32 and get(seed=1) == 0
     assert get(views_config=replace(config.views, cached_seed=1)) == 96
     Image.new("RGB", (40, 40)).save(samples[3].picture.file)
-    assert get() == 96
+    assert get() == 3 and get() == 0, "one picture of 32 has changed"
     with torch.no_grad():
         next(model.image_tower.parameters()).mul_(1.5)
     assert get() == 96
+
+
+def test_what_is_cached_serves_other_sets_of_the_same_pictures_and_captions(
+    towers: Any, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Splits, folds and data that grow share their features; the rows are those of a cache of their own."""
+    config, model, samples, store = towers
+    captions = [f"a patch number {k % 50}" for k in range(60)]
+    seen: list[int] = []
+    for tower in (model.image_tower, model.text_tower):
+        real = tower.forward
+        monkeypatch.setattr(tower, "forward", lambda *a, real=real, **k: seen.append(1) or real(*a, **k))
+    monkeypatch.setattr(features, "CHUNK", 1)
+
+    def both(rows: np.ndarray, texts: list[str], cache: Path = own_cache) -> tuple[np.ndarray, np.ndarray, int]:
+        seen.clear()
+        some = [samples[i] for i in rows]
+        pictures = PictureStore([s.picture for s in some], 32)
+        images = features.image_features(model, some, "weak", 2, config, cache, pictures, progress=False)
+        return images.read(), features.caption_features(model, texts, cache, progress=False).read(), len(seen)
+
+    images, texts, made = both(np.arange(20), captions)
+    assert made == 20 + 50, "ten captions stand twice"
+    assert both(np.arange(10, 20), captions[:7])[2] == 0
+    rows = np.random.default_rng(0).permutation(32)
+    mixed, others, made = both(rows, ["another", *captions[::-1]])
+    assert made == 12 + 1
+    alone, own, _ = both(np.arange(32), ["another", *captions[::-1]], own_cache / "alone")
+    assert np.array_equal(mixed, alone[rows]) and np.array_equal(images, alone[:20])
+    assert np.array_equal(others, own) and np.array_equal(texts, own[:0:-1])
+    found = features.image_features(model, [samples[i] for i in rows], "weak", 2, config, own_cache, store, False)
+    assert len(found.parts) == 2, "the files of both computations"
+    pick = np.arange(32) % 2
+    assert np.array_equal(found.read(rows, pick), mixed[rows, pick])
+    assert np.array_equal(found.read(rows[:5]), mixed[rows[:5]]) and found.read(rows[:0]).shape == (0, *mixed.shape[1:])
 
 
 def test_interrupted_caching_goes_on_where_it_was(
@@ -674,8 +710,7 @@ def test_interrupted_caching_goes_on_where_it_was(
     rest: list[int] = []
     monkeypatch.setattr(model.image_tower, "forward", lambda x: rest.append(len(x)) or real(x))
     parts = features.image_features(model, samples, "weak", 3, config, own_cache, store, progress=False)
-    assert sum(rest) == 48 and np.array_equal(whole, parts)
-    assert not list(own_cache.glob("*.part*"))
+    assert sum(rest) == 48 and np.array_equal(whole.read(), parts.read())
 
 
 def test_feature_batches_hold_what_they_say(towers: Any, own_cache: Path) -> None:
@@ -698,7 +733,7 @@ def test_feature_batches_hold_what_they_say(towers: Any, own_cache: Path) -> Non
         first, second = batch.images.chunk(2)
         text, other = batch.tokens.chunk(2)
         for row, i in enumerate(batch.ids):
-            of = [[np.array_equal(t, side[row]) for t in table[i]] for side in (first, second)]
+            of = [[np.array_equal(t, side[row]) for t in table.read(i[None])[0]] for side in (first, second)]
             assert sum(of[0]) == sum(of[1]) == 1 and of[0] != of[1], "two different views of the same picture"
             own = data.text_features(samples[int(i)].captions)
             assert {tuple(text[row].tolist()), tuple(other[row].tolist())} == set(map(tuple, own.tolist()))
@@ -791,7 +826,7 @@ def test_second_views_are_made_only_for_methods_that_use_them(folder: Path, own_
 
     def trained(out: str, **changes: Any) -> tuple[Run, int]:
         run = train(frozen(folder, out, views=views, **changes), progress=False)
-        return run, len(list(own_cache.glob("images-*.npy")))
+        return run, len(list(own_cache.glob("images-*")))
 
     _, one = trained("plain", objective="sogclr")
     assert one == 2, "weak views to train on, and plain pictures to evaluate on"

@@ -1,8 +1,14 @@
 """Frozen towers with cached views: tower features computed once, so that only the heads train.
 
-A cache file holds the features of one policy's views of some pictures, or of some captions. Its
-name is a hash of all that matters: the tower's weights, the pictures or captions, the policy, the
-seed of the views. It is written in chunks, so an interrupted computation goes on where it was.
+    CACHE/images-KEY/00000.npy         features (n, V, F) of one policy's views of pictures, in the order of computing
+    CACHE/images-KEY/00000.keys.npy    which pictures these are
+    CACHE/images-KEY/00000.json        how many of them are there
+    CACHE/captions-KEY/...             the same of captions, (n, F)
+
+KEY is a hash of what holds for all rows: the tower's weights, the policy, the seed of the views. A row's own key says
+of what it is. So whoever asks for pictures or captions gets those that anybody has asked for before, be it in another
+split, fold or version of the data, and only the others are computed, into the next file. Rows count as soon as they are
+written: what is interrupted loses less than a chunk.
 """
 
 from __future__ import annotations
@@ -36,7 +42,41 @@ from amclr.model import DualEncoder
 from amclr.randomness import Key, mixed
 
 CHUNK = 128
-FORMAT = 2
+FORMAT = 3
+
+
+class Features:
+    """Rows of features (N, ...), float32, memory-mapped from the files of the cache that they lie in."""
+
+    def __init__(self, parts: Sequence[np.ndarray], part: np.ndarray, row: np.ndarray) -> None:
+        """parts: arrays of rows of one shape. part, row (N,): where each row is."""
+        self.parts, self.part, self.row = parts, part, row
+        self.shape: tuple[int, ...] = (len(part), *parts[0].shape[1:])
+
+    def __len__(self) -> int:
+        return len(self.part)
+
+    def read(self, rows: np.ndarray | None = None, views: np.ndarray | None = None) -> np.ndarray:
+        """Some rows (all of them by default), (n, ...); with `views` (n,), that view of each, (n, F)."""
+        rows = np.arange(len(self)) if rows is None else rows
+        out = np.empty((len(rows), *self.shape[1 if views is None else 2 :]), np.float32)
+        for here, place, part in self._by_part(rows):
+            out[here] = part[place] if views is None else part[place, views[here]]
+        return out
+
+    def readable(self) -> np.ndarray:
+        """Whether a row is of something that could be read, (N,) bool: the others are NaN."""
+        out = np.empty(len(self), bool)
+        for here, place, part in self._by_part(np.arange(len(self))):
+            out[here] = ~np.isnan(part[(place, *[0] * (part.ndim - 1))])
+        return out
+
+    def _by_part(self, rows: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """The places among `rows` whose features lie in a file, their rows there, and its array, file by file."""
+        of = self.part[rows]
+        for number in np.unique(of):
+            here = np.flatnonzero(of == number)
+            yield here, self.row[rows[here]], self.parts[number]
 
 
 def image_features(
@@ -48,105 +88,122 @@ def image_features(
     cache: Path,
     store: PictureStore,
     progress: bool = True,
-) -> np.ndarray:
-    """Features of `views` draws of a policy per picture, (N, V, F) float32, memory-mapped from the cache.
+) -> Features:
+    """Features of `views` draws of a policy per picture, (N, V, F), from the cache.
 
     Those of a picture that cannot be decoded are NaN.
     """
     drawn = policy(name, config.model.image_size, config.views.flip)
     draws = 1 if name == "none" else views
     seed, size = config.views.cached_seed, config.model.image_size
-    stamps = [_stamp(s) for s in samples]
-    shape = (len(samples), draws, model.image_tower.width)
-    key = _key("images", _fingerprint(model.image_tower), name, config.views.flip, size, draws, seed, stamps)
+    shape = (draws, model.image_tower.width)
 
-    def chunk(start: int, stop: int) -> Tensor:
-        out = torch.full((stop - start, *shape[1:]), torch.nan)
+    def chunk(rows: np.ndarray) -> Tensor:
+        out = torch.full((len(rows), *shape), torch.nan)
         pictures, kept = [], []
-        for i in range(start, stop):
+        for k, i in enumerate(rows.tolist()):
             with suppress(BadPicture):
                 pictures.append(store[i])
-                kept.append(i)
+                kept.append(k)
         if not pictures:
             return out
-        ids = np.array([samples[i].id for i in kept])
+        ids = np.array([samples[i].id for i in rows[kept]])
         each = []
         for v in range(draws):
             cut, edits = drawn.draw(pictures, ids, seed, "cached", v, title(name))
             each.append(edits(cut.to(model.device)))
         parts = torch.stack(each, 1).flatten(0, 1).split(model.pictures_at_once)
-        rows = [model.image_tower(part).float().cpu() for part in parts]
-        out[np.array(kept) - start] = torch.cat(rows).view(len(kept), draws, -1)
+        found = [model.image_tower(part).float().cpu() for part in parts]
+        out[kept] = torch.cat(found).view(len(kept), draws, -1)
         return out
 
-    return _cached(cache / f"images-{key}.npy", shape, chunk, f"Features of {draws} x '{title(name)}' views", progress)
+    key = _key(_fingerprint(model.image_tower), name, config.views.flip, size, draws, seed)
+    # The views are drawn by the sample's name.
+    keys = [_key(s.name, os.path.realpath(s.picture.file), s.picture.stamp) for s in samples]
+    what = f"Features of {draws} x '{title(name)}' views"
+    return _cached(cache / f"images-{key}", keys, shape, chunk, what, progress, np.arange(len(samples)))
 
 
-def caption_features(model: DualEncoder, captions: Sequence[str], cache: Path, progress: bool = True) -> np.ndarray:
-    """Features of captions, (T, F) float32, memory-mapped from the cache."""
-    key = _key("captions", _fingerprint(model.text_tower), model.config.max_tokens, list(captions))
-    # Batches of like length pad little; the file keeps the captions' own order.
-    # The longest come first: what needs most memory shows at once, and the time left is no surprise.
-    order = np.argsort([-len(c) for c in captions], kind="stable")
+def caption_features(model: DualEncoder, captions: Sequence[str], cache: Path, progress: bool = True) -> Features:
+    """Features of captions, (T, F), from the cache."""
 
-    def chunk(start: int, stop: int) -> Tensor:
-        tokens = model.tokenize([captions[i] for i in order[start:stop]])
+    def chunk(rows: np.ndarray) -> Tensor:
+        tokens = model.tokenize([captions[i] for i in rows])
         out: Tensor = model.text_tower(**{k: v.to(model.device) for k, v in tokens.items()})
         return out.float().cpu()
 
-    shape = (len(captions), model.text_tower.width)
-    return _cached(cache / f"captions-{key}.npy", shape, chunk, "Features of captions", progress, order)
+    key = _key(_fingerprint(model.text_tower), model.config.max_tokens)
+    # Batches of like length pad little. The longest come first: what needs most memory shows at once, and the time left
+    # is no surprise.
+    order = np.argsort([-len(c) for c in captions], kind="stable")
+    shape = (model.text_tower.width,)
+    keys = [_key(c) for c in captions]
+    return _cached(cache / f"captions-{key}", keys, shape, chunk, "Features of captions", progress, order)
 
 
 def _cached(
-    file: Path,
+    folder: Path,
+    keys: Sequence[str],
     shape: tuple[int, ...],
-    compute: Callable[[int, int], Tensor],
+    compute: Callable[[np.ndarray], Tensor],
     what: str,
     progress: bool,
-    order: np.ndarray | None = None,
-) -> np.ndarray:
-    """The array in `file`, computed chunk by chunk where it is not there yet."""
-    file.parent.mkdir(parents=True, exist_ok=True)
+    order: np.ndarray,
+) -> Features:
+    """The rows with these keys, of that shape each; those that the folder does not have are computed, in an order.
+
+    compute: numbers of rows -> their features.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
     # Of two runs that need the same features at once, one computes and the other waits.
-    with FileLock(file.with_suffix(".lock")):
-        if not file.is_file():
-            _compute(file, shape, compute, what, progress, order)
-    return np.load(file, mmap_mode="r", allow_pickle=False)
+    with FileLock(folder / ".lock"):
+        parts, where = _find(folder, keys)
+        missing: dict[str, int] = {}  # what is asked for twice is computed once
+        for i in order.tolist():
+            if keys[i] not in where:
+                missing.setdefault(keys[i], i)
+        if missing:
+            _compute(folder / f"{len(parts):05}.npy", missing, shape, compute, what, progress)
+            parts, where = _find(folder, keys)
+    places = np.array([where[k] for k in keys], dtype=np.int64).reshape(-1, 2)
+    return Features(parts or [np.empty((0, *shape), np.float32)], places[:, 0], places[:, 1])
+
+
+def _find(folder: Path, keys: Sequence[str]) -> tuple[list[np.ndarray], dict[str, tuple[int, int]]]:
+    """The files of a folder, and in which of them, at which row, the rows with these keys are."""
+    wanted, parts = set(keys), list[np.ndarray]()
+    where: dict[str, tuple[int, int]] = {}
+    for marker in sorted(folder.glob("*.json")):
+        done = int(json.loads(marker.read_text())["done"])
+        own = np.load(marker.with_suffix(".keys.npy"), allow_pickle=False)[:done].astype(str).tolist()
+        where |= {k: (len(parts), row) for row, k in enumerate(own) if k in wanted}
+        parts.append(np.load(marker.with_suffix(".npy"), mmap_mode="r", allow_pickle=False))
+    return parts, where
 
 
 def _compute(
     file: Path,
+    missing: dict[str, int],
     shape: tuple[int, ...],
-    compute: Callable[[int, int], Tensor],
+    compute: Callable[[np.ndarray], Tensor],
     what: str,
     progress: bool,
-    order: np.ndarray | None,
 ) -> None:
-    """Write the array chunk by chunk, with a marker of how far it is; go on from an earlier marker."""
-    part, marker = file.with_suffix(".part.npy"), file.with_suffix(".part.json")
-    done = 0
-    if part.is_file() and marker.is_file():
-        done = int(json.loads(marker.read_text())["done"])
-    mode = "r+" if done else "w+"
-    array = np.lib.format.open_memmap(part, mode=mode, dtype=np.float32, shape=None if done else shape)
-    bar = tqdm(total=shape[0], initial=done, desc=what, disable=not progress, leave=False, unit="row")
-    with torch.inference_mode(), bar:
-        while done < shape[0]:
-            stop = min(done + CHUNK, shape[0])
-            rows = compute(done, stop).numpy()
-            array[slice(done, stop) if order is None else order[done:stop]] = rows
+    """Write the rows with these keys and numbers chunk by chunk, with a marker of how many are there."""
+    rows = np.array(list(missing.values()))
+    np.save(file.with_suffix(".keys.npy"), np.array(list(missing), dtype=np.bytes_))
+    array = np.lib.format.open_memmap(file, mode="w+", dtype=np.float32, shape=(len(rows), *shape))
+    with torch.inference_mode(), tqdm(total=len(rows), desc=what, disable=not progress, leave=False, unit="row") as bar:
+        for start in range(0, len(rows), CHUNK):
+            some = rows[start : start + CHUNK]
+            array[start : start + len(some)] = compute(some).numpy()
             array.flush()
-            write_text(marker, json.dumps({"done": stop}))
-            bar.update(stop - done)
-            done = stop
-    del array
-    os.replace(part, file)
-    marker.unlink(missing_ok=True)
+            write_text(file.with_suffix(".json"), json.dumps({"done": start + len(some)}))
+            bar.update(len(some))
 
 
 def _key(*parts: object) -> str:
-    return hashlib.sha256(json.dumps([FORMAT, *parts]).encode()).hexdigest()[:20]
+    return hashlib.sha256(json.dumps([FORMAT, *parts]).encode()).hexdigest()[:24]
 
 
 def _fingerprint(tower: nn.Module) -> str:
@@ -156,10 +213,6 @@ def _fingerprint(tower: nn.Module) -> str:
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return f"{digest.hexdigest()}-{getattr(tower, 'pooling', '')}"
-
-
-def _stamp(sample: Sample) -> list[object]:
-    return [sample.name, sample.picture.stamp]
 
 
 class FeatureBatches(Dataset[Batch]):
@@ -196,17 +249,14 @@ class FeatureBatches(Dataset[Batch]):
         self.pictures = store
         self.readable = np.ones(len(samples), dtype=bool)
         for table in self.features.values():
-            self.readable &= ~np.isnan(table[:, 0, 0])
+            self.readable &= table.readable()
         if not self.readable.any():
             raise UserError(f"no training picture can be read; the first: {self._fault(0)}")
         self.rows: dict[str, int] = {}
-        self.tables: list[np.ndarray] = []
-        # Captions have a file of their own: another store of paraphrases, or none, leaves it as it is.
-        for texts in (c for s in samples for c in s.captions), self._second_texts():
-            new = list(dict.fromkeys(t for t in texts if t not in self.rows))
-            if self.text_views and new:
-                self.rows |= {t: row for row, t in enumerate(new, len(self.rows))}
-                self.tables.append(caption_features(model, new, cache, progress))
+        if self.text_views:
+            texts = dict.fromkeys(c for s in samples for c in s.captions) | dict.fromkeys(self._second_texts())
+            self.rows = {text: row for row, text in enumerate(texts)}
+            self.captions = caption_features(model, list(texts), cache, progress)
 
     def _second_texts(self) -> Iterator[str]:
         """What a second text view may be, besides captions."""
@@ -241,14 +291,7 @@ class FeatureBatches(Dataset[Batch]):
 
     def text_features(self, texts: Sequence[str]) -> np.ndarray:
         """Features (n, F) of texts that a visit can draw."""
-        wanted = np.array([self.rows[t] for t in texts])
-        out = np.empty((len(wanted), self.tables[0].shape[1]), np.float32)
-        start = 0
-        for table in self.tables:
-            here = (wanted >= start) & (wanted < start + len(table))
-            out[here] = table[wanted[here] - start]
-            start += len(table)
-        return out
+        return self.captions.read(np.array([self.rows[t] for t in texts]))
 
     def __getitem__(self, step: int) -> Batch:
         """The batch of a step. A picture that could not be read is replaced by the next sample that could."""
@@ -267,7 +310,7 @@ class FeatureBatches(Dataset[Batch]):
                 else:
                     pick = (draw % np.uint64(views)).astype(int)
                 drawn = pick
-                rows.append(table[ids, pick])
+                rows.append(table.read(ids, pick))
             images = torch.from_numpy(np.concatenate(rows))
         tokens, texts = None, {}
         if self.text_views:

@@ -75,7 +75,7 @@ class Evaluator:
             pictures = _plain_features(model, samples, config, cache, progress)
             self._take(samples, (~pictures[:, 0].isnan()).tolist())
             texts = caption_features(model, self.captions, cache, progress)
-            self.features = pictures[~pictures[:, 0].isnan()], torch.from_numpy(texts.copy())
+            self.features = pictures[~pictures[:, 0].isnan()], torch.from_numpy(texts.read())
             return
         self.pictures: Sequence[Picture] = places
         decoded: list[Tensor | None] = []
@@ -197,7 +197,7 @@ def _plain_features(
     """Cached features (N, F) of pictures as they are evaluated; NaN where one cannot be decoded."""
     store = PictureStore([s.picture for s in samples], config.model.image_size)
     found = image_features(model, samples, "none", 1, config, cache, store, progress)
-    return torch.from_numpy(found[:, 0].copy())
+    return torch.from_numpy(found.read()[:, 0])
 
 
 def draw_gallery(
@@ -391,7 +391,7 @@ class Texts:
         if self.model.text_tower not in self.model.frozen_towers:
             return self.model.encode_text(texts, progress=self.progress)
         features = caption_features(self.model, list(texts), self.cache, self.progress)
-        return self.model.project(None, torch.from_numpy(features.copy()))
+        return self.model.project(None, torch.from_numpy(features.read()))
 
 
 class Line:

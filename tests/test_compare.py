@@ -32,7 +32,7 @@ from amclr.errors import UserError
 from amclr.features import caption_features, image_features
 from amclr.files import read_arrays
 from amclr.measure import evaluate_run
-from amclr.run import begin
+from amclr.run import Run, begin
 from tests.conftest import COLOURS, Command, paint
 from tests.processes import Processes
 
@@ -491,6 +491,45 @@ def test_runs_that_want_the_same_at_once(folder: Path, own_cache: Path, tmp_path
     assert said["decoded"] == 40 + 32 and said["captions"] == 3 and said["pictures"] == -(-64 // model.pictures_at_once)
 
 
+def test_folds(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Cross-validation: every training picture is measured on once, by weights that have not seen it."""
+    file = written(tmp_path / "small.yaml", folder, folds=3, seeds=[5, 6, 7])
+    found = run(file)
+    assert not found.failed
+    measured, shares = list[str](), dict[str, list[np.ndarray]]()
+    for variant in ("sogclr", "amclr"):
+        for k, seed in enumerate((5, 6, 7), 1):
+            of = Run.open(tmp_path / "out" / "runs" / variant / f"seed{seed}")
+            assert of.config.source.fold == f"{k}/3" and of.config.seed == seed
+            hits = read_arrays(of.folder / "queries.npz")
+            assert hits is not None
+            _, owner = np.unique(hits["image_of_text"], return_inverse=True)
+            own = np.bincount(owner, hits["img"].mean(1)) / len(owner) + hits["txt"].mean(1) / len(hits["txt"])
+            shares.setdefault(variant, []).append(50 * own)
+            held = {s.name for s in manifests.load(of.config, tmp_path).split("val")}
+            told = found.results["rows"][variant == "amclr"]["runs"][k - 1]
+            assert len(own) == len(held) and 50 * sum(own) == pytest.approx(told["r_mean"], abs=1e-4)
+            measured += held
+    train = manifests.load(Config(data=str(folder)), tmp_path).split("train")
+    assert Counter(measured) == {s.name: 2 for s in train} and len(train) == 32
+    test = found.results["rows"][1]["against"]["r_mean"]
+    differences = [a - b for a, b in zip(shares["amclr"], shares["sogclr"], strict=True)]
+    assert (test["seeds"], test["pictures"]) == (3, 32)
+    assert test["difference"] == pytest.approx(np.mean([d.sum() for d in differences]))
+    assert test["p_seeds"] == sign_flip(np.array([d.sum() for d in differences]))
+    # Signs are drawn, and a difference that is 0 but for rounding draws them otherwise.
+    assert test["p_pictures"] == pytest.approx(sign_flip(np.concatenate(differences)), abs=0.03)
+    for part in ("| p, folds |", "cut into 3 parts, of which each in turn is kept aside", "cannot go below 0.25"):
+        assert part in found.table
+    assert (
+        "same training pictures" not in found.table and "over the folds" in (tmp_path / "out/report.html").read_text()
+    )
+    # Fewer seeds are the first folds; the finished runs are theirs.
+    some = run(file, seeds="5,6")
+    assert some.runs == 4 and "cut into 3 parts, of which 2 in turn" in some.table
+    assert cli.main(["compare", str(file), "--seeds", "4"]) == 1 and "4 seeds for 3 folds" in capsys.readouterr().err
+
+
 # -- what goes wrong -----------------------------------------------------------------------------
 
 
@@ -611,6 +650,12 @@ SLIPS = [
     ({"baseline": "sogclrr"}, "baseline: there is no variant 'sogclrr': did you mean 'sogclr'?"),
     ({"recipe": "frosen"}, "unknown recipe 'frosen': did you mean 'frozen'?"),
     ({"seeds": []}, "at least one"),
+    ({"folds": 1}, "folds must be how many, 2 at the least, got 1"),
+    ({"folds": "six"}, "folds must be how many"),
+    ({"folds": 2, "seeds": 3}, "3 seeds for 2 folds"),
+    ({"folds": 2, "variants": {"sogclr": None, "mine": {"source.fold": "1/6"}}}, "mine: source.fold follows from folds"),
+    ({"folds": 40, "seeds": 2}, "32 training pictures: they cannot be cut into 40 parts"),
+    ({"variants": {"sogclr": None, "mine": {"source.fold": "6/5"}}}, "mine: --source.fold is K/N"),
     ({"seeds": 0}, "at least one"),
     ({"seeds": [0, 1.5]}, "whole numbers"),
     ({"seeds": [1, 1]}, "seeds: 1 stands twice"),

@@ -16,7 +16,6 @@ import pytest
 import timm
 import torch
 import yaml
-from benchmarks import folds
 from transformers import AutoModel, DistilBertConfig
 
 from amclr import compare
@@ -144,44 +143,3 @@ def test_accuracy_of_common_and_of_rare_kinds(amclr: Command, tmp_path: Path) ->
     assert most[0] == most[1] < 15 and most[2] == most[3] > 20
     done = subprocess.run([*command[:3], "nowhere"], capture_output=True, text=True, env=environment)
     assert done.returncode == 2 and "no comparison in 'nowhere'" in done.stderr
-
-
-@pytest.mark.usefixtures("undrawn")
-def test_folds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """benchmarks/folds.py: every training picture is measured on once, by weights that have not seen it."""
-    data = tmp_path / "flickr8k"
-    (data / "Images").mkdir(parents=True)
-    names = [f"{k}.png" for k in range(27)]
-    for k, name in enumerate(names):
-        paint(list(COLOURS)[k % 4], 700 + k).save(data / "Images" / name)
-    lines = [f"{name},{word} {list(COLOURS)[k % 4]} patch\n" for k, name in enumerate(names) for word in ("a", "one")]
-    (data / "captions.txt").write_text("".join(["image,caption\n", *lines]))
-    (data / "train.txt").write_text("".join(f"{n}\n" for n in names[:24]))  # the last three are held out
-    experiment = tmp_path / "small.yaml"
-    small = {"image_size": 32, "dim": 16, "image_lr": 0, "text_lr": 0, "head": "residual", "hidden": 32}
-    experiment.write_text(yaml.safe_dump({
-        "recipe": "scratch", "variants": ["sogclr", "clip"], "seeds": [0], "baseline": "sogclr",
-        "settings": {"data": "fold", "source.images": "Images", "epochs": 1, "batch_size": 4, "accelerator": "cpu",
-                     "views.image": "weak", "model": small},
-    }))  # fmt: skip
-    arguments = [str(data), str(experiment), "--folds", "3", "--out", str(tmp_path / "out")]
-    monkeypatch.setattr(sys, "argv", ["folds", *arguments])
-    folds.main()
-    _, _, first, second = [
-        [c.strip() for c in line.strip("| ").split("|")] for line in capsys.readouterr().out.splitlines()[-4:]
-    ]
-    runs = [tmp_path / "out" / f"fold{k}" / "comparison" / "runs" for k in range(3)]
-    measured = []
-    for k, folder in enumerate(runs):
-        asked = (folder.parents[1] / "data" / "val.txt").read_text().split()
-        pinned = json.loads((folder / "clip" / f"seed{100 + k}" / "samples.json").read_text())
-        assert set(asked) <= set(names[:24]) and pinned["training pictures"] == 16
-        measured += asked
-    assert sorted(measured) == sorted(names[:24])
-    means = {
-        v: [json.loads(f.read_text())["r_mean"] for k in range(3) for f in (runs[k] / v).glob("seed*/results.json")]
-        for v in ("sogclr", "clip")
-    }
-    for row, of in ((first, "sogclr"), (second, "clip")):
-        assert row[0] == of and row[3] == f"{np.mean(means[of]):.1f} ± {np.std(means[of], ddof=1):.1f}"
-    assert second[4] == f"{np.mean(means['clip']) - np.mean(means['sogclr']):+.2f}" and 0 < float(second[6]) <= 1

@@ -230,7 +230,7 @@ def _paraphrase(arguments: list[str]) -> int:
     parser = _parser("paraphrase")
     parser.add_argument("data", type=str, help="data set: a folder of captioned pictures")
     parser.add_class_arguments(ParaphraseConfig, as_group=False)
-    parser.add_class_arguments(SourceConfig, "source", skip={"paraphrases", "captions", "val_fraction"})
+    parser.add_class_arguments(SourceConfig, "source", skip={"paraphrases", "captions", "val_fraction", "fold"})
     values = _parse(parser, arguments).as_dict()
     data, source = values.pop("data"), values.pop("source")
     from amclr import paraphrase
@@ -372,7 +372,7 @@ def _dedup(arguments: list[str]) -> int:
     return 0
 
 
-_OF_TRAINING = {"captions", "paraphrases", "val_fraction", "duplicates", "max_bad", "scan_up_to"}
+_OF_TRAINING = {"captions", "paraphrases", "val_fraction", "fold", "duplicates", "max_bad", "scan_up_to"}
 """Settings of a data set that matter where it is trained on alone."""
 
 

@@ -21,6 +21,7 @@ import signal
 import statistics
 import sys
 import traceback
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -79,6 +80,9 @@ class Experiment:
     """Settings by their dotted names, and the values that every variant is run with."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """A list of seeds, or how many."""
+    folds: int = 0
+    """Cross-validation: of so many parts of the training pictures, the run of the k-th seed keeps the k-th aside and is
+    validated on it."""
     baseline: str = ""
     """The variant that the others are tested against."""
     equal: str = "steps"
@@ -161,11 +165,16 @@ def read(file: Path, *, data: str = "", seeds: str = "", zeroshot: Sequence[str]
         name=str(given.get("name", file.stem)), regime=str(given.get("regime", "")),
         recipe=str(given.get("recipe", "frozen")), settings=settings,
         variants=_variants(file, given.get("variants")), grid=grid,
-        seeds=_seeds(seeds or given.get("seeds", (0, 1, 2))), baseline=str(given.get("baseline", "")),
+        seeds=_seeds(seeds or given.get("seeds", given.get("folds", (0, 1, 2)))), folds=given.get("folds", 0),
+        baseline=str(given.get("baseline", "")),
         equal=str(given.get("equal", "steps")), cut=_cut(file, given.get("cut", {})),
         zeroshot=tuple(map(str, [folders] if isinstance(folders, str) else folders)),
         **{key: str(given.get(key, "")) for key in ("classnames", "templates", "paraphrased")},
     )  # fmt: skip
+    if type(experiment.folds) is not int or experiment.folds < 0 or experiment.folds == 1:
+        raise UserError(f"'{file}': folds must be how many, 2 at the least, got {experiment.folds!r}")
+    if experiment.folds and len(experiment.seeds) > experiment.folds:
+        raise UserError(f"'{file}': {len(experiment.seeds)} seeds for {experiment.folds} folds: a fold has one of them")
     if experiment.equal not in EQUAL:
         raise UserError(f"'{file}': equal: {_near(experiment.equal, EQUAL)}")
     if experiment.recipe not in RECIPES:
@@ -269,6 +278,10 @@ def plan(experiment: Experiment, out: Path) -> list[Cell]:
         if base in made:
             same = cells[made.index(base)].label
             raise UserError(f"'{cell.label}' and '{same}' are the same run, setting by setting: leave one out")
+        if experiment.folds:
+            if base.source.fold:
+                raise UserError(f"{cell.label}: source.fold follows from folds: leave one of them out")
+            base = in_fold(base, 1, experiment.folds)
         _check(base, cell.label)
         made.append(base)
         cells.append(cell)
@@ -276,9 +289,15 @@ def plan(experiment: Experiment, out: Path) -> list[Cell]:
     if experiment.equal == "passes":
         made = as_many_passes(made, visits, [c.point for c in cells])
     for cell, base in zip(cells, made, strict=True):
-        for seed in experiment.seeds:
-            cell.configs[seed] = replace(base, seed=seed, out=str(out / "runs" / cell.folder / f"seed{seed}"))
+        for k, seed in enumerate(experiment.seeds, 1):
+            own = in_fold(base, k, experiment.folds) if experiment.folds else base
+            cell.configs[seed] = replace(own, seed=seed, out=str(out / "runs" / cell.folder / f"seed{seed}"))
     return cells
+
+
+def in_fold(config: Config, k: int, folds: int) -> Config:
+    """The settings with the k-th of so many folds as what is validated on."""
+    return replace(config, source=replace(config.source, fold=f"{k}/{folds}"))
 
 
 def as_many_passes(configs: Sequence[Config], visits: Sequence[int], points: Sequence[object]) -> list[Config]:
@@ -563,9 +582,9 @@ def against(own: Sequence[Outcome], base: Sequence[Outcome], measure: str) -> di
 
     p_seeds: by `sign_flip` with the seeds as clusters: would it be so with other seeds, for these pictures? The
     strict one, with few seeds: 0.25 at the least with three. p_pictures: with the pictures as clusters, a picture
-    and its captions together, means over the seeds: would it be so for other pictures, with these weights? It
-    knows nothing of how much seeds differ, so a small one alone does not say that a method is better. None where
-    nothing can be paired.
+    and its captions together, means over the seeds that asked for it (of folds, each asks for its own): would it be
+    so for other pictures, with these weights? It knows nothing of how much seeds differ, so a small one alone does
+    not say that a method is better. None where nothing can be paired.
     """
     pairs = [
         (o, b) for o in own for b in base
@@ -573,11 +592,14 @@ def against(own: Sequence[Outcome], base: Sequence[Outcome], measure: str) -> di
     ]  # fmt: skip
     if not pairs:
         return None
-    # Weights of all seeds are asked the same, or their shares could not be averaged.
-    pairs = [p for p in pairs if p[0].asked[measure] == pairs[0][0].asked[measure]]
-    rows = np.stack([o.shares[measure] - b.shares[measure] for o, b in pairs])
-    return {"difference": float(rows.sum(axis=1).mean()), "seeds": len(pairs), "pictures": rows.shape[1],
-            "p_seeds": sign_flip(rows.sum(axis=1)), "p_pictures": sign_flip(rows.mean(axis=0))}  # fmt: skip
+    rows = defaultdict[str, list[np.ndarray]](list)
+    for o, b in pairs:
+        rows[o.asked[measure]].append(o.shares[measure] - b.shares[measure])
+    by_seed = np.array([row.sum() for same in rows.values() for row in same])
+    # What was asked the same is averaged; of folds, a picture counts as it does among those of its own.
+    by_picture = np.concatenate([np.mean(same, axis=0) for same in rows.values()])
+    return {"difference": float(by_seed.mean()), "seeds": len(pairs), "pictures": len(by_picture),
+            "p_seeds": sign_flip(by_seed), "p_pictures": sign_flip(by_picture)}  # fmt: skip
 
 
 def spread(values: Sequence[float]) -> dict[str, Any]:
@@ -913,7 +935,7 @@ def _views(config: Config) -> str:
 def _chance(outcomes: Sequence[Outcome]) -> float | None:
     """Mean of R@1, R@5 and R@10 of an image for a random order, in percent."""
     sizes = {len(o.shares["r_mean"]) for o in outcomes if o.shares}
-    if len(sizes) != 1:
+    if not sizes or max(sizes) - min(sizes) > 1:  # folds may differ by one picture
         return None
     return float(np.mean([100 * min(1.0, k / n) for n in sizes for k in RECALLS]))
 

@@ -6,6 +6,7 @@ Imports no torch, so that `amclr --help` is quick. Names on the command line are
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, is_dataclass
 from types import NoneType, UnionType
@@ -64,6 +65,9 @@ class SourceConfig:
     CSV, TSV or JSONL file of caption, paraphrase. Empty finds DATA/paraphrases; `none` uses none."""
     val_fraction: float = 0.05
     """Share of the pictures held out for validation where the folder has no val.txt."""
+    fold: str = ""
+    """K/N, such as 1/6, for cross-validation: the training pictures are cut into N equal parts by a hash of their
+    names; the K-th is what is validated on, the others are trained on, and the usual validation pictures rest."""
     duplicates: Literal["positives", "captions", "negatives"] = "positives"
     """positives: near-duplicate pictures, and captions that stand under several pictures, are positives of each
     other rather than negatives. captions: identical captions alone, for drawings or studio pictures, which differ
@@ -398,6 +402,13 @@ def fixed_differences(before: Config, now: Config) -> dict[str, tuple[Any, Any]]
     return {name: (then[name], since[name]) for name in then if name not in MAY_CHANGE and then[name] != since[name]}
 
 
+def fold_of(text: str) -> tuple[int, int] | None:
+    """(K, N) of `source.fold` "K/N"; None where it is no such thing."""
+    found = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text)
+    k, n = map(int, found.groups()) if found else (0, 0)
+    return (k, n) if 1 <= k <= n and n > 1 else None
+
+
 def problems(config: Config) -> list[str]:
     """What is out of range in the settings, each as a sentence that names the option."""
     o, m, v = config.optim, config.model, config.views
@@ -448,6 +459,8 @@ def problems(config: Config) -> list[str]:
         ("scenes.noise", config.scenes.noise, 0, 1),
     ]
     found = _outside(bounds)
+    if config.source.fold and not fold_of(config.source.fold):
+        found.append(f"--source.fold is K/N, such as 1/6 for the first of six, got '{config.source.fold}'")
     for tower, lr, rank in (("image", m.image_lr, m.image_adapters), ("text", m.text_lr, m.text_adapters)):
         if rank and not lr:
             found.append(

@@ -60,7 +60,7 @@ def _heading(results: Mapping[str, Any]) -> str:
 def _table(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the table."""
     baseline, grid = results["experiment"]["baseline"], list(results["experiment"]["grid"])
-    tested = [f"mean against {baseline}", "p, seeds", "p, pictures"] if baseline else []
+    tested = [f"mean against {baseline}", f"p, {_over(results)}", "p, pictures"] if baseline else []
     shown = [m for m in results["measures"] if m in RETRIEVAL]
     tops = [m for m in results["measures"] if m in PARAPHRASED or m.startswith("zeroshot")]
     # Where epochs are in the grid they stand there.
@@ -124,6 +124,11 @@ def p_value(value: float) -> str:
     return f"{value:.2g}" if value >= 0.001 else "< 0.001"
 
 
+def _over(results: Mapping[str, Any]) -> str:
+    """What the runs of a variant differ in."""
+    return "folds" if results["experiment"]["folds"] else "seeds"
+
+
 def _notes(results: Mapping[str, Any]) -> list[str]:
     """What must stand beside the table."""
     views: dict[str, list[str]] = {}
@@ -132,24 +137,32 @@ def _notes(results: Mapping[str, Any]) -> list[str]:
     captions = {"all": "all captions, a random one at each visit", "one": "one caption per picture"}
     regimes = {captions[row["captions"]] for row in results["rows"]}
     told = "; ".join(f"{view}: {', '.join(dict.fromkeys(names))}" for view, names in views.items())
-    seeds = len(results["experiment"]["seeds"])
+    seeds, folds, over = len(results["experiment"]["seeds"]), results["experiment"]["folds"], _over(results)
     sets = results["training pictures"]
     notes = [
         f"Captions: {' or '.join(sorted(regimes))}. Views at each visit: {told}.",
-        "Retrieval is the mean of R@1, R@5 and R@10 on the validation split, of the epoch with the best mean"
+        f"Retrieval is the mean of R@1, R@5 and R@10 on the {'fold kept aside' if folds else 'validation split'}, "
+        "of the epoch with the best mean"
         + (f" (chance {results['chance']:.1f})" if results["chance"] is not None else "")
-        + "; all in percent, mean ± standard deviation over the seeds. Passes: views of pictures and captions through "
-        "a tower, or through its head where the tower is frozen. Seconds: the training loop with its evaluations."
-        + _company(results),
+        + f"; all in percent, mean ± standard deviation over the {over}. Passes: views of pictures and captions "
+        "through a tower, or through its head where the tower is frozen. Seconds: the training loop with its "
+        "evaluations." + _company(results),
     ]
+    if folds:
+        notes.append(
+            f"Folds: the training pictures are cut into {folds} parts, of which {'each' if seeds == folds else seeds} "
+            "in turn is kept aside, with a seed of its own. Folds differ in how hard their pictures are, for all "
+            "variants alike; the usual validation pictures are not used."
+        )
     if results["experiment"]["equal"] == "passes":
         notes.append("Equal passes: variants that see fewer views at a step have more epochs, and schedules as long.")
     if results["experiment"]["baseline"]:
         notes.append(
-            "p, seeds: sign-flip test of the mean with the seeds as clusters, for other seeds on these pictures; with "
-            f"seeds as many as here, {seeds}, it cannot go below {2 / 2**seeds:.2g}. p, pictures: with the pictures as "
-            "clusters, for other pictures with these weights; it knows nothing of the spread over seeds. Neither is "
-            "corrected for the number of variants."
+            f"p, {over}: sign-flip test of the mean with the {over} as clusters, for other "
+            + ("seeds and pictures" if folds else "seeds on these pictures")
+            + f"; with {over} as many as here, {seeds}, it cannot go below {2 / 2**seeds:.2g}. p, pictures: with the "
+            f"pictures as clusters, for other pictures with these weights; it knows nothing of the spread over {over}. "
+            "Neither is corrected for the number of variants."
         )
     if any(m in PARAPHRASED for m in results["measures"]):
         notes.append(
@@ -158,7 +171,7 @@ def _notes(results: Mapping[str, Any]) -> list[str]:
         )
     if zeroshot := results.get("zeroshot"):
         notes.append("Zero-shot: " + "; ".join(f"{label}: {about}" for label, about in zeroshot.items()) + ".")
-    if len(sets) > 1:
+    if len(sets) > 1 and not folds:
         notes.append(f"Not all runs had the same training pictures: {'; '.join(sets)}.")
     failed = [
         f"- {_row_name(row)}, seed {run['seed']}: {run['failure']}"
@@ -212,13 +225,15 @@ def _csv(results: Mapping[str, Any]) -> str:
     return text.getvalue()
 
 
-FIGURES = {
-    "retrieval.png": "Retrieval: mean and standard deviation over the seeds, and every seed.",
-    "zeroshot.png": "Zero-shot accuracy: mean and standard deviation over the seeds, and every seed.",
-    "learning.png": "Learning curves: mean over the seeds, and one standard deviation to each side.",
-    "cost.png": "What it costs: encoder passes and seconds of training against retrieval.",
-}
-"""The figures, and what is told of them."""
+def _captions(results: Mapping[str, Any]) -> dict[str, str]:
+    """The figures, and what is told of them."""
+    over = _over(results)
+    every = f"mean and standard deviation over the {over}, and every {over[:-1]}."
+    return {
+        "retrieval.png": f"Retrieval: {every}", "zeroshot.png": f"Zero-shot accuracy: {every}",
+        "learning.png": f"Learning curves: mean over the {over}, and one standard deviation to each side.",
+        "cost.png": "What it costs: encoder passes and seconds of training against retrieval.",
+    }  # fmt: skip
 
 
 def draw(results: Mapping[str, Any], folder: Path) -> dict[str, str]:
@@ -260,7 +275,7 @@ def draw(results: Mapping[str, Any], folder: Path) -> dict[str, str]:
         ]  # fmt: skip
         figures.cost(costs, folder / "cost.png", heading, "mean recall (%)", legend)
         drawn.append("cost.png")
-    return {name: FIGURES[name] for name in drawn}
+    return {name: about for name, about in _captions(results).items() if name in drawn}
 
 
 def summary(results: Mapping[str, Any], folder: Path, pictures: Mapping[str, str], style: str = "") -> str:
@@ -276,7 +291,7 @@ def summary(results: Mapping[str, Any], folder: Path, pictures: Mapping[str, str
 def notebook(results: Mapping[str, Any], folder: Path) -> str:
     """What a notebook shows of a comparison: tables, notes, and the figures that were drawn."""
     heading = f"<h3>{html.escape(_heading(results))}</h3>"
-    return f"<div>{heading}\n{summary(results, folder, FIGURES, 'max-width: 100%')}</div>"
+    return f"<div>{heading}\n{summary(results, folder, _captions(results), 'max-width: 100%')}</div>"
 
 
 CSS = """body{font:16px/1.5 system-ui,sans-serif;max-width:64em;margin:2em auto;padding:0 1em;color:#222}

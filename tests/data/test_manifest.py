@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from amclr.config import Config, SourceConfig
+from amclr.config import Config, SourceConfig, problems
 from amclr.data import manifest as manifests
 from amclr.data import tables
 from amclr.data.pictures import BadPicture, read_picture, scan
@@ -284,6 +284,34 @@ def test_held_out_pictures_stay_when_others_come(tmp_path: Path) -> None:
     append(root, b"new.png,a new patch")
     after = manifests.load(config, tmp_path)
     assert held == {s.name for s in after.split("val")} - {"new.png"}
+
+
+def test_folds_are_parts_of_the_training_pictures(tmp_path: Path) -> None:
+    """Each training picture is validated on in one fold, in another order of the rows too; the usual ones in none."""
+    root = make_folder(tmp_path / "a", pictures=52)
+    whole = manifests.load(Config(data=str(root)), tmp_path)
+    train, val = ({s.name for s in whole.split(split)} for split in ("train", "val"))
+    assert len(train) == 42 and len(val) == 10
+
+    def parts(fold: str) -> tuple[set[str], set[str]]:
+        found = manifests.load(Config(data=str(root), source=SourceConfig(fold=fold)), tmp_path)
+        assert any("10 of val rest" in note for note in found.notes)
+        return {s.name for s in found.split("train")}, {s.name for s in found.split("val")}
+
+    folds = [parts(f"{k}/4") for k in range(1, 5)]
+    assert [len(held) for _, held in folds] == [10, 11, 10, 11]
+    assert set.union(*(held for _, held in folds)) == train and all(t | h == train and not t & h for t, h in folds)
+    assert folds[0][1] != set(sorted(train)[:10]), "parts are drawn"
+    lines = (root / "captions.txt").read_text().splitlines()
+    (root / "captions.txt").write_text("\n".join([lines[0], *reversed(lines[1:])]) + "\n")
+    assert parts("2/4") == folds[1]
+    # What is measured on is read without the training pictures, but for a fold, which is of them.
+    config = Config(data=str(root), source=SourceConfig(fold="2/4"))
+    assert {s.name for s in manifests.prepare(config, tmp_path, only="val").samples} == folds[1][1]
+    with pytest.raises(UserError, match="has 42 training pictures: they cannot be cut into 43 parts"):
+        parts("1/43")
+    for slip in ("0/4", "5/4", "1/1", "1", "a/b", "1/4/2"):
+        assert "--source.fold is K/N, such as 1/6" in problems(Config(source=SourceConfig(fold=slip)))[0]
 
 
 def test_refusals_say_what_to_do(tmp_path: Path) -> None:

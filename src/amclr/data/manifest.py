@@ -22,7 +22,7 @@ from unicodedata import normalize
 import yaml
 from tqdm import tqdm
 
-from amclr.config import Config, SourceConfig, from_dict
+from amclr.config import Config, SourceConfig, fold_of, from_dict
 from amclr.data import columns, remote, scenes, tables
 from amclr.data.layouts import PICTURE_FOLDERS, find, label
 from amclr.data.paraphrases import attach, find_store
@@ -155,7 +155,9 @@ def load(config: Config, cache: Path, progress: bool = True, only: str = "", bar
     caption or none; a folder without captions is then its pictures at any depth.
     Raises UserError where there is none, or nothing in it that can be read.
     """
-    data = config.data
+    data, fold = config.data, fold_of(config.source.fold)
+    if fold and only in ("train", "val"):
+        only = ""  # both are parts of the training pictures
     if data == "scenes":
         where = cache / f"scenes-{derive(scenes.FORMAT, repr(config.scenes)):016x}"
         scenes.write_scenes(where, config.scenes, progress=progress)
@@ -178,7 +180,8 @@ def load(config: Config, cache: Path, progress: bool = True, only: str = "", bar
     if only == "val" and "val" not in found.splits and "train" in found.splits:
         return load(config, cache, progress)  # it is held out of the training pictures, which were passed over
     found = _with_paraphrases(found, config.source.paraphrases)
-    return _with_splits(found, config.source.val_fraction, only)
+    found = _with_splits(found, config.source.val_fraction, only)
+    return _with_fold(found, *fold) if fold and not only else found
 
 
 def _with_paraphrases(manifest: Manifest, setting: str) -> Manifest:
@@ -396,6 +399,18 @@ def _hold_out(samples: Sequence[Sample], fraction: float) -> dict[str, frozenset
     if not held and len(samples) > 1:
         held = frozenset([min(samples, key=lambda s: derive("val", s.name)).name])
     return {"train": frozenset(s.name for s in samples) - held, "val": held}
+
+
+def _with_fold(manifest: Manifest, k: int, n: int) -> Manifest:
+    """The manifest with the k-th of n parts of its training pictures as what is validated on."""
+    names = sorted(manifest.splits["train"], key=lambda name: derive("fold", name))
+    if n > len(names):
+        raise UserError(f"'{manifest.root}' has {len(names)} training pictures: they cannot be cut into {n} parts")
+    held = frozenset(names[(k - 1) * len(names) // n : k * len(names) // n])
+    resting = len(manifest.splits["val"] - manifest.splits["train"])
+    note = f"fold {k} of {n}: {len(held)} training pictures are validated on, and {resting} of val rest"
+    splits = manifest.splits | {"train": manifest.splits["train"] - held, "val": held}
+    return replace(manifest, splits=splits, notes=(*manifest.notes, note))
 
 
 # -- several data sets as one ---------------------------------------------------------------------

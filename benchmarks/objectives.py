@@ -6,7 +6,7 @@ Compared are: this project's objectives; the straightforward formulation, which 
 matrix per term and leaves the gradient to autograd; open_clip's ClipLoss and SigLipLoss (2 terms each)
 and LibAUC's GCLoss (SogCLR, 2 terms), where installed; and the floor, torch's own matrix products alone
 that any form of the gradient needs (three per similarity block; four where the memory may not grow with
-B x B, so there 1.33 is the least; consistency penalties, `--methods cyamclr`, are no part of it). Each time
+B x B, so there 1.33 is the least; consistency penalties, `--cyclic 0.1`, are no part of it). Each time
 is the median of rounds in which all rivals take turns; the memory is the most that a step allocates beyond its
 inputs, the gradient included.
 """
@@ -40,17 +40,17 @@ def views_of(batch: int, dim: int, device: str) -> dict[str, torch.Tensor]:
     return {v: r.requires_grad_() for v, r in rows.items()}
 
 
-def ours(name: str, views: dict[str, torch.Tensor], tau: float) -> Step:
+def ours(name: str, views: dict[str, torch.Tensor], tau: float, cyclic: float) -> Step:
     batch = len(views["image"])
     # The rivals do not look at what they are given either.
-    objective = build(name, batch, temperature=tau, validate=False).to(views["image"].device)
+    objective = build(name, batch, temperature=tau, cyclic_weight=cyclic, validate=False).to(views["image"].device)
     ids = torch.arange(batch, device=views["image"].device)
     return lambda: backward(objective(views, ids)[0], views)
 
 
-def straightforward(name: str, views: dict[str, torch.Tensor], tau: float) -> Step:
+def straightforward(name: str, views: dict[str, torch.Tensor], tau: float, cyclic: float) -> Step:
     """Every term on its own, as published code writes it: similarities, masked exponentials, weights, in fp32."""
-    built = build(name, 1)
+    built = build(name, 1, cyclic_weight=cyclic)
     pairs = [(t.anchor, t.candidate) for t in built.terms]
     batch = len(views["image"])
     device = views["image"].device
@@ -199,6 +199,7 @@ def main() -> None:
     parser.add_argument("--dims", default="256,512")
     parser.add_argument("--methods", default="sogclr,amclr,xamclr")
     parser.add_argument("--tau", type=float, default=0.05)
+    parser.add_argument("--cyclic", type=float, default=0.0, help="weight of the consistency penalties")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=2.0, help="time per row of the table, at least three rounds")
     parser.add_argument("--plain-gb", type=float, default=8.0, help="leave the straightforward form out above this")
@@ -217,14 +218,18 @@ def main() -> None:
             others = rivals(views, options.tau)
             for name in options.methods.split(","):
                 terms = len(build(name, 1).terms)
-                steps = {"ours": ours(name, views, options.tau), "floor": floor(terms // 2, views), **others}
+                steps = {
+                    "ours": ours(name, views, options.tau, options.cyclic),
+                    "floor": floor(terms // 2, views),
+                    **others,
+                }
                 # Five B x B matrices a term are held for the backward pass.
                 fits = terms * 5 * 4 * batch**2 < options.plain_gb * 1e9
                 if fits:
-                    steps["plain"] = straightforward(name, views, options.tau)
+                    steps["plain"] = straightforward(name, views, options.tau, options.cyclic)
                 t = median_times(steps, options.seconds, options.device)
                 # With a new objective: this one holds its tiles from step to step, and they count.
-                memory = peak_bytes(lambda: ours(name, views, options.tau)(), options.device)  # noqa: B023
+                memory = peak_bytes(lambda: ours(name, views, options.tau, options.cyclic)(), options.device)  # noqa: B023
                 plain = f"{t['plain'] / t['ours']:.2f}" if fits else "does not fit"
                 plain_memory = f"{peak_bytes(steps['plain'], options.device) / memory:.1f}" if fits else "does not fit"
                 row = [dim, batch, name, f"{1e3 * t['ours']:.2f}", f"{t['ours'] / t['floor']:.2f}", plain,

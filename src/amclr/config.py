@@ -189,8 +189,8 @@ class LossConfig:
     text_weight: float = 1.0
     """Weight of text-text terms."""
     cyclic_weight: float | None = None
-    """Weight of each of CyCLIP's two consistency penalties; empty is the method's own: 0.25 for cyclip, 0.1 for
-    cyamclr, 0 for the others."""
+    """Weight of each of CyCLIP's two consistency penalties; empty is the method's own: 0.25 for cyclip, 0 for
+    the others."""
     queue: int = 0
     """Samples of the last batches that stay as further negatives: 112, say, with gamma 1, for batches of less than 100
     on frozen towers; 0 is none. Not for towers from scratch, whose embeddings move too fast."""
@@ -233,7 +233,7 @@ class Config:
     out: str = ""
     """Run folder; empty makes runs/DATA-OBJECTIVE-seedN."""
     objective: str = "amclr"
-    """clip, cyclip, siglip, simclr, sogclr, isogclr, amclr, xamclr, cyamclr, iamclr or ixamclr."""
+    """clip, cyclip, siglip, simclr, sogclr, isogclr, amclr, xamclr, iamclr or ixamclr."""
     epochs: int = 10
     """Passes over the training pictures."""
     batch_size: int = 128

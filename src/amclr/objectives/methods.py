@@ -128,10 +128,6 @@ METHODS: Mapping[str, Method] = {
         "AmCLR and each modality with its own augmentation: 12 terms", "global", "all", intra=BOTH,
         source="arXiv 2412.07979, xAmCLR",
     ),
-    "cyamclr": Method(
-        "AmCLR with CyCLIP's consistency penalties over its four pairs", "global", "all", cyclic=0.1,
-        source="ours: docs/method.md; the penalties are of Goel et al. 2022, arXiv 2205.14459, section 3",
-    ),
     "iamclr": Method(
         "AmCLR with individual temperatures", "global", "all", temperature="individual",
         source="named as future work in arXiv 2412.07979",

@@ -70,7 +70,7 @@ bench-speed: $(VENV)/bench ## time and memory of a training step under the setti
 bench-loader: $(VENV)/bench ## pictures per second against open_clip's loaders (DATA=folder that holds flickr8k)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.loader --data $(DATA)/flickr8k
 
-FLICKR8K := flickr8k-frozen $(addprefix flickr8k-frozen-,one-caption one-caption-tuned same-views heads small-batch small-batch-methods)
+FLICKR8K := flickr8k-frozen $(addprefix flickr8k-frozen-,one-caption one-caption-tuned same-views heads small-batch small-batch-methods folds)
 bench-flickr8k: $(VENV)/pretrained ## the comparisons on Flickr8k, frozen encoders (DATA=folder that holds flickr8k); hours
 	for name in $(FLICKR8K); do \
 		$(BIN)/amclr compare experiments/$$name.yaml --out runs/bench-$$name --data $(DATA)/flickr8k \

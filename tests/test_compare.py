@@ -524,10 +524,14 @@ def test_folds(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert (
         "same training pictures" not in found.table and "over the folds" in (tmp_path / "out/report.html").read_text()
     )
-    # Fewer seeds are the first folds; the finished runs are theirs.
+    # Some of the seeds are their folds; the finished runs are theirs.
     some = run(file, seeds="5,6")
     assert some.runs == 4 and "cut into 3 parts, of which 2 in turn" in some.table
-    assert cli.main(["compare", str(file), "--seeds", "4"]) == 1 and "4 seeds for 3 folds" in capsys.readouterr().err
+    (cell, _) = plan(read(file, seeds="7,"), tmp_path)
+    assert {s: c.source.fold for s, c in cell.configs.items()} == {7: "3/3"}
+    for slip in ("2", "5,8"):
+        assert cli.main(["compare", str(file), "--seeds", slip]) == 1
+        assert "the seeds of the folds are 5, 6, 7: give some of those" in capsys.readouterr().err
 
 
 # -- what goes wrong -----------------------------------------------------------------------------
@@ -651,10 +655,13 @@ SLIPS = [
     ({"recipe": "frosen"}, "unknown recipe 'frosen': did you mean 'frozen'?"),
     ({"seeds": []}, "at least one"),
     ({"folds": 1}, "folds must be how many, 2 at the least, got 1"),
-    ({"folds": "six"}, "folds must be how many"),
-    ({"folds": 2, "seeds": 3}, "3 seeds for 2 folds"),
-    ({"folds": 2, "variants": {"sogclr": None, "mine": {"source.fold": "1/6"}}}, "mine: source.fold follows from folds"),
-    ({"folds": 40, "seeds": 2}, "32 training pictures: they cannot be cut into 40 parts"),
+    ({"folds": "six", "seeds": None}, "folds must be how many"),
+    ({"folds": True}, "folds must be how many"),
+    ({"folds": 2, "seeds": 3}, "3 seeds for 2 folds: give as many"),
+    ({"folds": 3, "seeds": None, "variants": {"sogclr": None, "mine": {"objective": "sogclr"}}}, "'.*' and '.*' are the same run"),
+    ({"folds": 3, "seeds": None, "settings": BASE["settings"] | {"batch_size": 22}}, "21 training pictures are fewer than one batch"),
+    ({"folds": 2, "seeds": None, "variants": {"sogclr": None, "mine": {"source.fold": "1/6"}}}, "mine: source.fold follows from folds"),
+    ({"folds": 40, "seeds": None}, "32 training pictures: they cannot be cut into 40 parts"),
     ({"variants": {"sogclr": None, "mine": {"source.fold": "6/5"}}}, "mine: --source.fold is K/N"),
     ({"seeds": 0}, "at least one"),
     ({"seeds": [0, 1.5]}, "whole numbers"),

@@ -690,6 +690,19 @@ def test_what_is_cached_serves_other_sets_of_the_same_pictures_and_captions(
     assert np.array_equal(found.read(rows[:5]), mixed[rows[:5]]) and found.read(rows[:0]).shape == (0, *mixed.shape[1:])
 
 
+def test_towers_of_the_same_weights_with_other_tokenizers_share_nothing(towers: Any, own_cache: Path) -> None:
+    """Two small towers of one seed, whose tokenizers are as large and were trained on other captions."""
+    config, *_ = towers
+    found = []
+    for captions in (["red dog", "dog red"], ["big cat", "cat big"]):
+        torch.manual_seed(0)
+        model = DualEncoder(config.model, build_tokenizer(config.model, captions))
+        found.append(features.caption_features(model, ["red cat"], own_cache, False).read())
+        with torch.inference_mode():
+            np.testing.assert_allclose(found[-1], model.text_tower(**model.tokenize(["red cat"])), atol=1e-4)
+    assert not np.allclose(*found, atol=1e-2)
+
+
 def test_interrupted_caching_goes_on_where_it_was(
     towers: Any, own_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -733,7 +746,7 @@ def test_feature_batches_hold_what_they_say(towers: Any, own_cache: Path) -> Non
         first, second = batch.images.chunk(2)
         text, other = batch.tokens.chunk(2)
         for row, i in enumerate(batch.ids):
-            of = [[np.array_equal(t, side[row]) for t in table.read(i[None])[0]] for side in (first, second)]
+            of = [[np.array_equal(t, side[row]) for t in table.read(np.array([int(i)]))[0]] for side in (first, second)]
             assert sum(of[0]) == sum(of[1]) == 1 and of[0] != of[1], "two different views of the same picture"
             own = data.text_features(samples[int(i)].captions)
             assert {tuple(text[row].tolist()), tuple(other[row].tolist())} == set(map(tuple, own.tolist()))

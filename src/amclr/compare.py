@@ -81,8 +81,10 @@ class Experiment:
     seeds: tuple[int, ...] = (0, 1, 2)
     """A list of seeds, or how many."""
     folds: int = 0
-    """Cross-validation: of so many parts of the training pictures, the run of the k-th seed keeps the k-th aside and is
-    validated on it."""
+    """Cross-validation: the training pictures are cut into so many parts, each of which is kept aside by the runs of
+    one seed, and validated on; 0 for none."""
+    fold_seeds: tuple[int, ...] = ()
+    """The seeds of the folds, of which `seeds` may be some."""
     baseline: str = ""
     """The variant that the others are tested against."""
     equal: str = "steps"
@@ -161,20 +163,24 @@ def read(file: Path, *, data: str = "", seeds: str = "", zeroshot: Sequence[str]
     folders = list(zeroshot) or given.get("zeroshot", [])
     if not isinstance(folders, str | list):
         raise UserError(f"'{file}': zeroshot must be a list of folders, as in zeroshot: [FOLDER], got {folders!r}")
+    folds = given.get("folds", 0)
+    if type(folds) is not int or folds < 0 or folds == 1:
+        raise UserError(f"'{file}': folds must be how many, 2 at the least, got {folds!r}")
+    every = _seeds(given.get("seeds", folds or (0, 1, 2)))
+    chosen = _seeds(seeds) if seeds else every
+    if folds and len(every) != folds:
+        raise UserError(f"'{file}': {len(every)} seeds for {folds} folds: give as many, or leave them out")
+    if folds and not set(chosen) <= set(every):
+        raise UserError(f"--seeds {seeds}: the seeds of the folds are {', '.join(map(str, every))}: give some of those")
     experiment = Experiment(
         name=str(given.get("name", file.stem)), regime=str(given.get("regime", "")),
         recipe=str(given.get("recipe", "frozen")), settings=settings,
         variants=_variants(file, given.get("variants")), grid=grid,
-        seeds=_seeds(seeds or given.get("seeds", given.get("folds", (0, 1, 2)))), folds=given.get("folds", 0),
-        baseline=str(given.get("baseline", "")),
+        seeds=chosen, folds=folds, fold_seeds=every if folds else (), baseline=str(given.get("baseline", "")),
         equal=str(given.get("equal", "steps")), cut=_cut(file, given.get("cut", {})),
         zeroshot=tuple(map(str, [folders] if isinstance(folders, str) else folders)),
         **{key: str(given.get(key, "")) for key in ("classnames", "templates", "paraphrased")},
     )  # fmt: skip
-    if type(experiment.folds) is not int or experiment.folds < 0 or experiment.folds == 1:
-        raise UserError(f"'{file}': folds must be how many, 2 at the least, got {experiment.folds!r}")
-    if experiment.folds and len(experiment.seeds) > experiment.folds:
-        raise UserError(f"'{file}': {len(experiment.seeds)} seeds for {experiment.folds} folds: a fold has one of them")
     if experiment.equal not in EQUAL:
         raise UserError(f"'{file}': equal: {_near(experiment.equal, EQUAL)}")
     if experiment.recipe not in RECIPES:
@@ -275,13 +281,13 @@ def plan(experiment: Experiment, out: Path) -> list[Cell]:
         cell = Cell(variant, point, {})
         if other := next((c for c in cells if c.folder == cell.folder), None):
             raise UserError(f"'{cell.label}' and '{other.label}' would have one folder: rename a variant")
-        if base in made:
-            same = cells[made.index(base)].label
-            raise UserError(f"'{cell.label}' and '{same}' are the same run, setting by setting: leave one out")
         if experiment.folds:
             if base.source.fold:
                 raise UserError(f"{cell.label}: source.fold follows from folds: leave one of them out")
-            base = in_fold(base, 1, experiment.folds)
+            base = in_fold(base, experiment.folds, experiment.folds)  # the last is the largest: what is left, the least
+        if base in made:
+            same = cells[made.index(base)].label
+            raise UserError(f"'{cell.label}' and '{same}' are the same run, setting by setting: leave one out")
         _check(base, cell.label)
         made.append(base)
         cells.append(cell)
@@ -289,8 +295,9 @@ def plan(experiment: Experiment, out: Path) -> list[Cell]:
     if experiment.equal == "passes":
         made = as_many_passes(made, visits, [c.point for c in cells])
     for cell, base in zip(cells, made, strict=True):
-        for k, seed in enumerate(experiment.seeds, 1):
-            own = in_fold(base, k, experiment.folds) if experiment.folds else base
+        for seed in experiment.seeds:
+            fold = experiment.fold_seeds.index(seed) + 1 if experiment.folds else 0
+            own = in_fold(base, fold, experiment.folds) if fold else base
             cell.configs[seed] = replace(own, seed=seed, out=str(out / "runs" / cell.folder / f"seed{seed}"))
     return cells
 
@@ -577,14 +584,16 @@ def sign_flip(differences: np.ndarray, seed: int = 0) -> float:
     return far / (DRAWS + 1)
 
 
-def against(own: Sequence[Outcome], base: Sequence[Outcome], measure: str) -> dict[str, Any] | None:
+def against(
+    own: Sequence[Outcome], base: Sequence[Outcome], measure: str, folds: bool = False
+) -> dict[str, Any] | None:
     """A variant's difference from the baseline, paired over the seeds and the queries that both have.
 
     p_seeds: by `sign_flip` with the seeds as clusters: would it be so with other seeds, for these pictures? The
     strict one, with few seeds: 0.25 at the least with three. p_pictures: with the pictures as clusters, a picture
-    and its captions together, means over the seeds that asked for it (of folds, each asks for its own): would it be
-    so for other pictures, with these weights? It knows nothing of how much seeds differ, so a small one alone does
-    not say that a method is better. None where nothing can be paired.
+    and its captions together, means over the seeds: would it be so for other pictures, with these weights? It
+    knows nothing of how much seeds differ, so a small one alone does not say that a method is better. None where
+    nothing can be paired. folds: each seed asks for pictures of its own, which are all clusters.
     """
     pairs = [
         (o, b) for o in own for b in base
@@ -594,11 +603,13 @@ def against(own: Sequence[Outcome], base: Sequence[Outcome], measure: str) -> di
         return None
     rows = defaultdict[str, list[np.ndarray]](list)
     for o, b in pairs:
-        rows[o.asked[measure]].append(o.shares[measure] - b.shares[measure])
+        # Weights of all seeds are asked the same, or their shares could not be averaged.
+        if folds or o.asked[measure] == pairs[0][0].asked[measure]:
+            rows[o.asked[measure]].append(o.shares[measure] - b.shares[measure])
     by_seed = np.array([row.sum() for same in rows.values() for row in same])
-    # What was asked the same is averaged; of folds, a picture counts as it does among those of its own.
+    # A picture counts as it does among those of its own fold.
     by_picture = np.concatenate([np.mean(same, axis=0) for same in rows.values()])
-    return {"difference": float(by_seed.mean()), "seeds": len(pairs), "pictures": len(by_picture),
+    return {"difference": float(by_seed.mean()), "seeds": len(by_seed), "pictures": len(by_picture),
             "p_seeds": sign_flip(by_seed), "p_pictures": sign_flip(by_picture)}  # fmt: skip
 
 
@@ -907,9 +918,10 @@ def _write(
                          if any(m in o.measures for o in fine)},
             "budget": {k: spread([o.budget[k] for o in fine]) for k in (fine[0].budget if fine else ())},
             "against": {m: found for m in measures if cell.variant != experiment.baseline
-                        if (found := against(fine, base, m))},
+                        if (found := against(fine, base, m, experiment.folds > 0))},
             "at equal cost": equal.get(cell.label, {}),
             "runs": [{"seed": o.seed, "folder": str(o.folder), "failure": o.failure, **o.measures, **o.budget,
+                      "trained on": o.trained_on,
                       "at a time": at_a_time.get(_place(o.folder), 1), "curve": o.curve} for o in own[cell.label]],
         })  # fmt: skip
     results = {

@@ -511,6 +511,11 @@ def prepare(
     pinned = Pinned([s.name for s in samples], [s.name for s in held_out], weights)
     if former and not changed_data:
         former.refuse_others(pinned)
+    if former and changed_data and config.source.fold:
+        raise UserError(
+            "--changed_data: other data have other folds, and what this run has learned may be in what is kept aside: "
+            "begin a new run"
+        )
     if not former:
         config = _with_store(config, manifest)
     if team.first_rank:

@@ -7,8 +7,8 @@
 
 KEY is a hash of what holds for all rows: the tower's weights, the policy, the seed of the views. A row's own key says
 of what it is. So whoever asks for pictures or captions gets those that anybody has asked for before, be it in another
-split, fold or version of the data, and only the others are computed, into the next file. Rows count as soon as they are
-written: what is interrupted loses less than a chunk.
+split, fold or version of the data, and only the others are computed, into the next file. Rows count as soon as
+they are written: what is interrupted loses less than a chunk.
 """
 
 from __future__ import annotations
@@ -16,15 +16,17 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
@@ -37,11 +39,13 @@ from amclr.data.pictures import BadPicture, PictureStore
 from amclr.data.texts import TextPolicy
 from amclr.data.views import policy, title
 from amclr.errors import UserError
-from amclr.files import write_text
+from amclr.files import write_text, written
 from amclr.model import DualEncoder
 from amclr.randomness import Key, mixed
 
 CHUNK = 128
+COPIED = 8192
+"""Rows that are copied at a time, so that a large part is not in memory twice."""
 FORMAT = 3
 
 
@@ -61,7 +65,9 @@ class Features:
         rows = np.arange(len(self)) if rows is None else rows
         out = np.empty((len(rows), *self.shape[1 if views is None else 2 :]), np.float32)
         for here, place, part in self._by_part(rows):
-            out[here] = part[place] if views is None else part[place, views[here]]
+            for start in range(0, len(here), COPIED):
+                some = slice(start, start + COPIED)
+                out[here[some]] = part[place[some]] if views is None else part[place[some], views[here[some]]]
         return out
 
     def readable(self) -> np.ndarray:
@@ -118,8 +124,12 @@ def image_features(
         return out
 
     key = _key(_fingerprint(model.image_tower), name, config.views.flip, size, draws, seed)
+    real = lru_cache(os.path.realpath)  # of folders, which are few
     # The views are drawn by the sample's name.
-    keys = [_key(s.name, os.path.realpath(s.picture.file), s.picture.stamp) for s in samples]
+    keys = [
+        _key(s.name, real(os.path.dirname(s.picture.file)), os.path.basename(s.picture.file), s.picture.stamp)
+        for s in samples
+    ]
     what = f"Features of {draws} x '{title(name)}' views"
     return _cached(cache / f"images-{key}", keys, shape, chunk, what, progress, np.arange(len(samples)))
 
@@ -132,7 +142,7 @@ def caption_features(model: DualEncoder, captions: Sequence[str], cache: Path, p
         out: Tensor = model.text_tower(**{k: v.to(model.device) for k, v in tokens.items()})
         return out.float().cpu()
 
-    key = _key(_fingerprint(model.text_tower), model.config.max_tokens)
+    key = _key(_fingerprint(model.text_tower), _rules(model.tokenizer), model.config.max_tokens)
     # Batches of like length pad little. The longest come first: what needs most memory shows at once, and the time left
     # is no surprise.
     order = np.argsort([-len(c) for c in captions], kind="stable")
@@ -150,48 +160,74 @@ def _cached(
     progress: bool,
     order: np.ndarray,
 ) -> Features:
-    """The rows with these keys, of that shape each; those that the folder does not have are computed, in an order.
+    """The rows with these keys, of that shape each; those that the folder does not have are computed.
 
-    compute: numbers of rows -> their features.
+    compute: numbers of rows -> their features. order: of the numbers, the one to compute them in.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    # Of two runs that need the same features at once, one computes and the other waits.
-    with FileLock(folder / ".lock"):
-        parts, where = _find(folder, keys)
-        missing: dict[str, int] = {}  # what is asked for twice is computed once
-        for i in order.tolist():
-            if keys[i] not in where:
-                missing.setdefault(keys[i], i)
-        if missing:
-            _compute(folder / f"{len(parts):05}.npy", missing, shape, compute, what, progress)
-            parts, where = _find(folder, keys)
-    places = np.array([where[k] for k in keys], dtype=np.int64).reshape(-1, 2)
-    return Features(parts or [np.empty((0, *shape), np.float32)], places[:, 0], places[:, 1])
+    # What is asked for twice is computed once; `first` is a row's place in the order.
+    own, first, inverse = np.unique(np.array(keys, dtype="S24")[order], return_index=True, return_inverse=True)
+    place = np.empty(len(keys), np.int64)
+    place[order] = inverse
+    parts, part, row = _find(folder, own)
+    if (part < 0).any():
+        # Of two runs that need the same features at once, one computes and the other waits; then it looks again.
+        with _alone(folder, what, progress):
+            parts, part, row = _find(folder, own)
+            if (missing := np.flatnonzero(part < 0)).size:
+                missing = missing[np.argsort(first[missing])]
+                _compute(folder, own[missing], order[first[missing]], shape, compute, what, progress)
+                parts, part, row = _find(folder, own)
+    return Features(parts or [np.empty((0, *shape), np.float32)], part[place], row[place])
 
 
-def _find(folder: Path, keys: Sequence[str]) -> tuple[list[np.ndarray], dict[str, tuple[int, int]]]:
-    """The files of a folder, and in which of them, at which row, the rows with these keys are."""
-    wanted, parts = set(keys), list[np.ndarray]()
-    where: dict[str, tuple[int, int]] = {}
-    for marker in sorted(folder.glob("*.json")):
+@contextmanager
+def _alone(folder: Path, what: str, progress: bool) -> Iterator[None]:
+    """While no other process adds to the folder; having to wait for that is told."""
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        if progress:
+            tqdm.write(f"{what}: waiting for another run that computes some with this tower", file=sys.stderr)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _find(folder: Path, keys: np.ndarray) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
+    """The files of a folder that have some of these rows; in which of them each row is, -1 for none; and at which row.
+
+    keys: sorted, each once.
+    """
+    parts = list[np.ndarray]()
+    part, row = np.full(len(keys), -1), np.zeros(len(keys), np.int64)
+    for marker in sorted(folder.glob("*.json")) if len(keys) else ():
         done = int(json.loads(marker.read_text())["done"])
-        own = np.load(marker.with_suffix(".keys.npy"), allow_pickle=False)[:done].astype(str).tolist()
-        where |= {k: (len(parts), row) for row, k in enumerate(own) if k in wanted}
-        parts.append(np.load(marker.with_suffix(".npy"), mmap_mode="r", allow_pickle=False))
-    return parts, where
+        own = np.load(marker.with_suffix(".keys.npy"), mmap_mode="r", allow_pickle=False)[:done]
+        place = np.searchsorted(keys, own).clip(max=len(keys) - 1)
+        if (hit := np.flatnonzero(keys[place] == own)).size:
+            part[place[hit]], row[place[hit]] = len(parts), hit
+            parts.append(np.load(marker.with_suffix(".npy"), mmap_mode="r", allow_pickle=False))
+    return parts, part, row
 
 
 def _compute(
-    file: Path,
-    missing: dict[str, int],
+    folder: Path,
+    keys: np.ndarray,
+    rows: np.ndarray,
     shape: tuple[int, ...],
     compute: Callable[[np.ndarray], Tensor],
     what: str,
     progress: bool,
 ) -> None:
-    """Write the rows with these keys and numbers chunk by chunk, with a marker of how many are there."""
-    rows = np.array(list(missing.values()))
-    np.save(file.with_suffix(".keys.npy"), np.array(list(missing), dtype=np.bytes_))
+    """Write the rows of these numbers and keys chunk by chunk, with a marker of how many are there."""
+    number = max((int(marker.stem) for marker in folder.glob("*.json")), default=-1) + 1
+    file = folder / f"{number:05}.npy"
+    with written(file.with_suffix(".keys.npy")) as handle:
+        np.save(handle, keys)
     array = np.lib.format.open_memmap(file, mode="w+", dtype=np.float32, shape=(len(rows), *shape))
     with torch.inference_mode(), tqdm(total=len(rows), desc=what, disable=not progress, leave=False, unit="row") as bar:
         for start in range(0, len(rows), CHUNK):
@@ -213,6 +249,15 @@ def _fingerprint(tower: nn.Module) -> str:
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return f"{digest.hexdigest()}-{getattr(tower, 'pooling', '')}"
+
+
+def _rules(tokenizer: Any) -> str:
+    """A hash of what a tokenizer makes of texts: two may be of one size, and their towers of the same weights."""
+    inner = getattr(tokenizer, "backend_tokenizer", None)
+    if inner is None:
+        return _key(type(tokenizer).__name__, sorted(tokenizer.get_vocab().items()))
+    # How the last batch was cut and filled up is no rule of it.
+    return _key({k: v for k, v in json.loads(inner.to_str()).items() if k not in ("truncation", "padding")})
 
 
 class FeatureBatches(Dataset[Batch]):
@@ -242,10 +287,13 @@ class FeatureBatches(Dataset[Batch]):
         policies = {"image": config.views.image, "image_aug": config.views.image_aug}
         self.cached_views, self.cached_seed = config.views.cached, config.views.cached_seed
         self.shared = policies["image"] == policies["image_aug"]
-        self.features = {
-            view: image_features(model, samples, policies[view], config.views.cached, config, cache, store, progress)
-            for view in self.image_views
-        }
+        views = config.views.cached
+        self.features: dict[str, Features] = {}
+        for view in self.image_views:
+            same = next((v for v in self.features if policies[v] == policies[view]), None)
+            self.features[view] = self.features[same] if same else image_features(
+                model, samples, policies[view], views, config, cache, store, progress
+            )  # fmt: skip
         self.pictures = store
         self.readable = np.ones(len(samples), dtype=bool)
         for table in self.features.values():

@@ -138,7 +138,9 @@ def _notes(results: Mapping[str, Any]) -> list[str]:
     regimes = {captions[row["captions"]] for row in results["rows"]}
     told = "; ".join(f"{view}: {', '.join(dict.fromkeys(names))}" for view, names in views.items())
     seeds, folds, over = len(results["experiment"]["seeds"]), results["experiment"]["folds"], _over(results)
-    sets = results["training pictures"]
+    trained_on: dict[int, dict[str, None]] = {}
+    for run in (run for row in results["rows"] for run in row["runs"] if run["trained on"]):
+        trained_on.setdefault(run["seed"] if folds else 0, {})[run["trained on"]] = None
     notes = [
         f"Captions: {' or '.join(sorted(regimes))}. Views at each visit: {told}.",
         f"Retrieval is the mean of R@1, R@5 and R@10 on the {'fold kept aside' if folds else 'validation split'}, "
@@ -159,7 +161,11 @@ def _notes(results: Mapping[str, Any]) -> list[str]:
     if results["experiment"]["baseline"]:
         notes.append(
             f"p, {over}: sign-flip test of the mean with the {over} as clusters, for other "
-            + ("seeds and pictures" if folds else "seeds on these pictures")
+            + (
+                "seeds and pictures (folds share training pictures, so that p is somewhat too small)"
+                if folds
+                else "seeds on these pictures"
+            )
             + f"; with {over} as many as here, {seeds}, it cannot go below {2 / 2**seeds:.2g}. p, pictures: with the "
             f"pictures as clusters, for other pictures with these weights; it knows nothing of the spread over {over}. "
             "Neither is corrected for the number of variants."
@@ -171,8 +177,9 @@ def _notes(results: Mapping[str, Any]) -> list[str]:
         )
     if zeroshot := results.get("zeroshot"):
         notes.append("Zero-shot: " + "; ".join(f"{label}: {about}" for label, about in zeroshot.items()) + ".")
-    if len(sets) > 1 and not folds:
-        notes.append(f"Not all runs had the same training pictures: {'; '.join(sets)}.")
+    for sets in trained_on.values():
+        if len(sets) > 1:
+            notes.append(f"Not all runs had the same training pictures: {'; '.join(sets)}.")
     failed = [
         f"- {_row_name(row)}, seed {run['seed']}: {run['failure']}"
         for row in results["rows"] for run in row["runs"] if run["failure"]

@@ -312,6 +312,15 @@ def test_folds_are_parts_of_the_training_pictures(tmp_path: Path) -> None:
         parts("1/43")
     for slip in ("0/4", "5/4", "1/1", "1", "a/b", "1/4/2"):
         assert "--source.fold is K/N, such as 1/6" in problems(Config(source=SourceConfig(fold=slip)))[0]
+        with pytest.raises(UserError, match="--source.fold is K/N"):
+            parts(slip)
+    # What is wrong with rows counts as a share of all of them, whichever part is read.
+    (root / "Images" / "020.png").unlink()
+    config = Config(data=str(root), source=SourceConfig(fold="2/4", max_bad=0.05))
+    assert len(manifests.prepare(config, tmp_path, only="val").samples) in (10, 11)
+    (tmp_path / "mix.yaml").write_text("- data: a\n  source: {fold: 1/4}\n")
+    with pytest.raises(UserError, match="fold is one of the whole mix"):
+        manifests.load(Config(data=str(tmp_path / "mix.yaml")), tmp_path)
 
 
 def test_refusals_say_what_to_do(tmp_path: Path) -> None:

@@ -156,8 +156,12 @@ def load(config: Config, cache: Path, progress: bool = True, only: str = "", bar
     Raises UserError where there is none, or nothing in it that can be read.
     """
     data, fold = config.data, fold_of(config.source.fold)
-    if fold and only in ("train", "val"):
-        only = ""  # both are parts of the training pictures
+    if config.source.fold and not fold:
+        raise UserError(
+            f"--source.fold is K/N, such as 1/6 for the first of six, got '{printable(config.source.fold)}'"
+        )
+    if only in folded_splits(config.source):
+        only = ""
     if data == "scenes":
         where = cache / f"scenes-{derive(scenes.FORMAT, repr(config.scenes)):016x}"
         scenes.write_scenes(where, config.scenes, progress=progress)
@@ -182,6 +186,11 @@ def load(config: Config, cache: Path, progress: bool = True, only: str = "", bar
     found = _with_paraphrases(found, config.source.paraphrases)
     found = _with_splits(found, config.source.val_fraction, only)
     return _with_fold(found, *fold) if fold and not only else found
+
+
+def folded_splits(source: SourceConfig) -> tuple[str, ...]:
+    """The splits that only reading all rows tells: those that a fold makes of the training pictures."""
+    return ("train", "val") if source.fold else ()
 
 
 def _with_paraphrases(manifest: Manifest, setting: str) -> Manifest:
@@ -453,6 +462,8 @@ def _mix(file: Path, config: Config, cache: Path, progress: bool, only: str, bar
         try:
             wanted = from_dict({"data": None, **entry} if isinstance(entry, dict) else entry, MixEntry)
             source = from_dict({**settings, **wanted.source}, SourceConfig)
+            if "fold" in wanted.source:
+                raise ValueError("fold is one of the whole mix: give --source.fold")
         except ValueError as error:
             what = str(error).replace("MixEntry", "a data set").replace("SourceConfig", "source")
             raise UserError(f"'{file}': {what}") from None
@@ -506,6 +517,9 @@ def prepare(config: Config, cache: Path, progress: bool = True, scan_all: bool =
             f"cannot make the cache folder '{cache}' ({error.strerror}): give another --cache, or set AMCLR_CACHE"
         ) from None
     manifest = load(config, cache, progress, only)
+    if only in folded_splits(config.source):  # all rows were read, and the limit is a share of them
+        manifest.enforce_limit(config.source.max_bad)
+        return replace(manifest, samples=manifest.split(only))
     if only:
         manifest = replace(manifest, samples=manifest.split(only))
         if not (manifest.samples or manifest.rejects):

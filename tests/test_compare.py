@@ -493,12 +493,12 @@ def test_runs_that_want_the_same_at_once(folder: Path, own_cache: Path, tmp_path
 
 def test_folds(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Cross-validation: every training picture is measured on once, by weights that have not seen it."""
-    file = written(tmp_path / "small.yaml", folder, folds=3, seeds=[5, 6, 7])
+    file = written(tmp_path / "small.yaml", folder, folds=3, seeds=[5, 6, 7, 8, 9, 10])
     found = run(file)
     assert not found.failed
     measured, shares = list[str](), dict[str, list[np.ndarray]]()
     for variant in ("sogclr", "amclr"):
-        for k, seed in enumerate((5, 6, 7), 1):
+        for k, seed in zip((1, 2, 3, 1, 2, 3), range(5, 11), strict=True):
             of = Run.open(tmp_path / "out" / "runs" / variant / f"seed{seed}")
             assert of.config.source.fold == f"{k}/3" and of.config.seed == seed
             hits = read_arrays(of.folder / "queries.npz")
@@ -507,14 +507,18 @@ def test_folds(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
             own = np.bincount(owner, hits["img"].mean(1)) / len(owner) + hits["txt"].mean(1) / len(hits["txt"])
             shares.setdefault(variant, []).append(50 * own)
             held = {s.name for s in manifests.load(of.config, tmp_path).split("val")}
-            told = found.results["rows"][variant == "amclr"]["runs"][k - 1]
+            told = found.results["rows"][variant == "amclr"]["runs"][seed - 5]
             assert len(own) == len(held) and 50 * sum(own) == pytest.approx(told["r_mean"], abs=1e-4)
             measured += held
     train = manifests.load(Config(data=str(folder)), tmp_path).split("train")
-    assert Counter(measured) == {s.name: 2 for s in train} and len(train) == 32
+    assert Counter(measured) == {s.name: 4 for s in train} and len(train) == 32
     test = found.results["rows"][1]["against"]["r_mean"]
-    differences = [a - b for a, b in zip(shares["amclr"], shares["sogclr"], strict=True)]
-    assert (test["seeds"], test["pictures"]) == (3, 32)
+    # Both runs of a fold are asked the same, and averaged.
+    differences = [
+        np.mean([shares["amclr"][k] - shares["sogclr"][k], shares["amclr"][k + 3] - shares["sogclr"][k + 3]], axis=0)
+        for k in range(3)
+    ]
+    assert (test["seeds"], test["pictures"]) == (6, 32)
     assert test["difference"] == pytest.approx(np.mean([d.sum() for d in differences]))
     assert test["p_seeds"] == sign_flip(np.array([d.sum() for d in differences]))
     # Signs are drawn, and a difference that is 0 but for rounding draws them otherwise.
@@ -527,11 +531,13 @@ def test_folds(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     # Some of the seeds are their folds; the finished runs are theirs.
     some = run(file, seeds="5,6")
     assert some.runs == 4 and "cut into 3 parts, of which 2 in turn" in some.table
-    (cell, _) = plan(read(file, seeds="7,"), tmp_path)
-    assert {s: c.source.fold for s, c in cell.configs.items()} == {7: "3/3"}
-    for slip in ("2", "5,8"):
+    one = some.results["rows"][1]["against"]["r_mean"]
+    assert (one["seeds"], one["p_seeds"]) == (2, 0.5)
+    (cell, _) = plan(read(file, seeds="7,8"), tmp_path)
+    assert {s: c.source.fold for s, c in cell.configs.items()} == {7: "3/3", 8: "1/3"}
+    for slip in ("2", "5,11"):
         assert cli.main(["compare", str(file), "--seeds", slip]) == 1
-        assert "the seeds of the folds are 5, 6, 7: give some of those" in capsys.readouterr().err
+        assert "the seeds of the folds are 5, 6, 7, 8, 9, 10: give some of those" in capsys.readouterr().err
 
 
 # -- what goes wrong -----------------------------------------------------------------------------
@@ -657,7 +663,7 @@ SLIPS = [
     ({"folds": 1}, "folds must be how many, 2 at the least, got 1"),
     ({"folds": "six", "seeds": None}, "folds must be how many"),
     ({"folds": True}, "folds must be how many"),
-    ({"folds": 2, "seeds": 3}, "3 seeds for 2 folds: give as many"),
+    ({"folds": 2, "seeds": 3}, "3 seeds for 2 folds: give as many for each"),
     ({"folds": 3, "seeds": None, "variants": {"sogclr": None, "mine": {"objective": "sogclr"}}}, "'.*' and '.*' are the same run"),
     ({"folds": 3, "seeds": None, "settings": BASE["settings"] | {"batch_size": 22}}, "21 training pictures are fewer than one batch"),
     ({"folds": 2, "seeds": None, "variants": {"sogclr": None, "mine": {"source.fold": "1/6"}}}, "mine: source.fold follows from folds"),

@@ -83,8 +83,8 @@ class Experiment:
     folds: int = 0
     """Cross-validation: the training pictures are cut into so many parts, each of which is kept aside by the runs of
     one seed, and validated on; 0 for none."""
-    fold_seeds: tuple[int, ...] = ()
-    """The seeds of the folds, of which `seeds` may be some."""
+    fold_of: dict[int, int] = field(default_factory=dict)
+    """The fold, from 1 on, of each seed of the file: the first seeds in their order, and round again."""
     baseline: str = ""
     """The variant that the others are tested against."""
     equal: str = "steps"
@@ -168,15 +168,16 @@ def read(file: Path, *, data: str = "", seeds: str = "", zeroshot: Sequence[str]
         raise UserError(f"'{file}': folds must be how many, 2 at the least, got {folds!r}")
     every = _seeds(given.get("seeds", folds or (0, 1, 2)))
     chosen = _seeds(seeds) if seeds else every
-    if folds and len(every) != folds:
-        raise UserError(f"'{file}': {len(every)} seeds for {folds} folds: give as many, or leave them out")
+    if folds and len(every) % folds:
+        raise UserError(f"'{file}': {len(every)} seeds for {folds} folds: give as many for each, or leave them out")
     if folds and not set(chosen) <= set(every):
         raise UserError(f"--seeds {seeds}: the seeds of the folds are {', '.join(map(str, every))}: give some of those")
     experiment = Experiment(
         name=str(given.get("name", file.stem)), regime=str(given.get("regime", "")),
         recipe=str(given.get("recipe", "frozen")), settings=settings,
         variants=_variants(file, given.get("variants")), grid=grid,
-        seeds=chosen, folds=folds, fold_seeds=every if folds else (), baseline=str(given.get("baseline", "")),
+        seeds=chosen, folds=folds, fold_of={seed: k % folds + 1 for k, seed in enumerate(every)} if folds else {},
+        baseline=str(given.get("baseline", "")),
         equal=str(given.get("equal", "steps")), cut=_cut(file, given.get("cut", {})),
         zeroshot=tuple(map(str, [folders] if isinstance(folders, str) else folders)),
         **{key: str(given.get(key, "")) for key in ("classnames", "templates", "paraphrased")},
@@ -296,8 +297,7 @@ def plan(experiment: Experiment, out: Path) -> list[Cell]:
         made = as_many_passes(made, visits, [c.point for c in cells])
     for cell, base in zip(cells, made, strict=True):
         for seed in experiment.seeds:
-            fold = experiment.fold_seeds.index(seed) + 1 if experiment.folds else 0
-            own = in_fold(base, fold, experiment.folds) if fold else base
+            own = in_fold(base, experiment.fold_of[seed], experiment.folds) if experiment.folds else base
             cell.configs[seed] = replace(own, seed=seed, out=str(out / "runs" / cell.folder / f"seed{seed}"))
     return cells
 
@@ -585,7 +585,7 @@ def sign_flip(differences: np.ndarray, seed: int = 0) -> float:
 
 
 def against(
-    own: Sequence[Outcome], base: Sequence[Outcome], measure: str, folds: bool = False
+    own: Sequence[Outcome], base: Sequence[Outcome], measure: str, fold_of: Mapping[int, int] | None = None
 ) -> dict[str, Any] | None:
     """A variant's difference from the baseline, paired over the seeds and the queries that both have.
 
@@ -593,7 +593,8 @@ def against(
     strict one, with few seeds: 0.25 at the least with three. p_pictures: with the pictures as clusters, a picture
     and its captions together, means over the seeds: would it be so for other pictures, with these weights? It
     knows nothing of how much seeds differ, so a small one alone does not say that a method is better. None where
-    nothing can be paired. folds: each seed asks for pictures of its own, which are all clusters.
+    nothing can be paired. fold_of: the fold of each seed; then folds, their seeds together, are the clusters of the
+    one, and the pictures of all folds those of the other.
     """
     pairs = [
         (o, b) for o in own for b in base
@@ -601,16 +602,18 @@ def against(
     ]  # fmt: skip
     if not pairs:
         return None
-    rows = defaultdict[str, list[np.ndarray]](list)
+    if not fold_of:  # weights of all seeds are asked the same, or their shares could not be averaged
+        pairs = [p for p in pairs if p[0].asked[measure] == pairs[0][0].asked[measure]]
+    by_asked, by_cluster = defaultdict[str, list[np.ndarray]](list), defaultdict[int, list[float]](list)
     for o, b in pairs:
-        # Weights of all seeds are asked the same, or their shares could not be averaged.
-        if folds or o.asked[measure] == pairs[0][0].asked[measure]:
-            rows[o.asked[measure]].append(o.shares[measure] - b.shares[measure])
-    by_seed = np.array([row.sum() for same in rows.values() for row in same])
+        row = o.shares[measure] - b.shares[measure]
+        by_asked[o.asked[measure]].append(row)
+        by_cluster[fold_of[o.seed] if fold_of else o.seed].append(float(row.sum()))
+    clusters = np.array([np.mean(same) for same in by_cluster.values()])
     # A picture counts as it does among those of its own fold.
-    by_picture = np.concatenate([np.mean(same, axis=0) for same in rows.values()])
-    return {"difference": float(by_seed.mean()), "seeds": len(by_seed), "pictures": len(by_picture),
-            "p_seeds": sign_flip(by_seed), "p_pictures": sign_flip(by_picture)}  # fmt: skip
+    pictures = np.concatenate([np.mean(same, axis=0) for same in by_asked.values()])
+    return {"difference": float(clusters.mean()), "seeds": len(pairs), "pictures": len(pictures),
+            "p_seeds": sign_flip(clusters), "p_pictures": sign_flip(pictures)}  # fmt: skip
 
 
 def spread(values: Sequence[float]) -> dict[str, Any]:
@@ -918,7 +921,7 @@ def _write(
                          if any(m in o.measures for o in fine)},
             "budget": {k: spread([o.budget[k] for o in fine]) for k in (fine[0].budget if fine else ())},
             "against": {m: found for m in measures if cell.variant != experiment.baseline
-                        if (found := against(fine, base, m, experiment.folds > 0))},
+                        if (found := against(fine, base, m, experiment.fold_of))},
             "at equal cost": equal.get(cell.label, {}),
             "runs": [{"seed": o.seed, "folder": str(o.folder), "failure": o.failure, **o.measures, **o.budget,
                       "trained on": o.trained_on,

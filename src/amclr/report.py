@@ -137,10 +137,13 @@ def _notes(results: Mapping[str, Any]) -> list[str]:
     captions = {"all": "all captions, a random one at each visit", "one": "one caption per picture"}
     regimes = {captions[row["captions"]] for row in results["rows"]}
     told = "; ".join(f"{view}: {', '.join(dict.fromkeys(names))}" for view, names in views.items())
-    seeds, folds, over = len(results["experiment"]["seeds"]), results["experiment"]["folds"], _over(results)
+    seeds, folds, over = results["experiment"]["seeds"], results["experiment"]["folds"], _over(results)
+    # A comparison that was written and read again has its keys as words.
+    fold_of = {int(seed): fold for seed, fold in results["experiment"]["fold_of"].items()}
+    clusters = len({fold_of[s] for s in seeds}) if folds else len(seeds)
     trained_on: dict[int, dict[str, None]] = {}
     for run in (run for row in results["rows"] for run in row["runs"] if run["trained on"]):
-        trained_on.setdefault(run["seed"] if folds else 0, {})[run["trained on"]] = None
+        trained_on.setdefault(fold_of.get(run["seed"], 0), {})[run["trained on"]] = None
     notes = [
         f"Captions: {' or '.join(sorted(regimes))}. Views at each visit: {told}.",
         f"Retrieval is the mean of R@1, R@5 and R@10 on the {'fold kept aside' if folds else 'validation split'}, "
@@ -152,9 +155,9 @@ def _notes(results: Mapping[str, Any]) -> list[str]:
     ]
     if folds:
         notes.append(
-            f"Folds: the training pictures are cut into {folds} parts, of which {'each' if seeds == folds else seeds} "
-            "in turn is kept aside, with a seed of its own. Folds differ in how hard their pictures are, for all "
-            "variants alike; the usual validation pictures are not used."
+            f"Folds: the training pictures are cut into {folds} parts, of which "
+            f"{'each' if clusters == folds else clusters} in turn is kept aside, with seeds of its own. Folds differ in "
+            "how hard their pictures are, for all variants alike; the usual validation pictures are not used."
         )
     if results["experiment"]["equal"] == "passes":
         notes.append("Equal passes: variants that see fewer views at a step have more epochs, and schedules as long.")
@@ -166,8 +169,8 @@ def _notes(results: Mapping[str, Any]) -> list[str]:
                 if folds
                 else "seeds on these pictures"
             )
-            + f"; with {over} as many as here, {seeds}, it cannot go below {2 / 2**seeds:.2g}. p, pictures: with the "
-            f"pictures as clusters, for other pictures with these weights; it knows nothing of the spread over {over}. "
+            + f"; with {over} as many as here, {clusters}, it cannot go below {2 / 2**clusters:.2g}. p, pictures: with "
+            f"the pictures as clusters, for other pictures with these weights; it knows nothing of the spread over {over}. "
             "Neither is corrected for the number of variants."
         )
     if any(m in PARAPHRASED for m in results["measures"]):

@@ -156,8 +156,8 @@ def _notes(results: Mapping[str, Any]) -> list[str]:
     if folds:
         notes.append(
             f"Folds: the training pictures are cut into {folds} parts, of which "
-            f"{'each' if clusters == folds else clusters} in turn is kept aside, with seeds of its own. Folds differ in "
-            "how hard their pictures are, for all variants alike; the usual validation pictures are not used."
+            f"{'each' if clusters == folds else clusters} in turn is kept aside, with seeds of its own. Folds differ "
+            "in how hard their pictures are, for all variants alike; the usual validation pictures are not used."
         )
     if results["experiment"]["equal"] == "passes":
         notes.append("Equal passes: variants that see fewer views at a step have more epochs, and schedules as long.")
@@ -170,8 +170,8 @@ def _notes(results: Mapping[str, Any]) -> list[str]:
                 else "seeds on these pictures"
             )
             + f"; with {over} as many as here, {clusters}, it cannot go below {2 / 2**clusters:.2g}. p, pictures: with "
-            f"the pictures as clusters, for other pictures with these weights; it knows nothing of the spread over {over}. "
-            "Neither is corrected for the number of variants."
+            "the pictures as clusters, for other pictures with these weights; it knows nothing of the spread over "
+            f"{over}. Neither is corrected for the number of variants."
         )
     if any(m in PARAPHRASED for m in results["measures"]):
         notes.append(

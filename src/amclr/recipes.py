@@ -15,6 +15,7 @@ def scenes() -> Config:
     """
     return Config(
         data="scenes",
+        objective="xamclr",
         epochs=16,
         batch_size=64,
         # Scenes on one background look alike, and differ in the things that captions name.
@@ -23,7 +24,8 @@ def scenes() -> Config:
         views=ViewsConfig(image="weak", image_aug="single", flip=False),
         # The small text tower trains from scratch without collapsing at a fraction of the others' rate.
         model=ModelConfig(image_size=64, dim=128, max_tokens=40, text_lr=0.3),
-        loss=LossConfig(temperature=0.05),
+        # Towers from scratch move too fast for estimates of an epoch ago.
+        loss=LossConfig(temperature=0.05, gamma=1.0),
         optim=OptimConfig(lr=2e-3, weight_decay=0.05),
     )
 

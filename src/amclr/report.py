@@ -235,10 +235,35 @@ def _csv(results: Mapping[str, Any]) -> str:
     return text.getvalue()
 
 
+def _values(results: Mapping[str, Any], row: Mapping[str, Any], measure: str) -> list[float]:
+    """A measure of each run of a row that has it."""
+    return [run[measure] for run in row["runs"] if measure in run]
+
+
+def _alike(results: Mapping[str, Any], row: Mapping[str, Any], measure: str) -> list[float]:
+    """The same with all folds made alike: less the mean of all variants on a run's fold and seed, plus that of all.
+
+    What remains is what variants are compared by (the normalisation of Cousineau 2005). Left out are runs of a fold
+    that another variant at this point of the grid has no run of.
+    """
+    same = [other for other in results["rows"] if other["grid"] == row["grid"]]
+    every: dict[int, list[float]] = {}
+    for run in (run for other in same for run in other["runs"] if measure in run):
+        every.setdefault(run["seed"], []).append(run[measure])
+    level = {seed: float(np.mean(own)) for seed, own in every.items() if len(own) == len(same)}
+    mean = float(np.mean([*level.values()])) if level else 0.0
+    return [run[measure] - level[run["seed"]] + mean for run in row["runs"] if run["seed"] in level]
+
+
 def _captions(results: Mapping[str, Any]) -> dict[str, str]:
     """The figures, and what is told of them."""
     over = _over(results)
     every = f"mean and standard deviation over the {over}, and every {over[:-1]}."
+    if results["experiment"]["folds"]:
+        every = (
+            "mean, standard deviation and every run, with all folds made alike: less the mean of all variants on the "
+            "same fold and seed."
+        )
     return {
         "retrieval.png": f"Retrieval: {every}", "zeroshot.png": f"Zero-shot accuracy: {every}",
         "learning.png": f"Learning curves: mean over the {over}, and one standard deviation to each side.",
@@ -252,17 +277,19 @@ def draw(results: Mapping[str, Any], folder: Path) -> dict[str, str]:
     drawn, heading = list[str](), _heading(results)
     legend = ", ".join(results["experiment"]["grid"])
 
+    values, note = (_alike, "\nfolds made alike") if results["experiment"]["folds"] else (_values, "")
+
     def panels(measures: Iterable[str]) -> list[tuple[str, dict[tuple[str, str], list[float]]]]:
-        return [
-            (measure_name(m), {(v, g): row["measures"][m]["values"] for v, g, row in rows if m in row["measures"]})
-            for m in measures
-        ]
+        found = {m: {(v, g): values(results, row, m) for v, g, row in rows} for m in measures}
+        return [(measure_name(m), {k: own for k, own in by_row.items() if own}) for m, by_row in found.items()]
 
     if any(row["measures"] for _, _, row in rows):
-        figures.points(panels(RETRIEVAL), folder / "retrieval.png", heading, "mean of R@1, R@5, R@10 (%)", legend)
+        figures.points(
+            panels(RETRIEVAL), folder / "retrieval.png", heading, f"mean of R@1, R@5, R@10 (%){note}", legend
+        )
         drawn.append("retrieval.png")
         if tops := [m for m in results["measures"] if m.startswith("zeroshot")]:
-            figures.points(panels(tops), folder / "zeroshot.png", heading, "zero-shot top-1 (%)", legend)
+            figures.points(panels(tops), folder / "zeroshot.png", heading, f"zero-shot top-1 (%){note}", legend)
             drawn.append("zeroshot.png")
         many: dict[str, dict[str, tuple[list[float], np.ndarray]]] = {}
         # Where one variant has more epochs than another beside it, an epoch is no measure of both.

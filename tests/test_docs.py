@@ -95,6 +95,13 @@ def test_links_lead_somewhere(page: str) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES)
+def test_blocks_of_code_begin_and_end(page: str) -> None:
+    fences = re.findall(r"^ *(`{2,})(\w*)$", PAGES[page], re.M)
+    assert all(ticks == "```" for ticks, _ in fences)
+    assert [bool(language) for _, language in fences[1::2]] == [False] * (len(fences) // 2) and len(fences) % 2 == 0
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_no_formula_reads_as_html(page: str) -> None:
     # The site's Markdown takes <a_i, c_j> for a tag, and shows nothing.
     assert not re.findall(r"<(?!https?:)\w[^>]*>", prose(PAGES[page]))

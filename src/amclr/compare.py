@@ -931,7 +931,6 @@ def _write(
         "name": experiment.name, "command": command, "experiment": asdict(experiment),
         "measures": {m: report.measure_name(m) for m in measures}, "chance": _chance(outcomes),
         "zeroshot": {label: classes.about for label, classes in asked.classes.items()},
-        "training pictures": list(dict.fromkeys(o.trained_on for o in outcomes if o.trained_on)),
         "machines": _machines(outcomes), "rows": rows,
     }  # fmt: skip
     write_text(folder / "results.json", json.dumps(results, indent=1) + "\n")

@@ -403,10 +403,14 @@ def fixed_differences(before: Config, now: Config) -> dict[str, tuple[Any, Any]]
 
 
 def fold_of(text: str) -> tuple[int, int] | None:
-    """(K, N) of `source.fold` "K/N"; None where it is no such thing."""
+    """(K, N) of `source.fold` "K/N"; None where it is empty. Raises ValueError where it is no such thing."""
+    if not text:
+        return None
     found = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text)
     k, n = map(int, found.groups()) if found else (0, 0)
-    return (k, n) if 1 <= k <= n and n > 1 else None
+    if not (1 <= k <= n and n > 1):
+        raise ValueError(f"--source.fold is K/N, such as 1/6 for the first of six, got {text!r}")
+    return k, n
 
 
 def problems(config: Config) -> list[str]:
@@ -459,8 +463,10 @@ def problems(config: Config) -> list[str]:
         ("scenes.noise", config.scenes.noise, 0, 1),
     ]
     found = _outside(bounds)
-    if config.source.fold and not fold_of(config.source.fold):
-        found.append(f"--source.fold is K/N, such as 1/6 for the first of six, got '{config.source.fold}'")
+    try:
+        fold_of(config.source.fold)
+    except ValueError as error:
+        found.append(str(error))
     for tower, lr, rank in (("image", m.image_lr, m.image_adapters), ("text", m.text_lr, m.text_adapters)):
         if rank and not lr:
             found.append(

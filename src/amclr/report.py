@@ -235,16 +235,11 @@ def _csv(results: Mapping[str, Any]) -> str:
     return text.getvalue()
 
 
-def _values(results: Mapping[str, Any], row: Mapping[str, Any], measure: str) -> list[float]:
-    """A measure of each run of a row that has it."""
-    return [run[measure] for run in row["runs"] if measure in run]
-
-
 def _alike(results: Mapping[str, Any], row: Mapping[str, Any], measure: str) -> list[float]:
-    """The same with all folds made alike: less the mean of all variants on a run's fold and seed, plus that of all.
+    """A measure of a row's runs, all folds made alike: less the mean of all variants on their fold, plus that of all.
 
-    What remains is what variants are compared by (the normalisation of Cousineau 2005). Left out are runs of a fold
-    that another variant at this point of the grid has no run of.
+    The means are of each fold and seed. What remains is what variants are compared by (the normalisation of Cousineau
+    2005). Left out are runs of a fold that another variant at this point of the grid has no run of.
     """
     same = [other for other in results["rows"] if other["grid"] == row["grid"]]
     every: dict[int, list[float]] = {}
@@ -277,10 +272,16 @@ def draw(results: Mapping[str, Any], folder: Path) -> dict[str, str]:
     drawn, heading = list[str](), _heading(results)
     legend = ", ".join(results["experiment"]["grid"])
 
-    values, note = (_alike, "\nfolds made alike") if results["experiment"]["folds"] else (_values, "")
+    folds = results["experiment"]["folds"]
+    note = "\nfolds made alike" if folds else ""
+
+    def values(row: Mapping[str, Any], measure: str) -> list[float]:
+        if measure not in row["measures"]:
+            return []
+        return _alike(results, row, measure) if folds else row["measures"][measure]["values"]
 
     def panels(measures: Iterable[str]) -> list[tuple[str, dict[tuple[str, str], list[float]]]]:
-        found = {m: {(v, g): values(results, row, m) for v, g, row in rows} for m in measures}
+        found = {m: {(v, g): values(row, m) for v, g, row in rows} for m in measures}
         return [(measure_name(m), {k: own for k, own in by_row.items() if own}) for m, by_row in found.items()]
 
     if any(row["measures"] for _, _, row in rows):

@@ -155,11 +155,11 @@ def load(config: Config, cache: Path, progress: bool = True, only: str = "", bar
     caption or none; a folder without captions is then its pictures at any depth.
     Raises UserError where there is none, or nothing in it that can be read.
     """
-    data, fold = config.data, fold_of(config.source.fold)
-    if config.source.fold and not fold:
-        raise UserError(
-            f"--source.fold is K/N, such as 1/6 for the first of six, got '{printable(config.source.fold)}'"
-        )
+    data = config.data
+    try:
+        fold = fold_of(config.source.fold)
+    except ValueError as error:
+        raise UserError(str(error)) from None
     if only in folded_splits(config.source):
         only = ""
     if data == "scenes":

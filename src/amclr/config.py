@@ -233,7 +233,8 @@ class Config:
     out: str = ""
     """Run folder; empty makes runs/DATA-OBJECTIVE-seedN."""
     objective: str = "amclr"
-    """clip, cyclip, siglip, simclr, sogclr, isogclr, amclr, xamclr, iamclr or ixamclr."""
+    """clip, cyclip, siglip, simclr, sogclr, isogclr, amclr, xamclr, xamclr-image, xamclr-text, iamclr
+    or ixamclr."""
     epochs: int = 10
     """Passes over the training pictures."""
     batch_size: int = 128

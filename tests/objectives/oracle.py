@@ -25,6 +25,8 @@ TERMS: dict[str, list[TermName]] = {
         *CROSS, ("image", "image_aug"), ("image_aug", "image"),
         *[(t, i) for i, t in CROSS], ("text", "text_aug"), ("text_aug", "text"),
     ],
+    "xamclr-image": [*CROSS, ("image", "image_aug"), ("image_aug", "image"), *[(t, i) for i, t in CROSS]],
+    "xamclr-text": [*CROSS, *[(t, i) for i, t in CROSS], ("text", "text_aug"), ("text_aug", "text")],
 }  # fmt: skip
 
 

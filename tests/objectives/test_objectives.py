@@ -34,6 +34,8 @@ GLOBAL = {
     "xamclr": "xamclr",
     "iamclr": "amclr",
     "ixamclr": "xamclr",
+    "xamclr-image": "xamclr-image",
+    "xamclr-text": "xamclr-text",
 }
 DTYPES = pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-11)])
 
@@ -357,7 +359,10 @@ def test_reference_and_per_term_agree_where_they_must() -> None:
 
 
 def test_terms_and_their_weights() -> None:
-    counts = {"sogclr": 2, "isogclr": 2, "amclr": 8, "xamclr": 12, "iamclr": 8, "ixamclr": 12, "clip": 2, "simclr": 2}
+    counts = {
+        "sogclr": 2, "isogclr": 2, "amclr": 8, "iamclr": 8, "xamclr": 12, "ixamclr": 12, "xamclr-image": 10, "xamclr-text": 10,
+        "clip": 2, "simclr": 2,
+    }  # fmt: skip
     for name, count in counts.items():
         assert len(build(name, 5).terms) == count
     views, ids = draw_views(1), [0, 1, 2, 3, 4, 5]
@@ -372,6 +377,8 @@ def test_terms_and_their_weights() -> None:
     check_gradients(t, gradient, 1e-11)
     assert build("xamclr", 6, weights={"image": 0, "text": 0}).required_views == build("amclr", 6).required_views
     assert len(build("xamclr", 6, weights={"image": 0, "text": 0}).terms) == 8
+    assert build("xamclr", 6, weights={"text": 0}).terms == build("xamclr-image", 6).terms
+    assert build("xamclr", 6, weights={"image": 0}).terms == build("xamclr-text", 6).terms
 
 
 def test_pairs_give_a_baseline_the_views_of_amclr() -> None:
@@ -1236,7 +1243,8 @@ def test_bad_settings_are_named(name: str, settings_: dict[str, Any], message: s
 
 def test_public_names() -> None:
     assert set(METHODS) == {
-        "simclr", "clip", "cyclip", "siglip", "sogclr", "isogclr", "amclr", "xamclr", "iamclr", "ixamclr",
+        "simclr", "clip", "cyclip", "siglip", "sogclr", "isogclr", "amclr", "xamclr", "xamclr-image", "xamclr-text",
+        "iamclr", "ixamclr",
     }  # fmt: skip
     assert amclr.objectives.build("xamclr", num_samples=9, temperature=0.01, gamma=0.8).required_views == (
         "image", "text", "text_aug", "image_aug",

@@ -128,6 +128,14 @@ METHODS: Mapping[str, Method] = {
         "AmCLR and each modality with its own augmentation: 12 terms", "global", "all", intra=BOTH,
         source="arXiv 2412.07979, xAmCLR",
     ),
+    "xamclr-image": Method(
+        "xAmCLR without its terms between texts: 10 terms", "global", "all", intra=("image",),
+        source="this project, docs/method.md",
+    ),
+    "xamclr-text": Method(
+        "xAmCLR without its terms between pictures: 10 terms", "global", "all", intra=("text",),
+        source="this project, docs/method.md",
+    ),
     "iamclr": Method(
         "AmCLR with individual temperatures", "global", "all", temperature="individual",
         source="named as future work in arXiv 2412.07979",

@@ -49,7 +49,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         store = Path(folder) / "store"
         paraphrase(ParaphraseConfig(model="rules", k=1, out=str(store)), options.data)
-        stored = replace(base, source=SourceConfig(paraphrases=str(store)))
+        stored = replace(base, source=SourceConfig(paraphrases=str(store)), views=replace(base.views, paraphrases=1.0))
         runs = {
             "SogCLR, no second views": replace(base, objective="sogclr"),
             "AmCLR, other captions": replace(base, objective="amclr"),

@@ -800,11 +800,12 @@ def test_another_store_computes_its_own_texts_alone(
     def texts(paraphrases: tuple[str, ...], views: tuple[str, ...]) -> list[str]:
         asked.clear()
         with_them = [replace(s, paraphrases=(paraphrases,) * len(s.captions)) for s in samples]
-        FeatureBatches(model, with_them, store, plan, views, config, own_cache, progress=False)
+        FeatureBatches(model, with_them, store, plan, views, drawing, own_cache, progress=False)
         return list(asked)
 
     plan = BatchPlan(np.array([s.id for s in samples]), 8, 0)
     both = ("text", "text_aug")
+    drawing = replace(config, views=replace(config.views, paraphrases=1.0, other_captions=1.0))
     assert sorted(texts((), both)) == sorted({c for s in samples for c in s.captions})
     assert sorted(texts(("so it is", "so be it"), both)) == ["so be it", "so it is"]
     assert texts(("so it is", "so be it"), both) == [] and texts(("never seen",), ("text",)) == []

@@ -41,8 +41,8 @@ amclr COMMAND --help shows a command's options.
 first steps:
   amclr train                                       watch one learn on generated scenes
   amclr inspect --data FOLDER                       look at your captioned pictures
-  amclr paraphrase FOLDER --model rules             reword their captions, for second text views
-  amclr train --data FOLDER --objective xamclr      train on them
+  amclr paraphrase FOLDER                           one caption each? a model rewords it, for second text views
+  amclr train --data FOLDER                         train on them
   amclr evaluate runs/RUN --zeroshot CLASS_FOLDERS  measure the result
   amclr compare EXPERIMENT.yaml --seeds 5           compare objectives, or any settings
   amclr export runs/RUN --to onnx                   use it without any of this

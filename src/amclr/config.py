@@ -101,8 +101,8 @@ class ViewsConfig:
     """Chance per word of a synonym there, for words that the (English) lexicon has one for."""
     paraphrases: float = 0.0
     """Weight of a paraphrase of the caption as its second text view. Views are drawn in proportion to the weights
-    of those that there are; with all three weights 0, it is a paraphrase where there is one, else another
-    caption of the picture, else word noise."""
+    of those that there are; with all three weights 0, it is another caption of the picture where there is one, else
+    a paraphrase, else word noise."""
     other_captions: float = 0.0
     """Weight of another caption of the picture as second text view."""
     words: float = 0.0

@@ -311,7 +311,7 @@ class FeatureBatches(Dataset[Batch]):
         if "text_aug" not in self.text_views:
             return
         for s in self.samples:
-            yield from s.texts
+            yield from self.policy.seconds(s.captions, s.paraphrases)
             for index in self.policy.noisy(s.captions, s.paraphrases):
                 yield from (self._noisy(s, index, v) for v in range(self.cached_views))
 

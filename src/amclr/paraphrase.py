@@ -311,5 +311,8 @@ def _report(report: dict[str, Any], version: Version, captions: int, todo: int, 
     if report["rejected"]:
         lines.append("rejected     " + ", ".join(f"{report['rejected'][r]} {r} ({REASONS[r]})"
                                                  for r in REASONS if r in report["rejected"]))  # fmt: skip
-    lines += [f"store        {version.folder}", f"look at      {version.folder / 'sample.txt'}"]
+    lines += [
+        f"store        {version.folder}", f"look at      {version.folder / 'sample.txt'}",
+        "drawn        for pictures with one caption; for those with more, too, by amclr train --views.paraphrases 1",
+    ]  # fmt: skip
     return "\n".join(lines)

@@ -21,14 +21,20 @@ def test_text_views() -> None:
     assert drawn == [TextPolicy().draw(CAPTIONS, (), 0, epoch, 3) for epoch in range(200)]
     only_first = [TextPolicy(one=True).draw(CAPTIONS, (), 0, epoch, 3) for epoch in range(50)]
     assert {d[1] for d in only_first} == {"one"} and {d[2] for d in only_first} == {"two", "three"}
-    supplied = [TextPolicy(one=True).draw(CAPTIONS, (("uno",), (), ()), 0, epoch, 3)[2] for epoch in range(20)]
-    assert set(supplied) == {"uno"}
+    uno = (("uno",), (), ())
+    assert {TextPolicy().draw(CAPTIONS[:1], uno, 0, epoch, 3)[2] for epoch in range(20)} == {"uno"}
+    for policy in (TextPolicy(), TextPolicy(one=True)):  # what people say goes before what rewords it
+        assert {policy.draw(CAPTIONS, uno, 0, epoch, 3)[2] for epoch in range(50)} <= set(CAPTIONS)
 
 
 def test_draws_without_weights_are_those_of_earlier_versions() -> None:
     """Recorded before weights came; runs that resume must draw the same."""
-    drawn = [TextPolicy().draw(CAPTIONS, (("uno", "un"), (), ()), 7, epoch, "text") for epoch in range(8)]
-    second = ["one", "uno", "one", "three", "un", "one", "two", "three"]
+    reworded = (("uno", "un"), (), ())
+    drawn = [TextPolicy().draw(CAPTIONS, reworded, 7, epoch, "text") for epoch in range(8)]
+    second = ["one", "two", "one", "three", "three", "one", "two", "three"]
+    assert [TextPolicy().draw(CAPTIONS[:1], reworded, 7, epoch, "text")[2] for epoch in range(8)] == [
+        "uno", "uno", "un", "uno", "uno", "un", "un", "uno",
+    ]  # fmt: skip
     assert drawn == [
         (CAPTIONS.index(c), c, s)
         for c, s in zip(["two", "one", "three", "two", "one", "three", "three", "two"], second, strict=True)
@@ -59,7 +65,7 @@ def shares(policy: TextPolicy, captions: list[str], paraphrases: tuple[tuple[str
         ((3, 1, 0), (0.75, 0.25, 0)),
         ((0, 0, 1), (0, 0, 1)),
         ((0, 1, 0), (0, 1, 0)),
-        ((0, 0, 0), (1, 0, 0)),
+        ((0, 0, 0), (0, 1, 0)),
     ],
 )
 def test_the_kind_is_drawn_in_proportion_to_the_weights(
@@ -80,6 +86,19 @@ def test_what_is_not_there_is_not_drawn() -> None:
     assert half["paraphrase"] == 0 and half["other"] / 3000 == pytest.approx(0.5, abs=0.03)
     # A weight for what is not there leaves the first thing that is there.
     assert TextPolicy(other_captions=1).draw(["dog"], (("hound",),), 0)[2] == "hound"
+
+
+def test_seconds_are_all_that_second_views_are_drawn_from() -> None:
+    captions, some = ["a b", "c d", "e f"], (("x y",), (), ("z",))
+    for policy in (
+        TextPolicy(),
+        TextPolicy(paraphrases=1),
+        TextPolicy(paraphrases=1, other_captions=1),
+        TextPolicy(one=True),
+    ):
+        drawn = {policy.draw(captions, some, k)[2] for k in range(300)}
+        assert set(policy.seconds(captions, some)) == drawn
+    assert set(TextPolicy().seconds(captions, some)) == set(captions)  # so the features of paraphrases are not computed
 
 
 def test_word_noise_drops_and_swaps_words() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,9 +19,10 @@ Words = Callable[[int], str]
 class TextPolicy:
     """How a caption and its second view are drawn from a sample's captions and their paraphrases.
 
-    The second view is a paraphrase of the drawn caption, another caption of the picture, or the caption with
+    The second view is another caption of the picture, a paraphrase of the drawn one, or the drawn one with
     word noise. Which, is drawn in proportion to the weights of those that there are; with no weight above
-    0 it is the first of the three that there is.
+    0 it is the first of the three that there is: people's captions say more than rewordings do
+    (docs/results.md).
     """
 
     one: bool = False
@@ -63,6 +64,12 @@ class TextPolicy:
             second = words(index) if words else noisy_words(captions[index], self.noise, draw, self.synonyms)
         return index, captions[index], second
 
+    def seconds(self, captions: Sequence[str], paraphrases: Sequence[Sequence[str]]) -> Iterator[str]:
+        """The captions and paraphrases that second views may be, some more than once."""
+        for index in range(1 if self.one else len(captions)):
+            for options, _ in self._kinds(captions, paraphrases, index):
+                yield from options
+
     def noisy(self, captions: Sequence[str], paraphrases: Sequence[Sequence[str]]) -> list[int]:
         """The captions, by index, whose second view may be word noise."""
         drawn = range(1 if self.one else len(captions))
@@ -74,7 +81,7 @@ class TextPolicy:
         """What the second view may be drawn from, with weights. No texts: word noise."""
         reworded = paraphrases[index] if index < len(paraphrases) else ()
         others = [c for k, c in enumerate(captions) if k != index]
-        there = [(reworded, self.paraphrases), (others, self.other_captions)]
+        there = [(others, self.other_captions), (reworded, self.paraphrases)]
         kinds: list[tuple[Sequence[str], float]] = [(texts, weight) for texts, weight in there if texts]
         kinds.append(((), self.words))
         weighted = [k for k in kinds if k[1] > 0]

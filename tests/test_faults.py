@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from torch.utils.data import DataLoader
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from amclr import cli, engine
 from amclr.config import Config, LossConfig, OptimConfig
@@ -246,6 +247,48 @@ def test_a_worker_that_dies_is_replaced(
         r"a process that prepares batches died \(DataLoader worker .*\): started again", capsys.readouterr().err
     )
     assert_same_run_but_for_faults(whole, run)
+
+
+def test_a_worker_that_dies_before_its_batch_is_fetched_is_replaced(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What it has told of, nobody can fetch any more."""
+    whole = train(config_for(folder, "whole", workers=2), progress=False)
+    real, calls = _MultiProcessingDataLoaderIter._try_get_data, []
+
+    def late(self: Any, *arguments: Any) -> Any:
+        calls.append(self)
+        if len(calls) == 5:
+            deadline = time.monotonic() + 60
+            while self._data_queue.empty() and time.monotonic() < deadline:
+                time.sleep(0.01)
+            for worker in self._workers:
+                worker.kill()
+                worker.join()
+            # As in the moment before the system says so: its sockets are closed, and to torch it still lives.
+            self._workers_status = [False] * len(self._workers)
+        return real(self, *arguments)
+
+    monkeypatch.setattr(_MultiProcessingDataLoaderIter, "_try_get_data", late)
+    run = train(config_for(folder, "parts", workers=2), progress=False)
+    assert re.search(
+        r"a process that prepares batches died \(DataLoader worker has gone with its batch: \w+\): started again",
+        capsys.readouterr().err,
+    )
+    assert_same_run_but_for_faults(whole, run)
+
+
+@pytest.mark.parametrize(
+    "raised", [ConnectionResetError(104, "reset"), FileNotFoundError(2, "no such file"), EOFError()]
+)
+def test_what_a_worker_raises_is_no_death(folder: Path, monkeypatch: pytest.MonkeyPatch, raised: Exception) -> None:
+    def fails(self: PictureBatches, step: int) -> Any:
+        raise raised
+
+    monkeypatch.setattr(PictureBatches, "__getitem__", fails)
+    for workers in (0, 1):
+        with pytest.raises(type(raised)):
+            train(config_for(folder, f"run{workers}", workers=workers), progress=False)
 
 
 @pytest.mark.slow

@@ -57,6 +57,8 @@ RESTARTS = 3
 """Times that the processes that prepare batches are started again at one step."""
 POLL = 5.0
 """Seconds after which it is noticed that such a process has died."""
+UNREACHABLE = (ConnectionError, EOFError, FileNotFoundError)
+"""What fetching a batch raises where the process that made it died just then: it hands over open files, by a socket."""
 STUCK = 600.0
 """Seconds after which a process that prepares batches is held to be stuck, and started again."""
 LONGEST_EVALUATION = 3600.0
@@ -267,23 +269,31 @@ def stream(t: Training) -> Iterator[Batch]:
                 since = time.monotonic()
                 if t.step != step + 1:
                     break
-        except RuntimeError as error:
-            # Not what a worker raised, but that it has gone.
-            if not re.search(r"DataLoader (worker \(pid|timed out)", str(error)):
+        except (RuntimeError, *UNREACHABLE) as error:
+            if not (why := _gone(error, t.config.workers)):
                 raise
             failed, times = step, times + 1 if step == failed else 1
             if times > RESTARTS:
                 raise UserError(
-                    f"the processes that prepare batches die again and again at step {step} ({_first(error)}). If "
+                    f"the processes that prepare batches die again and again at step {step} ({why}). If "
                     "the system ends them because they take too much memory, lower --workers or --ram_cache; go "
                     f"on by: amclr train --resume {t.run.folder}"
                 ) from None
-            print(f"a process that prepares batches died ({_first(error)}): started again", file=sys.stderr)
-            t.run.log({"kind": "fault", "step": step, "what": f"worker died: {_first(error)}"})
+            print(f"a process that prepares batches died ({why}): started again", file=sys.stderr)
+            t.run.log({"kind": "fault", "step": step, "what": f"worker died: {why}"})
         finally:
             # They have nothing to finish, and one that is stuck would be waited for; SIGTERM they do not heed.
             for worker in getattr(batches, "_workers", ()):
                 worker.kill()
+
+
+def _gone(error: BaseException, workers: int) -> str:
+    """How it shows that a worker process has gone; empty where it raised something, or there is none."""
+    if isinstance(error, RuntimeError):
+        return _first(error) if re.search(r"DataLoader (worker \(pid|timed out)", str(error)) else ""
+    if not workers or "in DataLoader worker process" in str(error):  # torch's words around what a worker raised
+        return ""
+    return f"DataLoader worker has gone with its batch: {type(error).__name__}"
 
 
 def _first(error: BaseException) -> str:

@@ -66,14 +66,18 @@ class TextPolicy:
 
     def seconds(self, captions: Sequence[str], paraphrases: Sequence[Sequence[str]]) -> Iterator[str]:
         """The captions and paraphrases that second views may be, some more than once."""
-        for index in range(1 if self.one else len(captions)):
+        for index in self._first(captions):
             for options, _ in self._kinds(captions, paraphrases, index):
                 yield from options
 
     def noisy(self, captions: Sequence[str], paraphrases: Sequence[Sequence[str]]) -> list[int]:
         """The captions, by index, whose second view may be word noise."""
-        drawn = range(1 if self.one else len(captions))
-        return [i for i in drawn if any(not options for options, _ in self._kinds(captions, paraphrases, i))]
+        first = self._first(captions)
+        return [i for i in first if any(not options for options, _ in self._kinds(captions, paraphrases, i))]
+
+    def _first(self, captions: Sequence[str]) -> range:
+        """The captions, by index, that may be drawn as the first view."""
+        return range(1 if self.one else len(captions))
 
     def _kinds(
         self, captions: Sequence[str], paraphrases: Sequence[Sequence[str]], index: int

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from amclr.engine import Stopped, train
 from amclr.errors import UserError
 from amclr.objectives import METHODS
 from amclr.run import Run
+from amclr.team import BEAT, Team
 from tests.conftest import SMALL
 from tests.processes import Processes
 from tests.test_engine import assert_same_run, config_for, frozen
@@ -261,6 +263,26 @@ def test_what_is_sent_is_what_the_docs_compute(objective: str, tmp_path: Path) -
     Processes(2, bytes_gathered, objective, tmp_path / "sent", logs=tmp_path / "logs").succeed()
     told = step(objective, 0, 32, 32, 2)
     assert int((tmp_path / "sent").read_text()) == pytest.approx(told.features + told.scalars, rel=0.01)
+
+
+def watched(rank: int) -> None:
+    """A team whose watch takes its time over every sign of life."""
+    torch.distributed.init_process_group("gloo")
+    with Team(60.0) as team:
+        beat = team._beat
+
+        def slow(*arguments: Any) -> None:
+            beat(*arguments)
+            time.sleep(0.5)
+
+        team._beat = slow  # type: ignore[method-assign]
+        time.sleep(1.2 * BEAT)
+    assert "team" not in {t.name for t in threading.enumerate()}
+
+
+def test_the_watch_ends_before_the_process(tmp_path: Path) -> None:
+    """Else the interpreter now and then aborts at its end, and a launcher takes a finished run for a failed one."""
+    Processes(2, watched, logs=tmp_path / "logs").succeed()
 
 
 # -- as users start them --------------------------------------------------------------------------

@@ -51,6 +51,7 @@ class Team:
         self._place, self._since, self._limit, self._longest = "start", time.monotonic(), 0.0, 0.0
         self._steps = 0
         self._done = threading.Event()
+        self._watcher = threading.Thread(target=self._watch, name="team", daemon=True)
         self._pending: tuple[Any, torch.Tensor] | None = None
         if self.size == 1:
             return
@@ -178,7 +179,7 @@ class Team:
     def __enter__(self) -> Team:
         if self.size > 1:
             self.at("start", float("inf"))
-            threading.Thread(target=self._watch, name="team", daemon=True).start()
+            self._watcher.start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -189,6 +190,9 @@ class Team:
                 if self.rank == 0:  # the store of all goes with this process, and what it failed of with that
                     patience = 6 * BEAT if self._store.check(["failed"]) else self.patience
                     self._await([f"done/{rank}" for rank in range(self.size)], patience)
+            # An interpreter that ends while the thread is within torch's store aborts the process. It asks nothing
+            # more now, and what it has asked is answered soon, unless the connection has gone silent.
+            self._watcher.join(3 * BEAT)
 
     def _beat(self, store: Any, count: int) -> None:
         taken = round(time.monotonic() - self._since, 1)

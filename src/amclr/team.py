@@ -192,7 +192,7 @@ class Team:
                     self._await([f"done/{rank}" for rank in range(self.size)], patience)
             # An interpreter that ends while the thread is within torch's store aborts the process. It asks nothing
             # more now, and what it has asked is answered soon, unless the connection has gone silent.
-            self._watcher.join(3 * BEAT)
+            self._watcher.join(10 * BEAT)
 
     def _beat(self, store: Any, count: int) -> None:
         taken = round(time.monotonic() - self._since, 1)

@@ -307,7 +307,9 @@ def test_folds_are_parts_of_the_training_pictures(tmp_path: Path) -> None:
     assert parts("2/4") == folds[1]
     # What is measured on is read without the training pictures, but for a fold, which is of them.
     config = Config(data=str(root), source=SourceConfig(fold="2/4"))
-    assert {s.name for s in manifests.prepare(config, tmp_path, only="val").samples} == folds[1][1]
+    measured = manifests.prepare(config, tmp_path, only="val")
+    assert {s.name for s in measured.samples} == folds[1][1]
+    assert [*dict.fromkeys(line.split(",")[0] for line in reversed(lines[1:]))] == [*measured.order]
     with pytest.raises(UserError, match="has 42 training pictures: they cannot be cut into 43 parts"):
         parts("1/43")
     for slip in ("0/4", "5/4", "1/1", "1", "a/b", "1/4/2"):

@@ -85,7 +85,7 @@ class Manifest:
     looks: dict[Location, bytes] = field(default_factory=dict)
     """Perceptual hashes of the pictures that were compared."""
     order: tuple[str, ...] = ()
-    """Names in the order in which they were read, where a split was read alone."""
+    """Names in the order in which they were read, where a split was read alone, or is a fold of another."""
 
     def split(self, name: str) -> tuple[Sample, ...]:
         """The samples of a split (`train`, `val`, `test`, or `all`), in the manifest's order."""
@@ -298,7 +298,7 @@ def _collect(reading: Reading, rows: Iterable[Row], called: str, only: str) -> M
                     entry.captions[caption] = {**(entry.captions[caption] or {}), text: None}
         if row.split:
             splits.setdefault(split, set()).add(name)
-    order = tuple(entries) if only else ()
+    order = tuple(entries) if only or reading.source.fold else ()
     lost = len(reading.lost - entries.keys())
     samples = tuple(entries.pop(name).sample(name) for name in sorted(entries))
     named = {split: frozenset(names) for split, names in splits.items()}

@@ -79,8 +79,10 @@ def scratch() -> Config:
     """
     base = scenes()
     return replace(
-        base, epochs=30, source=SourceConfig(), views=ViewsConfig(), model=replace(base.model, image_size=96)
-    )
+        # On real pictures all of xAmCLR's terms pay, those of pictures too.
+        base, objective="xamclr", epochs=30, source=SourceConfig(), views=ViewsConfig(),
+        model=replace(base.model, image_size=96),
+    )  # fmt: skip
 
 
 def paper() -> Config:

@@ -231,7 +231,7 @@ class Grid:
         x, y = self._rows(self.rows, p, s), self._rows(self.columns, k, j)
         shape = p.stop - p.start, s.stop - s.start, k.stop - k.start, j.stop - j.start
         place = self.workspace.empty("tile" if keep is None else (self.number, keep), (len(x), len(y)), x)
-        return torch.addmm(self.like[0, :1], x, y.T, beta=0, alpha=self.rate, out=place).view(shape)
+        return place.addmm_(x, y.T, beta=0, alpha=self.rate).view(shape)
 
     def _put(self, values: Tensor, tile: Tile, at_positives: float) -> Tensor:
         """Overwrite a tile at its positives."""
@@ -354,8 +354,8 @@ class Grid:
     ) -> tuple[Tensor, Tensor | None] | None:
         """Add the gradients to d_rows (R, M, D) and d_columns (C, N, D), None unless `both`.
 
-        a (R, C, M), b (R, C, N): what to take from the exponents (in base 2) of row and column anchors,
-        +inf where an anchor has no weight. own (R, C, M): -(R_i + C_i). fresh: d_rows, d_columns hold nothing yet and
+        a (R, C, M), b (R, C, N): what to add to the exponents (in base 2) of row and column anchors,
+        -inf where an anchor has no weight. own (R, C, M): R_i + C_i. fresh: d_rows, d_columns hold nothing yet and
         are overwritten. With `slopes`, returns sum_j w_ij s_ij of the row anchors and sum_i v_ij s_ij of
         the column anchors, shaped like a and b.
         """
@@ -364,7 +364,7 @@ class Grid:
             p, s, k, j = tile
             diagonal = self._own(g, tile)
             if diagonal is not None:
-                diagonal[0].copy_(self._part(own, p, k, diagonal[1]))
+                torch.neg(self._part(own, p, k, diagonal[1]), out=diagonal[0])
             flat = g.view(g.shape[0] * g.shape[1], -1)
             _add_product(
                 self._part(d_rows, p, s), flat, self._rows(self.columns, k, j), fresh[0] and k.start == j.start == 0
@@ -380,9 +380,9 @@ class Grid:
     ) -> Iterator[tuple[Tile, Tensor]]:
         """Tiles of W + V, zero at positives; on the way, where wanted, the sums of w_ij s_ij."""
         plain = self.single and sums is None
-        low = min(float(a.amin()), float(b.amin())) if self.shifts and plain else 0.0
+        high = max(float(a.amax()), float(b.amax())) if self.shifts and plain else 0.0
         if plain and not self.shifts:
-            row_factors, column_factors = a.neg().exp2_(), b.neg().exp2_()
+            row_factors, column_factors = a.exp2(), b.exp2()
         for number, tile in enumerate(self.tiles):
             p, s, k, j = tile
             if plain:
@@ -397,13 +397,13 @@ class Grid:
                     of_rows, of_columns = self._part(row_factors, p, k, s), self._part(column_factors, p, k, j)
                     yield tile, self._scaled(e, _along(of_rows), of_columns[:, None])
                     continue
-                if shift - low < LARGEST_FACTOR:
-                    of_rows, of_columns = (shift - a[p, k, s]).exp2_(), (shift - b[p, k, j]).exp2_()
+                if shift + high < LARGEST_FACTOR:
+                    of_rows, of_columns = (a[p, k, s] + shift).exp2_(), (b[p, k, j] + shift).exp2_()
                     yield tile, self._scaled(e, _along(of_rows), of_columns[:, None])
                     continue
             scores = self._scores(tile)
-            w = scores * (LOG2E / self.rate / self._tau(tile, "rows")) - _along(a[p, k, s])
-            v = scores * (LOG2E / self.rate / self._tau(tile, "columns")) - b[p, k, j][:, None]
+            w = scores * (LOG2E / self.rate / self._tau(tile, "rows")) + _along(a[p, k, s])
+            v = scores * (LOG2E / self.rate / self._tau(tile, "columns")) + b[p, k, j][:, None]
             w, v = (self._put(x.exp2_(), tile, 0.0) for x in (w, v))
             if sums is not None:
                 scores /= self.rate
@@ -537,13 +537,13 @@ class Blocks:
         overwritten, and they join. With `slopes`, returns sum_j w_ij s_ij of this process's anchors, (T, M).
         """
         pulls: list[Tensor] = []
-        offsets = offsets * LOG2E
+        levels = offsets * -LOG2E
         for layout, grids, (forth, back) in zip(self.layouts, self.grids, self.parts, strict=True):
             shape = (*layout.shape, self.size)
             a, b, both = (
-                offsets[forth].view(shape),
-                offsets[back].view(shape),
-                (own[forth] + own[back]).neg_().view(shape),
+                levels[forth].view(shape),
+                levels[back].view(shape),
+                (own[forth] + own[back]).view(shape),
             )
             if self.alone:
                 [(grid, _)] = grids

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import cache, reduce
 from importlib.util import find_spec
 from pathlib import Path
@@ -209,7 +209,7 @@ class Objective(nn.Module):
         grouped = sum(1 << VIEWS.index(v) for v in shown)
         held = 0 if self.queue is None else len(self.queue)
         same = (first.shape[1], DTYPES.index(source), self.training, wanted, self.diagnose, grouped, held)
-        world = World.of(len(first), device, self.distributed, dict(zip(COMPARED, same, strict=True)))
+        world = World.of(len(first), device, together, dict(zip(COMPARED, same, strict=True)) if together else {})
         if self.training and self.temperature_mode == "learnable":
             with torch.no_grad():
                 self.log_temperature.clamp_(math.log(self.tau_min), math.log(self.tau_max))
@@ -223,7 +223,7 @@ class Objective(nn.Module):
                 self._former_statistics = {name: b.clone() for name, b in self.adaptive.state_dict().items()}
             if self.queue is not None:
                 self._former_queue = self.queue.state
-        with torch.autocast(device.type, enabled=False):
+        with _without_autocast(device):
             dtype = torch.promote_types(torch.float32, source)
             inputs = {v: views[v].to(dtype) for v in self._stacked}
             if self.averaged and len(world.sizes) > 1:
@@ -334,20 +334,19 @@ class Objective(nn.Module):
                 found = list(world.gather(torch.stack(found), 2))
             sums, positive = found[:2]
             every_sum = torch.logaddexp(sums, found[2]) if queued else sums
-            log_rest = positive / taus
-            log_g = every_sum - log_rest - log_n
+            log_g = (every_sum - positive / taus).sub_(log_n)
             if some is not None:
                 log_g = torch.where(some, log_g, 0.0)
             if self.method.contrast == "batch":
                 # Cross-entropy: -log softmax of the positive among itself and its negatives.
-                values = log_total = torch.nn.functional.softplus(log_g + log_n)
-                log_u = log_total - log_n
+                values = torch.nn.functional.softplus(log_g + log_n)
+                log_u = values - log_n
             else:
                 noise = self._noise(terms, every, taus, positives) if self.adaptive and self.training else None
                 if noise is not None and queued and in_batch is not None and count is not None:
                     noise = noise * (in_batch / count.clamp(min=1)).mean()  # that of a mean over so many more
                 log_u = self._update_log_u(wave, log_g, ids, some, simple, noise)
-                values, log_total = taus * (log_u + self.rho if self.rho else log_u), log_u + log_n
+                values = taus * (log_u + self.rho if self.rho else log_u)
             if some is not None:
                 values = torch.where(some, values, 0.0)
             parts = values.mean(1) * weights
@@ -360,7 +359,9 @@ class Objective(nn.Module):
             coefficient = weights / size if self.method.contrast == "global" else weights / (size * tau)
             log_c = math.log(coefficient) if isinstance(coefficient, float) else coefficient.log()[..., None]
             share = log_g - log_u  # of an anchor, the log of the sum of its weights
-            offsets, own = log_rest + log_total - log_c, (share + log_c).exp()
+            log_own = share + log_c
+            # s_ii / tau + log n + log u - log c, since log g = log of the sum - s_ii / tau - log n.
+            offsets, own = every_sum - log_own, log_own.exp()
             if some is not None:
                 offsets, own = torch.where(some, offsets, math.inf), torch.where(some, own, 0.0)
             # The weights of anchors on the batch alone are what its candidates and its positives are moved by.
@@ -544,7 +545,7 @@ class Objective(nn.Module):
                 start += half
 
     def _table(self, what: str, of: str) -> Table:
-        table = self.get_submodule(f"{what}_{of}")
+        table = self._modules[f"{what}_{of}"]
         assert isinstance(table, Table)
         return table
 
@@ -712,7 +713,7 @@ class Objective(nn.Module):
         id_of = {of: i.to(device) for of, i in id_of.items()}
         probe = probe.to(device)
         chunk = chunk or max(1, (1 << 26) // len(views[self._stacked[0]]))
-        with torch.autocast(device.type, enabled=False):
+        with _without_autocast(device):
             return self._errors(views, id_of, positives, probe, chunk)
 
     def _errors(
@@ -958,6 +959,12 @@ def _together(
         groups = {v: world.gather(g.to(device)) for v, g in groups.items()}
     views = ([g for v, g in groups.items() if modality(v) == of] for of in ids)
     return ids, groups, Positives.of(tuple(ids.values()), device, [g for g in views if g])
+
+
+def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Where autocast is on, a context without it; entering one costs as much as several small operations."""
+    on = torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if on else nullcontext()
 
 
 def _learned(mean: Tensor, before: Tensor, some: Tensor | None) -> Tensor:

@@ -7,7 +7,7 @@ matrix per term and leaves the gradient to autograd; open_clip's ClipLoss and Si
 and LibAUC's GCLoss (SogCLR, 2 terms), where installed; and the floor, torch's own matrix products alone
 that any form of the gradient needs (three per similarity block; four where the memory may not grow with
 B x B, so there 1.33 is the least; consistency penalties, `--cyclic 0.1`, are no part of it). Each time
-is the median of rounds in which all rivals take turns; the memory is the most that a step allocates beyond its
+is the median of rounds in which all rivals take turns, each round in another order; the memory is the most that a step allocates beyond its
 inputs, the gradient included.
 """
 
@@ -18,6 +18,7 @@ import contextlib
 import io
 import os
 import platform
+import random
 import re
 import statistics
 import time
@@ -123,15 +124,18 @@ def backward(loss: torch.Tensor, views: dict[str, torch.Tensor]) -> None:
 
 
 def median_times(steps: dict[str, Step], seconds: float, device: str) -> dict[str, float]:
-    """Median seconds of each step; the rivals take turns, so that noise hits all alike."""
+    """Median seconds of each step. The rivals take turns, so that noise hits all alike, and each round in another
+    order: what one leaves in the cache would else always be there, or missing, for the same next one."""
     spent: dict[str, list[float]] = {name: [] for name in steps}
+    order, shuffled = list(steps), random.Random(0)
 
     def round_of(record: bool) -> None:
-        for name, step in steps.items():
+        shuffled.shuffle(order)
+        for name in order:
             if device == "cuda":
                 torch.cuda.synchronize()
             start = time.perf_counter()
-            step()
+            steps[name]()
             if device == "cuda":
                 torch.cuda.synchronize()
             if record:

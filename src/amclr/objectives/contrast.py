@@ -27,7 +27,7 @@ def update_log_u(log_u: Tensor, log_g: Tensor, gamma: float | Tensor) -> Tensor:
         return log_g
     else:
         kept, taken = math.log1p(-gamma), math.log(gamma)
-    return torch.where(log_u == NEG_INF, log_g, torch.logaddexp(kept + log_u, taken + log_g))
+    return torch.where(log_u.isneginf(), log_g, torch.logaddexp(kept + log_u, taken + log_g))
 
 
 def mean_by_id(ids: Tensor, values: Tensor, some: Tensor | None = None, log: bool = False) -> Tensor:

@@ -349,7 +349,7 @@ class Objective(nn.Module):
                 values = taus * (log_u + self.rho if self.rho else log_u)
             if some is not None:
                 values = torch.where(some, values, 0.0)
-            parts = values.mean(1) * weights
+            parts = values.sum(1) * (weights / size)
             value = parts.sum()
             loss = value if loss is None else loss + value
             self._report(metrics, terms, parts, value, positive, log_g, taus)
@@ -649,7 +649,7 @@ class Objective(nn.Module):
                 metrics["margin"], metrics["temperature"] = -(taus[0] * log_g[0]).mean(), taus.mean()
             else:
                 metrics["margin"] = log_g[0].mean() * -taus
-                metrics["temperature"] = torch.as_tensor(taus, dtype=log_g.dtype)
+                metrics["temperature"] = torch.as_tensor(taus).to(log_g) if isinstance(taus, Tensor) else log_g.new_full((), taus)
 
     @staticmethod
     def _report_losses(metrics: dict[str, Tensor], terms: list[Term], parts: Tensor, value: Tensor) -> None:

@@ -294,47 +294,107 @@ def test_a_step_in_a_cuda_graph() -> None:
     torch.testing.assert_close(captured, {k: v.grad for k, v in views.items()})
 
 
-COMPILE = """
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, compile
+SMALL_KERNELS = """
 from amclr.objectives import kernels as k
+from benchmarks.kernels import compiled
 
-floats = "z rates sums positive counts weights image_table text_table gamma_logs offsets own updated partials gradient pulls"
-types = {n: "*fp32" for n in floats.split()} | {n: "*i32" for n in ("terms", "columns", "partners")}
-types |= dict.fromkeys(("ids", "ones", "others"), "*i64")
-types |= {n: "i32" for n in ("first", "last", "n", "d", "rate_stride")} | {n: "fp32" for n in ("lift", "rho", "unscale")}
-tile = dict(MATCHES=2, ROWS=k.ROWS, CANDIDATES=k.CANDIDATES, DEPTH=k.DEPTH)
-block = dict(IDS=2, BLOCK=k.ROWS)
-jobs = [(k._estimate, {}, block | dict(GLOBAL=g, UNIQUE=u, CANDIDATES=k.CANDIDATES)) for g, u in ((1, 0), (1, 1), (0, 1))]
-jobs += [(k._store, {}, block)]
-for z, precision in TYPES:
-    own = tile | dict(PRECISION=precision)
-    jobs += [(k._log_sums, {"z": z}, own), (k._gradients, {"z": z}, own | dict(PARTNERS=3, SLOPES=True, WIDTH=k.WIDTH))]
-for kernel, change, constants in jobs:
-    names = kernel.arg_names
-    signature = {n: "constexpr" if n in constants else (types | change)[n] for n in names}
-    source = ASTSource(fn=kernel, signature=signature, constexprs={(names.index(n),): v for n, v in constants.items()})
-    made = compile(source, target=GPUTarget("cuda", CAPABILITY, 32))
-    assert made.asm["cubin"] and made.metadata.shared <= 99 * 1024, (kernel, made.metadata.shared)
-print("compiled", len(jobs))
+block = dict(IDS=2, BLOCK=k.BLOCK)
+for GLOBAL, UNIQUE in ((1, 0), (1, 1), (0, 1)):
+    made = compiled(k._estimate, block | dict(GLOBAL=GLOBAL, UNIQUE=UNIQUE, CANDIDATES=k.CANDIDATES), CAPABILITY)
+    assert made.asm["cubin"]
+assert compiled(k._store, block, CAPABILITY).asm["cubin"]
+for matches in (1, 3):  # with positives beside the row itself, and the sums that temperatures need
+    tile = k.SMALL["half"][1]
+    constants = tile.sizes | dict(MATCHES=matches, PRECISION="ieee", PARTNERS=3, SLOPES=True)
+    assert compiled(k._gradients, constants, CAPABILITY, **tile.launch).asm["cubin"]
+print("compiled")
 """
 
 
-TYPES = (("*fp32", "tf32"), ("*fp32", "ieee"), ("*fp16", "ieee"), ("*bf16", "ieee"))
+def without_interpreter(tmp_path: Path, *command: str) -> str:
+    """What a Python command prints, with Triton as it is where there is a GPU."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
 
 
 @pytest.mark.parametrize(
-    ("capability", "types"),
-    [(90, TYPES[:1]), *(pytest.param(c, TYPES, marks=pytest.mark.slow) for c in (90, 80))],
+    ("capability", "kinds", "dims"),
+    [
+        (90, "half", "256"),
+        *(pytest.param(c, "half,tf32,ieee", "256,512", marks=pytest.mark.slow) for c in (90, 80)),
+    ],
     ids=["90", "90-all", "80-all"],
 )
-def test_kernels_compile_for_a_gpu(capability: int, types: tuple[tuple[str, str], ...], tmp_path: Path) -> None:
-    """To machine code, and within the shared memory of every GPU since 2020; for which no GPU is needed."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
-    code = COMPILE.replace("CAPABILITY", str(capability)).replace("TYPES", repr(types))
-    (tmp_path / "job.py").write_text(code)  # Triton reads the sources of what it compiles
-    done = subprocess.run([sys.executable, str(tmp_path / "job.py")], env=environment, capture_output=True, text=True)
-    assert done.stdout == f"compiled {4 + 2 * len(types)}\n", done.stderr[-2000:]
+def test_kernels_compile_for_a_gpu(capability: int, kinds: str, dims: str, tmp_path: Path) -> None:
+    """To machine code, for which no GPU is needed: with the matrix units' instructions, in memory that there is."""
+    command = ["-m", "benchmarks.kernels", "--capability", str(capability), "--kinds", kinds, "--dims", dims]
+    _, header, _, *rows = without_interpreter(tmp_path, *command).splitlines()
+    names = [name.strip() for name in header.strip("|").split("|")]
+    found = [dict(zip(names, (v.strip() for v in row.strip("|").split("|")), strict=True)) for row in rows]
+    assert len(found) >= 6 * len(dims.split(","))
+    for row in found:
+        # What every GPU since 2020 has for the warps of a program; H100 and A100 for tiles that ask for it.
+        most = {90: 227, 80: 163}[capability] if "whole" in row["tile"] else 99
+        assert int(row["shared KiB"]) <= most, row
+        matrix = "HGMMA" if capability == 90 else "HMMA"
+        assert (int(row[matrix]) > 0) == (row["products of"] != "ieee"), row
+        # Where the numbers of a step do not fit in the registers, each would go to memory and back every time.
+        assert int(row["stack bytes"]) <= (320 if capability == 80 else 136), row
+
+
+@pytest.mark.parametrize("capability", [90, pytest.param(80, marks=pytest.mark.slow)])
+def test_the_step_between_compiles_for_a_gpu(capability: int, tmp_path: Path) -> None:
+    code = SMALL_KERNELS.replace("CAPABILITY", str(capability))
+    assert without_interpreter(tmp_path, "-c", code) == "compiled\n"
+
+
+@pytest.mark.parametrize(
+    ("processors", "shared", "kind", "dim", "rows", "expected"),
+    [
+        (132, 232448, "half", 256, 1024, "small"),  # H100, H200: too few programs for larger tiles
+        (132, 232448, "half", 256, 8192, "whole"),
+        (132, 232448, "half", 512, 8192, "whole"),
+        (132, 232448, "half", 768, 8192, "large"),
+        (132, 232448, "tf32", 256, 8192, "large"),
+        (108, 166912, "half", 256, 8192, "whole"),  # A100
+        (108, 166912, "half", 512, 8192, "large"),
+        (128, 101376, "half", 256, 8192, "large"),  # cards for games
+        (128, 101376, "half", 100, 8192, "whole"),
+    ],
+)
+def test_tiles_fit_the_device(
+    processors: int, shared: int, kind: str, dim: int, rows: int, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "_limits", lambda device: (processors, shared))
+    for tile in kernels.tiles(kind, dim, rows, 8, 4, torch.device("cpu")):
+        size = "whole" if tile.whole else "large" if tile.rows == 128 else "small"
+        assert (size, True) == (expected, tile.shared_bytes <= shared)
+        assert tile.depth <= 2 * dim and tile.width <= 2 * dim
+
+
+@pytest.mark.parametrize(
+    ("name", "products", "dim", "shared"),
+    [
+        unless_interpreted("ixamclr", "float16", 140, 1 << 20, fast=True),
+        unless_interpreted("amclr", "float16", 300, 1 << 20, fast=True),
+        unless_interpreted("amclr", "float16", 140, 0, fast=False),
+        unless_interpreted("ixamclr", "tf32", 140, 0, fast=False),
+        unless_interpreted("amclr", "auto", 140, 0, fast=False),
+    ],
+)
+def test_large_tiles(name: str, products: str, dim: int, shared: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tiles of large batches, with positives beside the row itself and without."""
+    monkeypatch.setattr(kernels, "_limits", lambda device: (1, shared))
+    for ids in (torch.arange(140), torch.arange(140) % 137):
+        both = {"image": ids, "text": ids}
+        given = run("triton", name, both, 140, dim, products, torch.float32, temperature=0.1)
+        exact = run("eager", name, both, 140, dim, "auto", torch.float64, temperature=0.1)
+        for view, gradient in given[1].items():
+            error = float((gradient.double() - exact[1][view]).norm() / exact[1][view].norm())
+            assert error < TOLERANCES[products], (view, error)
+        torch.testing.assert_close(given[2], exact[2], rtol=10 * TOLERANCES[products], atol=10 * TOLERANCES[products])
 
 
 def test_asked_for_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -23,35 +25,140 @@ from torch import Tensor
 
 from amclr.objectives.blocks import LOG2E, Layout, Positives
 
-ROWS, CANDIDATES, DEPTH = 64, 64, 64
-"""Tile of a program: anchors, candidates, and how many dimensions are multiplied at a time."""
-WIDTH = 128
-"""Dimensions of the gradient that a program accumulates; more are split among programs."""
+BLOCK, CANDIDATES = 64, 64
+"""Anchors of a program that works out estimates, and rows that it looks through at a time for the same samples."""
 HALF_SCALE = 64.0
 """Weights times B are lifted by this into the middle of float16's range before they are rounded to it."""
 LARGEST_HALF = 3e4
 """What a lifted weight may come to: half of float16's range."""
 
 
+@dataclass(frozen=True)
+class Tile:
+    """What a program of `_log_sums` or `_gradients` works on at a time, and with how many warps and stages of loads.
+
+    rows: its anchors. candidates: beside each other. depth: dimensions that are multiplied at a time; all of
+    them, if `whole`: then the anchors stay where they are. width: dimensions of the gradient that a program
+    accumulates; the others are other programs', and each forms the similarities again.
+    """
+
+    rows: int
+    candidates: int
+    depth: int
+    warps: int
+    stages: int
+    width: int = 0
+    whole: bool = False
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """As the kernels take them."""
+        found = {"ROWS": self.rows, "CANDIDATES": self.candidates, "DEPTH": self.depth, "WHOLE": self.whole}
+        return found | ({"WIDTH": self.width} if self.width else {})
+
+    @property
+    def launch(self) -> dict[str, int]:
+        """As Triton takes them."""
+        return {"num_warps": self.warps, "num_stages": self.stages}
+
+    @property
+    def shared_bytes(self) -> int:
+        """Memory that the warps of a program share for a tile with all dimensions, in half precision."""
+        if not self.whole:
+            return 0  # at most 96 KiB, which every GPU since 2020 has
+        return 2 * self.depth * (self.rows + self.stages * self.candidates) + 1024
+
+    def within(self, dim: int) -> Tile:
+        """Without the part that rows of so many dimensions leave empty."""
+        most = max(16, triton.next_power_of_2(dim))
+        return replace(self, depth=min(self.depth, most), width=min(self.width, most))
+
+
+SMALL = {
+    "half": (Tile(64, 64, 64, 4, 3), Tile(64, 64, 64, 4, 3, 128)),
+    "tf32": (Tile(64, 64, 32, 4, 3), Tile(64, 64, 32, 8, 3, 128)),
+    "ieee": (Tile(64, 64, 32, 8, 3), Tile(64, 64, 32, 8, 3, 128)),
+}
+LARGE = {
+    "half": (Tile(128, 128, 64, 8, 3), Tile(128, 64, 64, 8, 3, 128)),
+    "tf32": (Tile(128, 128, 32, 8, 3), Tile(128, 64, 32, 8, 3, 128)),
+    "ieee": (Tile(128, 64, 16, 8, 3), Tile(64, 64, 32, 8, 3, 128)),
+}
+"""Tiles of the two passes by how products are formed: where programs are too few to fill the device, and from there.
+
+Chosen by what the compiler reports for sm_90 (`python -m benchmarks.kernels`): registers without spills, and the
+matrix units' instructions. They have not been timed.
+"""
+
+
+WHOLE = {
+    256: (Tile(128, 64, 256, 8, 2, whole=True), Tile(128, 64, 256, 8, 2, 256, whole=True)),
+    512: (Tile(128, 32, 512, 8, 2, whole=True), Tile(64, 64, 512, 8, 2, 512, whole=True)),
+}
+"""Tiles of half precision for rows of up to so many dimensions, where a program's warps can share the memory for it.
+
+Similarities are formed again once for the gradient, and not for every 128 dimensions of it.
+"""
+
+
+def tiles(kind: str, dim: int, rows: int, terms: int, views: int, device: torch.device) -> tuple[Tile, Tile]:
+    """The tiles of both passes, for `rows` anchors of each of `terms` terms, and of each of `views` views."""
+    processors, shared = _limits(device)
+    choices = [LARGE[kind]]
+    if kind == "half":
+        choices += [pair for most, pair in WHOLE.items() if dim <= most][:1]
+    found = []
+    for position, groups in enumerate((terms, views)):
+        best = SMALL[kind][position].within(dim)
+        for tile in (choice[position].within(dim) for choice in choices):
+            programs = triton.cdiv(rows, tile.rows) * groups * triton.cdiv(dim, tile.width or dim)
+            # A tile twice as large on half of the processors takes as long.
+            if 2 * programs >= processors and tile.shared_bytes <= shared:
+                best = tile
+        found.append(best)
+    return found[0], found[1]
+
+
+@cache
+def _limits(device: torch.device) -> tuple[int, int]:
+    """Processors of a device, and bytes of memory that a program's warps can share."""
+    if device.type != "cuda":
+        return sys.maxsize, 0
+    properties = torch.cuda.get_device_properties(device)
+    return properties.multi_processor_count, properties.shared_memory_per_block_optin
+
+
+@triton.jit
+def _rows(z, v, i, n, d, k):
+    """Dimensions k of rows i of view v, zero beyond both."""
+    place = z + (v * n + i[:, None]).to(tl.int64) * d + k[None, :]
+    return tl.load(place, mask=(i < n)[:, None] & (k < d)[None, :], other=0.0)
+
+
+@triton.jit
+def _own(z, a, c, i, n, d, DEPTH: tl.constexpr):
+    """<z[a, i], z[c, i]> for some rows of two views, float32."""
+    own = tl.zeros((i.shape[0],), dtype=tl.float32)
+    for start in range(0, d, DEPTH):
+        k = start + tl.arange(0, DEPTH)
+        own += tl.sum(_rows(z, a, i, n, d, k).to(tl.float32) * _rows(z, c, i, n, d, k).to(tl.float32), 1)
+    return own
+
+
 @triton.jit
 def _similarities(z, a, c, i, j, n, d, DEPTH: tl.constexpr, PRECISION: tl.constexpr):
-    """<z[a, i], z[c, j]> for some rows of two views, float32."""
-    k = tl.arange(0, DEPTH)
+    """<z[a, i], z[c, j]> for some rows of two views, float32, where the rows have more dimensions than a tile."""
     s = tl.zeros((i.shape[0], j.shape[0]), dtype=tl.float32)
     for start in range(0, d, DEPTH):
-        inside = start + k < d
-        x = tl.load(z + (a * n + i[:, None]).to(tl.int64) * d + start + k[None, :],
-                    mask=(i < n)[:, None] & inside[None, :], other=0.0)  # fmt: skip
-        y = tl.load(z + (c * n + j[:, None]).to(tl.int64) * d + start + k[None, :],
-                    mask=(j < n)[:, None] & inside[None, :], other=0.0)  # fmt: skip
-        s = tl.dot(x, tl.trans(y), s, input_precision=PRECISION)
+        k = start + tl.arange(0, DEPTH)
+        s = tl.dot(_rows(z, a, i, n, d, k), tl.trans(_rows(z, c, j, n, d, k)), s, input_precision=PRECISION)
     return s
 
 
 @triton.jit
 def _positives(ones, others, i, j, n, MATCHES: tl.constexpr):
-    """Which pairs have a match, `blocks.Positives.matches`; pairs beyond the batch count as positives."""
-    out = (j >= n)[None, :] | (i >= n)[:, None]
+    """Which pairs have a match, `blocks.Positives.matches`, or are a row with itself; those beyond the batch too."""
+    out = (j >= n)[None, :] | (i[:, None] == j[None, :])
     for m in tl.static_range(MATCHES):
         own = tl.load(ones + m * n + i, mask=i < n, other=0)
         other = tl.load(others + m * n + j, mask=j < n, other=0)
@@ -62,9 +169,13 @@ def _positives(ones, others, i, j, n, MATCHES: tl.constexpr):
 @triton.jit
 def _log_sums(
     z, terms, rates, ones, others, sums, positive, counts, first, last, n, d, rate_stride,
-    MATCHES: tl.constexpr, ROWS: tl.constexpr, CANDIDATES: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
+    MATCHES: tl.constexpr, ROWS: tl.constexpr, CANDIDATES: tl.constexpr, DEPTH: tl.constexpr, WHOLE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Program (block of anchors, term): log of the sum over negatives of exp(s / tau), s_ii, how many negatives."""
+    """Program (block of anchors, term): log of the sum over negatives of exp(s / tau), s_ii, how many negatives.
+
+    WHOLE: a tile has all dimensions: the anchors are loaded once.
+    """
     t = tl.program_id(1)
     a, c = tl.load(terms + 2 * t), tl.load(terms + 2 * t + 1)
     i = first + tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -72,14 +183,19 @@ def _log_sums(
     rate = tl.load(rates + t * rate_stride * n + i * rate_stride, mask=mine, other=0.0)
     top = tl.full((ROWS,), float("-inf"), dtype=tl.float32)
     total = tl.zeros((ROWS,), dtype=tl.float32)
-    own = tl.zeros((ROWS,), dtype=tl.float32)
     count = tl.zeros((ROWS,), dtype=tl.float32)
+    k = tl.arange(0, DEPTH)
+    if WHOLE:
+        x = _rows(z, a, i, n, d, k)
     for start in range(0, n, CANDIDATES):
         j = start + tl.arange(0, CANDIDATES)
-        s = _similarities(z, a, c, i, j, n, d, DEPTH, PRECISION)
-        own += tl.sum(tl.where(i[:, None] == j[None, :], s, 0.0), 1)
+        if WHOLE:
+            s = tl.dot(x, tl.trans(_rows(z, c, j, n, d, k)), input_precision=PRECISION)
+        else:
+            s = _similarities(z, a, c, i, j, n, d, DEPTH, PRECISION)
         positives = _positives(ones, others, i, j, n, MATCHES)
-        count += tl.sum(tl.where(positives, 0.0, 1.0), 1)
+        if MATCHES > 0:
+            count += tl.sum(tl.where(positives, 0.0, 1.0), 1)
         s = tl.where(positives, float("-inf"), s * rate[:, None])
         higher = tl.maximum(top, tl.max(s, 1))
         level = tl.where(higher == float("-inf"), 0.0, higher)
@@ -90,8 +206,10 @@ def _log_sums(
     found = tl.where(total > 0, (top + tl.log2(tl.maximum(total, 1e-38))) * 0.6931471805599453, none)
     out = t * (last - first) + i - first
     tl.store(sums + out, found, mask=mine)
-    tl.store(positive + out, own, mask=mine)
+    tl.store(positive + out, _own(z, a, c, i, n, d, DEPTH), mask=mine)
     if t == 0:
+        if MATCHES == 0:
+            count += n - 1
         tl.store(counts + i - first, count, mask=mine)
 
 
@@ -202,17 +320,21 @@ def _store(
 def _gradients(
     z, partners, rates, offsets, own, ones, others, gradient, pulls, first, last, n, d, rate_stride, unscale,
     PARTNERS: tl.constexpr, SLOPES: tl.constexpr, MATCHES: tl.constexpr, ROWS: tl.constexpr, CANDIDATES: tl.constexpr,
-    DEPTH: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
+    DEPTH: tl.constexpr, WIDTH: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Program (block of rows, view, block of dimensions): the view's gradient from all blocks that it is in.
 
     partners: per view, PARTNERS times (other view, term of this view's anchors, term of the other's), -1 for none.
+    WHOLE: a tile has all dimensions: the view's rows are loaded once, and where WIDTH has all of them too, so
+    that there is one block of dimensions, a candidate tile serves both products.
     """
     v, part = tl.program_id(1), tl.program_id(2)
     i = first + tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     mine = i < last
     k = part * WIDTH + tl.arange(0, WIDTH)
     out = tl.zeros((ROWS, WIDTH), dtype=tl.float32)
+    if WHOLE:
+        x = _rows(z, v, i, n, d, tl.arange(0, DEPTH))
     for e in range(PARTNERS):
         p = tl.load(partners + (v * PARTNERS + e) * 3)
         if p >= 0:
@@ -223,21 +345,26 @@ def _gradients(
             owned = tl.load(own + forth * n + i, mask=mine, other=0.0) + tl.load(
                 own + back * n + i, mask=mine, other=0.0
             )
+            # A row's positive with itself: apart, in float32, and not rounded as the weights below are.
+            out -= owned[:, None] * _rows(z, p, i, n, d, k).to(tl.float32)
             pull = tl.zeros((ROWS,), dtype=tl.float32)
             for start in range(0, n, CANDIDATES):
                 j = start + tl.arange(0, CANDIDATES)
-                s = _similarities(z, v, p, i, j, n, d, DEPTH, PRECISION)
+                if WHOLE:
+                    y = _rows(z, p, j, n, d, tl.arange(0, DEPTH))
+                    s = tl.dot(x, tl.trans(y), input_precision=PRECISION)
+                else:
+                    s = _similarities(z, v, p, i, j, n, d, DEPTH, PRECISION)
                 b = tl.load(offsets + back * n + j, mask=j < n, other=float("inf"))
                 rate_b = tl.load(rates + back * rate_stride * n + j * rate_stride, mask=j < n, other=0.0)
                 positives = _positives(ones, others, i, j, n, MATCHES)
-                w = tl.where(positives, 0.0, tl.exp2(s * rate_a[:, None] - a[:, None]))
+                w = tl.exp2(s * rate_a[:, None] - a[:, None])
                 if SLOPES:
-                    pull += tl.sum(w * s, 1)
-                w += tl.where(positives, 0.0, tl.exp2(s * rate_b[None, :] - b[None, :]))
-                w = tl.where(i[:, None] == j[None, :], -owned[:, None], w)
-                y = tl.load(z + (p * n + j[:, None]).to(tl.int64) * d + k[None, :],
-                            mask=(j < n)[:, None] & (k < d)[None, :], other=0.0)  # fmt: skip
-                out = tl.dot(w.to(y.dtype), y, out, input_precision=PRECISION)
+                    pull += tl.sum(tl.where(positives, 0.0, w * s), 1)
+                w = tl.where(positives, 0.0, w + tl.exp2(s * rate_b[None, :] - b[None, :]))
+                if not WHOLE or WIDTH < DEPTH:
+                    y = _rows(z, p, j, n, d, k)
+                out = tl.dot(w.to(z.dtype.element_ty), y, out, input_precision=PRECISION)
             if SLOPES and part == 0:
                 tl.store(pulls + forth * (last - first) + i - first, pull * unscale, mask=mine)
     place = gradient + (v * (last - first) + i - first)[:, None].to(tl.int64) * d + k[None, :]
@@ -273,20 +400,18 @@ class TritonBlocks:
         rates = LOG2E / taus.float() if isinstance(taus, Tensor) else _constant((LOG2E / taus,), self.z.device)[0]
         self.rate_stride = 1 if rates.dim() else 0
         self.rates = rates.contiguous()
-        matches = positives.matches
-        if matches is None:
-            own = torch.arange(self.size, device=self.z.device)
-            matches = ((own, own),)
-        self.ones = self.others = matches[0][0][None] if len(matches) == 1 else torch.stack([a for a, _ in matches])
+        matches = positives.matches or ()
+        self.ones = self.others = self.z  # for no matches, of which nothing is read
+        if matches:
+            self.ones = self.others = matches[0][0][None] if len(matches) == 1 else torch.stack([a for a, _ in matches])
         if any(a is not b for a, b in matches):
             self.others = torch.stack([b for _, b in matches])
         half = self.z.dtype == torch.float16
         self.lift = self.size * min(HALF_SCALE, LARGEST_HALF / largest) if half else 1.0
         self.unique = positives.unique
-        self.options = {
-            "MATCHES": len(matches), "ROWS": ROWS, "CANDIDATES": CANDIDATES, "DEPTH": DEPTH,
-            "PRECISION": "tf32" if products == "tf32" else "ieee",
-        }  # fmt: skip
+        kind = "half" if self.z.element_size() == 2 else "tf32" if products == "tf32" else "ieee"
+        self.tiles = tiles(kind, self.dim, self._rows, len(self.terms), self.views, self.z.device)
+        self.options = {"MATCHES": len(matches), "PRECISION": "tf32" if kind == "tf32" else "ieee"}
 
     @property
     def _rows(self) -> int:
@@ -304,9 +429,10 @@ class TritonBlocks:
         """
         count = len(self.terms)
         found = torch.empty(2 * count + 1, self._rows, device=self.z.device)
-        _log_sums[(triton.cdiv(self._rows, ROWS), count)](
+        tile = self.tiles[0]
+        _log_sums[(triton.cdiv(self._rows, tile.rows), count)](
             self.z, self.terms, self.rates, self.ones, self.others, found, found[count:], found[2 * count :],
-            self.mine.start, self.mine.stop, self.size, self.dim, self.rate_stride, **self.options,
+            self.mine.start, self.mine.stop, self.size, self.dim, self.rate_stride, **self.options, **tile.sizes, **tile.launch,
         )  # fmt: skip
         return found
 
@@ -323,7 +449,7 @@ class TritonBlocks:
         """
         count, device = len(self.terms), self.z.device
         both = ids[0][None] if all(i is ids[0] for i in ids) else torch.stack(list(ids))
-        blocks = triton.cdiv(self.size, ROWS)
+        blocks = triton.cdiv(self.size, BLOCK)
         offsets, own, updated = torch.empty(3, count, self.size, device=device)
         partials = torch.empty(3, count, blocks, device=device)
         image, text = (tables[0], tables[-1]) if tables else (offsets, offsets)
@@ -332,10 +458,10 @@ class TritonBlocks:
         _estimate[(blocks, count)](
             anchors, anchors[count:], anchors[2 * count :], where, _constant(tuple(weights), device), self.rates, both,
             image, text, logs, offsets, own, updated, partials, self.size, self.lift, rho,
-            GLOBAL=bool(tables), UNIQUE=self.unique, IDS=len(both), BLOCK=ROWS, CANDIDATES=CANDIDATES,
+            GLOBAL=bool(tables), UNIQUE=self.unique, IDS=len(both), BLOCK=BLOCK, CANDIDATES=CANDIDATES,
         )  # fmt: skip
         if tables and write:
-            _store[(blocks, count)](updated, where, both, image, text, self.size, IDS=len(both), BLOCK=ROWS)
+            _store[(blocks, count)](updated, where, both, image, text, self.size, IDS=len(both), BLOCK=BLOCK)
         return offsets, own, partials.sum(2)
 
     def gradients(
@@ -351,12 +477,12 @@ class TritonBlocks:
         """`gradients`, with offsets in base 2 and weights lifted into the range of the products' type."""
         pulls = torch.empty(len(self.terms), self._rows, device=self.z.device) if slopes else None
         fresh = gradient if not written else torch.empty_like(gradient)
-        width = min(WIDTH, max(16, triton.next_power_of_2(self.dim)))
-        _gradients[(triton.cdiv(self._rows, ROWS), self.views, triton.cdiv(self.dim, width))](
+        tile = self.tiles[1]
+        _gradients[(triton.cdiv(self._rows, tile.rows), self.views, triton.cdiv(self.dim, tile.width))](
             self.z, self.partners, self.rates, offsets, own, self.ones, self.others, fresh,
             pulls if pulls is not None else fresh, self.mine.start, self.mine.stop, self.size, self.dim,
-            self.rate_stride, 1.0 / self.lift, PARTNERS=self.partners.shape[1], SLOPES=slopes, WIDTH=width,
-            **self.options,
+            self.rate_stride, 1.0 / self.lift, PARTNERS=self.partners.shape[1], SLOPES=slopes,
+            **self.options, **tile.sizes, **tile.launch,
         )  # fmt: skip
         if fresh is not gradient:
             gradient += fresh

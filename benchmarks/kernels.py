@@ -23,13 +23,13 @@ from typing import Any
 
 import torch
 import triton
+from benchmarks.objectives import VIEWS, machine, median_times, views_of
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from amclr.objectives import build, kernels
 from amclr.objectives.blocks import Positives
 from amclr.objectives.kernels import Tile
-from benchmarks.objectives import VIEWS, machine, median_times, views_of
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 KINDS = {"half": ("*bf16", torch.bfloat16, "bfloat16"), "tf32": ("*fp32", torch.float32, "tf32"),

@@ -1,6 +1,6 @@
 """Time and memory of the objectives, forward and backward, as ratios measured in one run.
 
-    make bench, or python -m benchmarks.objectives [--sizes 128,512] [--dims 256] [--threads 1] [--device cpu]
+    make bench, or python -m benchmarks.objectives [--sizes 128,512] [--dims 256] [--dtype float32] [--device cpu]
 
 Compared are: this project's objectives; the straightforward formulation, which materialises a B x B
 matrix per term and leaves the gradient to autograd; open_clip's ClipLoss and SigLipLoss (2 terms each)
@@ -8,7 +8,8 @@ and LibAUC's GCLoss (SogCLR, 2 terms), where installed; and the floor, torch's o
 that any form of the gradient needs (three per similarity block; four where the memory may not grow with
 B x B, so there 1.33 is the least; consistency penalties, `--cyclic 0.1`, are no part of it). Each time
 is the median of rounds in which all rivals take turns, each round in another order; the memory is the most that a step allocates beyond its
-inputs, the gradient included.
+inputs, the gradient included. On a GPU features are bfloat16 unless `--dtype` says otherwise, and batches go on to
+262,144 pairs, where what does not fit says so.
 """
 
 from __future__ import annotations
@@ -35,9 +36,9 @@ VIEWS = ("image", "image_aug", "text", "text_aug")
 Step = Callable[[], None]
 
 
-def views_of(batch: int, dim: int, device: str) -> dict[str, torch.Tensor]:
+def views_of(batch: int, dim: int, device: str, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    rows = {v: F.normalize(torch.randn(batch, dim, generator=generator), dim=-1).to(device) for v in VIEWS}
+    rows = {v: F.normalize(torch.randn(batch, dim, generator=generator), dim=-1).to(device, dtype) for v in VIEWS}
     return {v: r.requires_grad_() for v, r in rows.items()}
 
 
@@ -50,7 +51,7 @@ def ours(name: str, views: dict[str, torch.Tensor], tau: float, cyclic: float) -
 
 
 def straightforward(name: str, views: dict[str, torch.Tensor], tau: float, cyclic: float) -> Step:
-    """Every term on its own, as published code writes it: similarities, masked exponentials, weights, in fp32."""
+    """Every term on its own, as published code writes it: similarities, then masked exponentials and weights in fp32."""
     built = build(name, 1, cyclic_weight=cyclic)
     pairs = [(t.anchor, t.candidate) for t in built.terms]
     batch = len(views["image"])
@@ -61,7 +62,7 @@ def straightforward(name: str, views: dict[str, torch.Tensor], tau: float, cycli
     def step() -> None:
         loss = torch.zeros((), device=device)
         for k, (anchor, candidate) in enumerate(pairs):
-            s = views[anchor] @ views[candidate].T
+            s = (views[anchor] @ views[candidate].T).float()
             d = s - s.diagonal()[:, None]
             e = (d.detach() / tau).exp() * (1 - eye)
             g = e.sum(1) / (batch - 1)
@@ -70,7 +71,7 @@ def straightforward(name: str, views: dict[str, torch.Tensor], tau: float, cycli
             w = e / u[:, None]
             loss = loss + ((w * d * (1 - eye)).sum(1) / (batch - 1)).mean()
         for image, text in built.pairs if built.cyclic_weight else ():
-            x, y = views[image], views[text]
+            x, y = views[image].float(), views[text].float()
             s = x @ y.T
             inconsistency = (x @ x.T - y @ y.T).square().mean() + (s - s.T).square().mean()
             loss = loss + built.cyclic_weight * batch / len(built.pairs) * inconsistency
@@ -80,14 +81,19 @@ def straightforward(name: str, views: dict[str, torch.Tensor], tau: float, cycli
 
 
 def floor(blocks: int, views: dict[str, torch.Tensor]) -> Step:
-    """The matrix products of `blocks` similarity blocks and their gradients, nothing else."""
+    """The matrix products of `blocks` similarity blocks and their gradients, nothing else.
+
+    As many rows at a time as take 2 GiB, which on a CPU is all of them.
+    """
     x, y = views["image"].detach(), views["text"].detach()
+    rows = max(1, (1 << 31) // (len(y) * y.element_size()))
 
     def step() -> None:
         for _ in range(blocks):
-            s = x @ y.T
-            s @ y
-            s.T @ x
+            for part in x.split(rows):
+                s = part @ y.T
+                s @ y
+                s.T @ part
 
     return step
 
@@ -123,9 +129,21 @@ def backward(loss: torch.Tensor, views: dict[str, torch.Tensor]) -> None:
         v.grad = None
 
 
+def fits(step: Step) -> bool:
+    """Whether a step finds the memory that it takes."""
+    try:
+        step()
+    except torch.OutOfMemoryError:
+        torch.cuda.empty_cache()
+        return False
+    return True
+
+
 def median_times(steps: dict[str, Step], seconds: float, device: str) -> dict[str, float]:
-    """Median seconds of each step. The rivals take turns, so that noise hits all alike, and each round in another
-    order: what one leaves in the cache would else always be there, or missing, for the same next one."""
+    """Median seconds of each step. They take turns, so that noise hits all alike, in another order each time.
+
+    What one leaves in the cache would else always be there, or missing, for the same next one.
+    """
     spent: dict[str, list[float]] = {name: [] for name in steps}
     order, shuffled = list(steps), random.Random(0)
 
@@ -199,7 +217,7 @@ def machine(device: str, threads: int) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", default="128,256,512,1024,2048,4096,8192")
+    parser.add_argument("--sizes", help="batch sizes; by default 128 to 8192, on a GPU to 262144")
     parser.add_argument("--dims", default="256,512")
     parser.add_argument("--methods", default="sogclr,amclr,xamclr")
     parser.add_argument("--tau", type=float, default=0.05)
@@ -207,19 +225,25 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=2.0, help="time per row of the table, at least three rounds")
     parser.add_argument("--plain-gb", type=float, default=8.0, help="leave the straightforward form out above this")
+    parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], help="of the features")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    print(f"{machine(options.device, options.threads)}, fp32, tau {options.tau:g}; forward + backward. x / ours is how many "
-          "times what ours takes.")  # fmt: skip
+    on_gpu = options.device == "cuda"
+    dtype = options.dtype or ("bfloat16" if on_gpu else "float32")
+    sizes = options.sizes or ("128,1024,8192,32768,65536,262144" if on_gpu else "128,256,512,1024,2048,4096,8192")
+    print(f"{machine(options.device, options.threads)}, {dtype}, tau {options.tau:g}; forward + backward. x / ours is how "
+          "many times what ours takes.")  # fmt: skip
     names = ["open_clip ClipLoss", "open_clip SigLipLoss", "LibAUC GCLoss"]
     columns = ["D", "B", "method", "ours ms", "ours / floor", "straightforward / ours", "ours MB", "straightforward / ours",
                *(f"{n} / ours" for n in names)]  # fmt: skip
     print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
     for dim in map(int, options.dims.split(",")):
-        for batch in map(int, options.sizes.split(",")):
-            views = views_of(batch, dim, options.device)
+        for batch in map(int, sizes.split(",")):
+            views = views_of(batch, dim, options.device, getattr(torch, dtype))
             others = rivals(views, options.tau)
+            missing = {n: "-" if n not in others else "does not fit" for n in names}
+            others = {n: step for n, step in others.items() if fits(step)}
             for name in options.methods.split(","):
                 terms = len(build(name, 1).terms)
                 steps = {
@@ -228,17 +252,18 @@ def main() -> None:
                     **others,
                 }
                 # Five B x B matrices a term are held for the backward pass.
-                fits = terms * 5 * 4 * batch**2 < options.plain_gb * 1e9
-                if fits:
+                if terms * 5 * 4 * batch**2 < options.plain_gb * 1e9:
                     steps["plain"] = straightforward(name, views, options.tau, options.cyclic)
                 t = median_times(steps, options.seconds, options.device)
                 # With a new objective: this one holds its tiles from step to step, and they count.
                 memory = peak_bytes(lambda: ours(name, views, options.tau, options.cyclic)(), options.device)  # noqa: B023
-                plain = f"{t['plain'] / t['ours']:.2f}" if fits else "does not fit"
-                plain_memory = f"{peak_bytes(steps['plain'], options.device) / memory:.1f}" if fits else "does not fit"
+                plain = plain_memory = "does not fit"
+                if "plain" in steps:
+                    plain = f"{t['plain'] / t['ours']:.2f}"
+                    plain_memory = f"{peak_bytes(steps['plain'], options.device) / memory:.1f}"
                 row = [dim, batch, name, f"{1e3 * t['ours']:.2f}", f"{t['ours'] / t['floor']:.2f}", plain,
                        f"{memory / 1e6:.1f}", plain_memory]  # fmt: skip
-                row += [f"{t[n] / t['ours']:.2f}" if n in t else "-" for n in names]
+                row += [f"{t[n] / t['ours']:.2f}" if n in t else missing[n] for n in names]
                 print(f"| {' | '.join(map(str, row))} |", flush=True)
 
 

@@ -89,8 +89,6 @@ LARGE = {
 Chosen by what the compiler reports for sm_90 (`python -m benchmarks.kernels`): registers without spills, and the
 matrix units' instructions. They have not been timed.
 """
-
-
 WHOLE = {
     256: (Tile(128, 64, 256, 8, 2, whole=True), Tile(128, 64, 256, 8, 2, 256, whole=True)),
     512: (Tile(128, 32, 512, 8, 2, whole=True), Tile(64, 64, 512, 8, 2, 512, whole=True)),
@@ -124,8 +122,8 @@ def _limits(device: torch.device) -> tuple[int, int]:
     """Processors of a device, and bytes of memory that a program's warps can share."""
     if device.type != "cuda":
         return sys.maxsize, 0
-    properties = torch.cuda.get_device_properties(device)
-    return properties.multi_processor_count, properties.shared_memory_per_block_optin
+    found = triton.runtime.driver.active.utils.get_device_properties(device.index or 0)
+    return found["multiprocessor_count"], found["max_shared_mem"]
 
 
 @triton.jit
@@ -432,7 +430,8 @@ class TritonBlocks:
         tile = self.tiles[0]
         _log_sums[(triton.cdiv(self._rows, tile.rows), count)](
             self.z, self.terms, self.rates, self.ones, self.others, found, found[count:], found[2 * count :],
-            self.mine.start, self.mine.stop, self.size, self.dim, self.rate_stride, **self.options, **tile.sizes, **tile.launch,
+            self.mine.start, self.mine.stop, self.size, self.dim, self.rate_stride,
+            **self.options, **tile.sizes, **tile.launch,
         )  # fmt: skip
         return found
 

@@ -649,7 +649,7 @@ class Objective(nn.Module):
                 metrics["margin"], metrics["temperature"] = -(taus[0] * log_g[0]).mean(), taus.mean()
             else:
                 metrics["margin"] = log_g[0].mean() * -taus
-                metrics["temperature"] = torch.as_tensor(taus).to(log_g) if isinstance(taus, Tensor) else log_g.new_full((), taus)
+                metrics["temperature"] = taus.to(log_g) if isinstance(taus, Tensor) else log_g.new_full((), taus)
 
     @staticmethod
     def _report_losses(metrics: dict[str, Tensor], terms: list[Term], parts: Tensor, value: Tensor) -> None:

@@ -51,7 +51,7 @@ def compiled(kernel: Any, constants: dict[str, Any], capability: int, features: 
     Pointers and sizes are taken for multiples of 16, as they are in practice, so that loads are as wide.
     """
     names = kernel.arg_names
-    given = SPECIAL | {"z": features}
+    given = SPECIAL | {"z": features, "gradient": features}
     types = {n: "constexpr" if n in constants else given.get(n, "*fp32") for n in names}
     even = {(k,): [["tt.divisibility", 16]] for k, n in enumerate(names) if types[n].startswith("*") or n in ("n", "d")}
     values = {(names.index(n),): value for n, value in constants.items()}

@@ -212,7 +212,7 @@ def test_same_bits_twice() -> None:
 
 
 class Calls(TorchDispatchMode):
-    """The names of the operations called, but for those that only look at a tensor in another way."""
+    """The operations called, and what they made, but for those that only look at a tensor in another way."""
 
     LOOKS = ("view", "slice", "select", "alias", "detach", "permute", "transpose", "unsqueeze", "unbind", "expand", "t.", "empty",
              "_unsafe_view", "squeeze", "promote_types", "lift_fresh")  # fmt: skip
@@ -220,12 +220,15 @@ class Calls(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.names: list[str] = []
+        self.made: list[Any] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = str(func).removeprefix("aten.")
+        found = func(*args, **(kwargs or {}))
         if not name.startswith(self.LOOKS):
             self.names.append(name)
-        return func(*args, **(kwargs or {}))
+            self.made.append(found)
+        return found
 
 
 class Launches:
@@ -236,9 +239,9 @@ class Launches:
 
     def __getitem__(self, grid: Any) -> Any:
         def launch(*args: Any, **kwargs: Any) -> None:
-            before = list(self.calls.names)
+            names, made = list(self.calls.names), list(self.calls.made)
             self.kernel[grid](*args, **kwargs)
-            self.calls.names = [*before, "kernel"]
+            self.calls.names, self.calls.made = [*names, "kernel"], made
 
         return launch
 
@@ -265,6 +268,34 @@ def test_a_step_is_a_handful_of_launches_and_waits_for_none(
     ]
     assert not waits, waits
     assert len(calls.names) <= most, calls.names
+
+
+@pytest.mark.parametrize("temperature", ["fixed", "learnable"])
+def test_half_precision_views_are_not_copied_to_float32(temperature: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At B = 32,768 and D = 512 four such copies would be 268 MB."""
+    views, ids = draw(0, 40, 32, torch.float16), torch.arange(40, device=DEVICE)
+    objective = build("amclr", 40, backend="triton", validate=False, temperature_mode=temperature).to(DEVICE)
+    calls = Calls()
+    for kernel in ("_log_sums", "_estimate", "_store", "_gradients"):
+        monkeypatch.setattr(kernels, kernel, Launches(getattr(kernels, kernel), calls))
+    with calls:
+        loss, _ = objective(views, ids)
+    large = [x.dtype for x in calls.made if isinstance(x, Tensor) and x.numel() >= 40 * 32]
+    if temperature == "fixed":
+        assert large == [torch.float16], large  # the views, stacked
+    loss.backward()
+    exact = build("amclr", 40, backend="eager", temperature_mode=temperature)
+    same = {k: v.detach().cpu().double().requires_grad_() for k, v in views.items()}
+    expected, _ = exact(same, torch.arange(40))
+    expected.backward()
+    torch.testing.assert_close(loss.detach().cpu().double(), expected.detach(), rtol=2e-3, atol=2e-3)
+    for v, x in views.items():
+        assert x.grad is not None and x.grad.dtype == torch.float16
+        assert float((x.grad.cpu().double() - same[v].grad).norm() / same[v].grad.norm()) < 5e-3  # type: ignore[union-attr]
+    if temperature == "learnable":
+        torch.testing.assert_close(
+            objective.log_temperature.grad.cpu(), exact.log_temperature.grad, rtol=5e-3, atol=5e-3
+        )
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")

@@ -32,6 +32,7 @@ QUANTILE_SAMPLE = 1 << 20
 COMPARED = ("dimensions", "type", "training", "gradient", "diagnostics", "groups", "queued samples")
 """What the processes compare before a step, so that none waits for a collective that another does not call."""
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+HALVES = (torch.float16, torch.bfloat16)
 DEAD = 0.01
 """An anchor whose weights sum to less than this gives next to no gradient."""
 
@@ -224,16 +225,18 @@ class Objective(nn.Module):
             if self.queue is not None:
                 self._former_queue = self.queue.state
         with _without_autocast(device):
-            dtype = torch.promote_types(torch.float32, source)
-            inputs = {v: views[v].to(dtype) for v in self._stacked}
+            by_autograd = self.method.contrast == "sigmoid" or any(t.also for t in self.terms)
+            exact = torch.promote_types(torch.float32, source)
+            as_they_are = not by_autograd and self._takes_halves(views, source)
+            inputs = {v: views[v] if as_they_are else views[v].to(exact) for v in self._stacked}
             if self.averaged and len(world.sizes) > 1:
                 inputs = {v: _Scaled.apply(x, float(len(world.sizes))) for v, x in inputs.items()}
-            if self.method.contrast == "sigmoid" or any(t.also for t in self.terms):
+            if by_autograd:
                 total, metrics = self._autograd_loss(inputs, positives, world)
             else:
                 total, metrics = self._closed_form_loss(inputs, id_of, shown, positives, world, wanted, source)
             if self.cyclic_weight:
-                penalty = self._cyclic_penalty({v: world.gather_rows(x) for v, x in inputs.items()})
+                penalty = self._cyclic_penalty({v: world.gather_rows(x.to(exact)) for v, x in inputs.items()})
                 total, metrics["loss_cyclic"] = total + penalty, penalty.detach()
         # Of its own storage: whoever divides the loss in place should not change what is logged.
         own = metrics.pop("loss", None)
@@ -281,7 +284,7 @@ class Objective(nn.Module):
         views: V of (M, D), the rows of this process. Updates the tables; fills in the metrics.
         """
         products = self.products
-        if products == "auto" and source in (torch.float16, torch.bfloat16):
+        if products == "auto" and source in HALVES:
             products = str(source).removeprefix("torch.")
         if products in ("float16", "bfloat16"):
             views = [v.to(getattr(torch, products)).to(v.dtype) for v in views]
@@ -408,6 +411,17 @@ class Objective(nn.Module):
             and self.queue is None
         )
 
+    def _takes_halves(self, views: Mapping[str, Tensor], source: torch.dtype) -> bool:
+        """Whether views in half precision go to the Triton kernels as they came, so that no copy in float32 is made."""
+        first = views[self._stacked[0]]
+        return (
+            source in HALVES
+            and self.products in ("auto", str(source).removeprefix("torch."))
+            and all(views[v].dtype == source for v in self._stacked)
+            and self._uses_triton(first)
+            and self._is_plain(first)
+        )
+
     def _few_launches(
         self, every: list[Tensor], ids: dict[str, Tensor], learned_tau: Tensor | None, world: World,
         positives: Positives, wanted: bool, products: str, metrics: dict[str, Tensor],
@@ -438,7 +452,10 @@ class Objective(nn.Module):
         if not wanted:
             return loss, None, None
         own_rows = world.mine
-        gradient = every[0].new_empty(len(every), own_rows.stop - own_rows.start, every[0].shape[1])
+        # bfloat16 has float32's range. In float16 a gradient would be lost before loss scaling can lift it.
+        kind = torch.bfloat16 if blocks.z.dtype == every[0].dtype == torch.bfloat16 else torch.float32
+        shape = len(every), own_rows.stop - own_rows.start, every[0].shape[1]
+        gradient = torch.empty(shape, dtype=kind, device=every[0].device)
         blocks.gradients_from(offsets, own, gradient, set(), False)
         return loss, gradient, self._tau_gradient([v[own_rows] for v in every], gradient, learned_tau, tau, loss, world)
 
@@ -455,7 +472,7 @@ class Objective(nn.Module):
         """
         if learned_tau is None:
             return None
-        pulls = torch.stack([(v * g).sum() for v, g in zip(views, gradient, strict=True)]).sum()
+        pulls = torch.stack([(v.to(loss.dtype) * g).sum() for v, g in zip(views, gradient, strict=True)]).sum()
         slope = -world.sum((pulls + queue_pull) / 2) / tau
         return slope + loss / tau if self.method.contrast == "global" else slope
 

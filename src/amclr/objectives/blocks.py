@@ -38,7 +38,7 @@ SLAB = 1 << 16
 """Factors of a tile are worked out for so many similarities at a time."""
 ACCELERATOR_TILE_BYTES = 1 << 26
 """A tile elsewhere: large enough for the device's matrix units."""
-KEPT_BYTES = 1 << 25
+KEPT_BYTES = 1 << 27
 """A grid's tiles are kept from the first pass to the second where they take at most this: beyond it,
 recomputing them costs one matrix product more, and the memory does not grow with B x B."""
 PLAIN_EXPONENT = 40.0

@@ -12,6 +12,7 @@ the times are computed with: about 300 for NVLink within a machine, 25 to 50 for
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -39,7 +40,11 @@ def _count(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-MODELS = {"paper": _paper, "ViT-B-32": partial(_clip, "ViT-B-32"), "ViT-L-14": partial(_clip, "ViT-L-14")}
+MODELS: dict[str, Callable[[], tuple[int, int]]] = {
+    "paper": _paper,
+    "ViT-B-32": partial(_clip, "ViT-B-32"),
+    "ViT-L-14": partial(_clip, "ViT-L-14"),
+}
 """By name: how to count the parameters, on no device; and the dimension of the shared space."""
 
 

@@ -42,7 +42,7 @@ def views_of(batch: int, dim: int, device: str, dtype: torch.dtype = torch.float
     return {v: r.requires_grad_() for v, r in rows.items()}
 
 
-def ours(name: str, views: dict[str, torch.Tensor], tau: float, cyclic: float) -> Step:
+def ours(name: str, views: dict[str, torch.Tensor], tau: float, cyclic: float = 0.0) -> Step:
     batch = len(views["image"])
     # The rivals do not look at what they are given either.
     objective = build(name, batch, temperature=tau, cyclic_weight=cyclic, validate=False).to(views["image"].device)
@@ -50,7 +50,7 @@ def ours(name: str, views: dict[str, torch.Tensor], tau: float, cyclic: float) -
     return lambda: backward(objective(views, ids)[0], views)
 
 
-def straightforward(name: str, views: dict[str, torch.Tensor], tau: float, cyclic: float) -> Step:
+def straightforward(name: str, views: dict[str, torch.Tensor], tau: float, cyclic: float = 0.0) -> Step:
     """Every term on its own, as published code writes it: similarities, then masked exponentials and weights in fp32."""
     built = build(name, 1, cyclic_weight=cyclic)
     pairs = [(t.anchor, t.candidate) for t in built.terms]
@@ -181,7 +181,7 @@ def peak_bytes(step: Step, device: str) -> int:
     ) as profile:  # fmt: skip
         step()
     held = peak = 0
-    for event in profile.profiler.kineto_results.events():  # type: ignore[union-attr]
+    for event in profile.profiler.kineto_results.events():
         if event.name() == "[memory]":
             held += event.nbytes()
             peak = max(peak, held)

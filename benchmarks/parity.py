@@ -14,6 +14,7 @@ import argparse
 import tempfile
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from benchmarks.objectives import machine
@@ -35,7 +36,7 @@ def towers(text_folder: Path) -> dict[str, ModelConfig]:
     for name, config in (("distilbert", DistilBertConfig()), ("bert", BertConfig())):
         config.save_pretrained(text_folder / name)
         build_tokenizer(ModelConfig(text_tower="minilm"), []).save_pretrained(text_folder / name)
-    scratch = {"image_pretrained": False, "text_pretrained": False}
+    scratch: dict[str, Any] = {"image_pretrained": False, "text_pretrained": False}
     return {
         "demo's own": scenes().model,
         "packaged, linear": replace(frozen().model, head="linear"),

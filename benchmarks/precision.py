@@ -32,7 +32,8 @@ def gradient(views: list[dict[str, Tensor]], tau: float, dtype: torch.dtype, pro
     for step in views:
         leaves = {v: x.detach().clone().to(dtype).requires_grad_() for v, x in step.items()}
         objective(leaves, torch.arange(batch))[0].backward()
-    return torch.cat([leaves[v].grad.double() for v in VIEWS])
+    found = [x.grad for x in leaves.values()]
+    return torch.cat([g.double() for g in found if g is not None])
 
 
 def rounded_similarities(views: list[dict[str, Tensor]], tau: float) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ Each time is the median over the steps after the first ten; beside it is how lon
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import time
 from pathlib import Path
@@ -37,6 +38,8 @@ def main() -> None:
             begin = time.perf_counter()
             objective = build("amclr", samples, temperature=0.05, storage=storage, folder=options.folder)
             objective = objective.to(options.device)
+            if storage == "disk":
+                os.sync()  # as in training, hours later: what was written at the start is on the disk
             made = time.perf_counter() - begin
             draw = torch.Generator().manual_seed(0)
             spent = []

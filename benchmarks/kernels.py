@@ -1,6 +1,6 @@
 """What the Triton kernels come to on a GPU, by tile: what the compiler reports, and, where there is a GPU, the time.
 
-    python -m benchmarks.kernels [--capability 90] [--kinds half,tf32,ieee] [--dims 256,512]   needs no GPU
+    python -m benchmarks.kernels [--capability 90] [--kinds half,tf32,ieee] [--dims 256,512] [--matches 1]  without one
     python -m benchmarks.kernels --time 1024,4096,32768 [--kinds half]                          on a GPU
 
 The first compiles both passes of the closed form, with every tile that `amclr.objectives.kernels` may choose,
@@ -73,10 +73,10 @@ def report(made: Any) -> dict[str, int]:
     return {**found, "shared": made.metadata.shared, **counts}
 
 
-def every_tile(kind: str, dim: int) -> Iterator[tuple[int, Tile]]:
+def every_tile(kind: str, dim: int, whole: bool) -> Iterator[tuple[int, Tile]]:
     """The tiles that may be chosen for a kind of product and rows of so many dimensions: (pass, tile)."""
     pairs = [kernels.SMALL[kind], kernels.LARGE[kind]]
-    if kind == "half":
+    if kind == "half" and whole:
         pairs += [pair for most, pair in kernels.WHOLE.items() if dim <= most][:1]
     for position in (0, 1):
         yield from ((position, tile) for tile in dict.fromkeys(pair[position].within(dim) for pair in pairs))
@@ -93,17 +93,18 @@ def products(position: int, tile: Tile, dim: int) -> float:
     return 8.0 if position == 0 else 8.0 * math.ceil(dim / tile.width) + 8.0
 
 
-def compile_all(capability: int, kinds: list[str], dims: list[int]) -> None:
+def compile_all(capability: int, kinds: list[str], dims: list[int], matches: int) -> None:
     """Print what the compiler reports on each tile."""
-    print(f"Triton {triton.__version__}, sm_{capability}; AmCLR's two passes: similarities, then the gradient.")
+    print(f"Triton {triton.__version__}, sm_{capability}; AmCLR's two passes: similarities, then the gradient; "
+          f"{matches} comparisons of labels")  # fmt: skip
     columns = ["products of", "D", "pass", "tile", "warps", "stages", "B x B x D products", "registers", "stack bytes",
                "shared KiB", *COUNTED]  # fmt: skip
     print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
     for kind in kinds:
         for dim in dims:
-            for position, tile in every_tile(kind, dim):
+            for position, tile in every_tile(kind, dim, capability // 10 in (8, 9)):
                 precision = "tf32" if kind == "tf32" else "ieee"
-                constants = {"MATCHES": 0, "PRECISION": precision, **tile.sizes}
+                constants = {"MATCHES": matches, "PRECISION": precision, **tile.sizes}
                 if position:
                     constants |= {"PARTNERS": 2, "SLOPES": False}
                 kernel = kernels._gradients if position else kernels._log_sums
@@ -126,14 +127,15 @@ def time_all(sizes: list[int], kinds: list[str], dims: list[int], seconds: float
                 layouts = objective._layouts_of[True]
                 blocks = kernels.TritonBlocks(
                     [views[VIEWS.index(v)] for v in objective._stacked], slice(0, size), layouts, 0.05,
-                    Positives(size, None, True), KINDS[kind][2], 2 / objective.gamma,
+                    Positives.of([torch.arange(size, device=device)], torch.device(device)), KINDS[kind][2], 2 / objective.gamma,
                 )  # fmt: skip
                 offsets, own = torch.full((2, 8, size), 40.0, device=device)
-                gradient = torch.empty(4, size, dim, device=device)
+                gradient = torch.empty(4, size, dim, device=device, dtype=blocks.z.dtype)
                 chosen = blocks.tiles
+                whole = device == "cpu" or kernels._limits(blocks.z.device)[2]
                 for position in (0, 1):
                     steps = {}
-                    for tile in (t for p, t in every_tile(kind, dim) if p == position):
+                    for tile in (t for p, t in every_tile(kind, dim, whole) if p == position):
 
                         def step(tile: Tile = tile, position: int = position, blocks: Any = blocks) -> None:
                             blocks.tiles = (tile, tile)
@@ -162,13 +164,15 @@ def main() -> None:
     parser.add_argument("--capability", type=int, default=90, help="of the GPU that is compiled for: 80, 90, ...")
     parser.add_argument("--kinds", default="half,tf32,ieee")
     parser.add_argument("--dims", default="256,512")
+    parser.add_argument("--matches", type=int, default=1, help="labels that a pair is compared by: 1 for ids on the device, "
+                        "which may stand twice")  # fmt: skip
     parser.add_argument("--time", default="", help="batch sizes at which to run the tiles, instead of compiling them")
     parser.add_argument("--seconds", type=float, default=1.0, help="time for the tiles of a pass at a size")
     parser.add_argument("--device", default="cuda")
     options = parser.parse_args()
     kinds, dims = options.kinds.split(","), [int(d) for d in options.dims.split(",")]
     if not options.time:
-        compile_all(options.capability, kinds, dims)
+        compile_all(options.capability, kinds, dims, options.matches)
         return
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--time needs a GPU")

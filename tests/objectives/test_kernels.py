@@ -298,6 +298,27 @@ def test_half_precision_views_are_not_copied_to_float32(temperature: str, monkey
         )
 
 
+@pytest.mark.parametrize(
+    ("dtype", "settings", "count", "expected"),
+    [
+        (torch.float16, {}, 1, True),
+        (torch.bfloat16, {"averaged": True}, 64, True),
+        (torch.float16, {"averaged": True}, 1, True),
+        (torch.float16, {"averaged": True}, 64, False),  # would be rounded before it is multiplied by 64
+        (torch.float16, {"products": "float32"}, 1, False),
+        (torch.float16, {"estimator": "reference"}, 1, False),  # works with the views in torch
+    ],
+)
+def test_when_halves_are_taken_as_they_are(
+    dtype: torch.dtype, settings: dict[str, Any], count: int, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("amclr.objectives.objective.processes", lambda: count)
+    objective = build("amclr", 40, backend="triton", **settings).to(DEVICE)
+    views = draw(0, 8, 16, dtype)
+    assert objective._takes_halves(views, dtype) == expected
+    assert not objective._takes_halves(views | {"text": views["text"].float()}, torch.float32)
+
+
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 def test_a_step_in_a_cuda_graph() -> None:
     objective, plain = (build("amclr", 40, backend="triton", validate=False).to(DEVICE) for _ in range(2))
@@ -354,9 +375,9 @@ def without_interpreter(tmp_path: Path, *command: str) -> str:
     ("capability", "kinds", "dims"),
     [
         (90, "half", "256"),
-        *(pytest.param(c, "half,tf32,ieee", "256,512", marks=pytest.mark.slow) for c in (90, 80)),
+        *(pytest.param(c, "half,tf32,ieee", "256,512", marks=pytest.mark.slow) for c in (80, 90, 100)),
     ],
-    ids=["90", "90-all", "80-all"],
+    ids=["90", "80-all", "90-all", "100-all"],
 )
 def test_kernels_compile_for_a_gpu(capability: int, kinds: str, dims: str, tmp_path: Path) -> None:
     """To machine code, for which no GPU is needed: with the matrix units' instructions, in memory that there is."""
@@ -367,10 +388,10 @@ def test_kernels_compile_for_a_gpu(capability: int, kinds: str, dims: str, tmp_p
     assert len(found) >= 6 * len(dims.split(","))
     for row in found:
         # What every GPU since 2020 has for the warps of a program; H100 and A100 for tiles that ask for it.
-        most = {90: 227, 80: 163}[capability] if "whole" in row["tile"] else 99
-        assert int(row["shared KiB"]) <= most, row
-        matrix = "HGMMA" if capability == 90 else "HMMA"
-        assert (int(row[matrix]) > 0) == (row["products of"] != "ieee"), row
+        assert int(row["shared KiB"]) <= ({90: 227, 80: 163}[capability] if "whole" in row["tile"] else 99), row
+        if capability != 100:
+            matrix = "HGMMA" if capability == 90 else "HMMA"
+            assert (int(row[matrix]) > 0) == (row["products of"] != "ieee"), row
         # Numbers of a tile that do not fit in the registers go to memory and back: a few may, of hundreds.
         assert int(row["stack bytes"]) <= 512, row
 
@@ -391,18 +412,21 @@ def test_the_step_between_compiles_for_a_gpu(capability: int, tmp_path: Path) ->
         (132, 232448, "tf32", 256, 8192, "large"),
         (108, 166912, "half", 256, 8192, "whole"),  # A100
         (108, 166912, "half", 512, 8192, "large"),
-        (128, 101376, "half", 256, 8192, "large"),  # cards for games
+        (128, 101376, "half", 512, 8192, "large"),  # cards for games
         (128, 101376, "half", 100, 8192, "whole"),
+        (304, 65536, "half", 256, 8192, "small"),  # AMD's
     ],
 )
 def test_tiles_fit_the_device(
     processors: int, shared: int, kind: str, dim: int, rows: int, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kernels, "_limits", lambda device: (processors, shared))
+    monkeypatch.setattr(kernels, "_limits", lambda device: (processors, shared, True))
     for tile in kernels.tiles(kind, dim, rows, 8, 4, torch.device("cpu")):
         size = "whole" if tile.whole else "large" if tile.rows == 128 else "small"
-        assert (size, True) == (expected, tile.shared_bytes <= shared)
+        assert (size, True) == (expected, tile.shared_bytes(2 if kind == "half" else 4) <= shared)
         assert tile.depth <= 2 * dim and tile.width <= 2 * dim
+    monkeypatch.setattr(kernels, "_limits", lambda device: (processors, shared, False))
+    assert not any(t.whole for t in kernels.tiles(kind, dim, rows, 8, 4, torch.device("cpu")))
 
 
 @pytest.mark.parametrize(
@@ -417,7 +441,7 @@ def test_tiles_fit_the_device(
 )
 def test_large_tiles(name: str, products: str, dim: int, shared: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The tiles of large batches, with positives beside the row itself and without."""
-    monkeypatch.setattr(kernels, "_limits", lambda device: (1, shared))
+    monkeypatch.setattr(kernels, "_limits", lambda device: (1, max(shared, 100 << 10), shared > 0))
     for ids in (torch.arange(140), torch.arange(140) % 137):
         both = {"image": ids, "text": ids}
         given = run("triton", name, both, 140, dim, products, torch.float32, temperature=0.1)

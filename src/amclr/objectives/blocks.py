@@ -27,6 +27,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -39,8 +40,10 @@ SLAB = 1 << 16
 ACCELERATOR_TILE_BYTES = 1 << 26
 """A tile elsewhere: large enough for the device's matrix units."""
 KEPT_BYTES = 1 << 27
-"""A grid's tiles are kept from the first pass to the second where they take at most this: beyond it,
-recomputing them costs one matrix product more, and the memory does not grow with B x B."""
+"""Tiles are kept from the first pass to the second where those of all grids that are worked on at once take at most
+this: beyond it, recomputing them costs one matrix product more, and the memory does not grow with B x B."""
+FEW_LABELS = 512
+"""Up to so many, a set finds out sooner than sorting does whether one stands twice."""
 PLAIN_EXPONENT = 40.0
 """exp of at most this, and sums and products of such, stay in float32's range: no shift is needed."""
 LEAST_SUM = 1e-28
@@ -148,7 +151,12 @@ class Workspace(threading.local):
 
 def _may_match(labels: Tensor) -> bool:
     """Whether a label may stand twice: unless it is seen, on the CPU, that none does."""
-    return labels.device.type != "cpu" or len(set(labels.tolist())) < len(labels)
+    if labels.device.type != "cpu":
+        return True
+    if len(labels) <= FEW_LABELS:
+        return len(set(labels.tolist())) < len(labels)
+    ordered = np.sort(labels.numpy())
+    return bool((ordered[1:] == ordered[:-1]).any())
 
 
 Tile = tuple[slice, slice, slice, slice]
@@ -163,7 +171,7 @@ class Grid:
     only what the rows need is computed.
     tau_rows, tau_columns: (R, C, M) and (R, C, N), where each anchor has a temperature of its own, or
     both None: then `tau` is everyone's, a float, or a tensor () where its value is not known here.
-    number: of this grid, among those that use the workspace at the same time.
+    number: of this grid, among the `beside` that use the workspace, and keep their tiles, at the same time.
     """
 
     def __init__(
@@ -178,6 +186,7 @@ class Grid:
         both: bool = True,
         workspace: Workspace | None = None,
         number: int = 0,
+        beside: int = 1,
     ) -> None:
         self.workspace, self.number = workspace or Workspace(), number
         self.rows, self.columns, self.positives, self.start, self.both = rows, columns, positives, start, both
@@ -189,7 +198,7 @@ class Grid:
         # One exponential for both directions: always where no shift is needed, and on the CPU with a shift.
         self.single = isinstance(tau, float) and (self.on_cpu or PLAIN_EXPONENT * tau >= 1)
         self.shifts = self.single and PLAIN_EXPONENT * float(tau or 0) < 1
-        self.keeps = self.single and self.like.element_size() * math.prod(self.shape) <= KEPT_BYTES
+        self.keeps = self.single and beside * self.like.element_size() * math.prod(self.shape) <= KEPT_BYTES
         self.joined: dict[int, Tensor] = {}
         self.kept: dict[int, tuple[Tensor, float]] = {}
         self.tiles = list(self._tiles())
@@ -485,6 +494,7 @@ class Blocks:
         self.grids: list[list[tuple[Grid, range]]] = []
         self.parts: list[tuple[slice, slice]] = []
         start = 0
+        beside = len(layouts) * (1 if self.alone else 2)
         for number, layout in enumerate(layouts):
             half = len(layout.terms) // 2
             forth, back = slice(start, start + half), slice(start + half, start := start + 2 * half)
@@ -496,7 +506,7 @@ class Blocks:
                 tau_rows, tau_columns = taus[forth].view(shape), taus[back].view(shape)
             rows, columns = every[_slice(layout.rows)], every[_slice(layout.columns)]
             if self.alone:
-                grid = Grid(rows, columns, positives, shared, tau_rows, tau_columns, 0, True, workspace, number)
+                grid = Grid(rows, columns, positives, shared, tau_rows, tau_columns, 0, True, workspace, number, beside)
                 self.grids.append([(grid, layout.rows)])
                 continue
             # Each process has the rows of its own anchors, in both directions.
@@ -508,7 +518,7 @@ class Blocks:
                 own = own if own is None else own[..., mine]
                 part = [v[mine] for v in x]
                 place = 2 * number + len(grids)
-                grid = Grid(part, y, positives, shared, own, others, mine.start, False, workspace, place)
+                grid = Grid(part, y, positives, shared, own, others, mine.start, False, workspace, place, beside)
                 grids.append((grid, views))
             self.grids.append(grids)
 

@@ -61,12 +61,10 @@ class Tile:
         """As Triton takes them."""
         return {"num_warps": self.warps, "num_stages": self.stages}
 
-    @property
-    def shared_bytes(self) -> int:
-        """Memory that the warps of a program share for a tile with all dimensions, in half precision."""
-        if not self.whole:
-            return 0  # at most 96 KiB, which every GPU since 2020 has
-        return 2 * self.depth * (self.rows + self.stages * self.candidates) + 1024
+    def shared_bytes(self, item: int) -> int:
+        """Memory that the warps of a program share for what is loaded, in numbers of `item` bytes."""
+        loads = 1 if self.whole else self.stages  # of the anchors
+        return item * self.depth * (loads * self.rows + self.stages * self.candidates) + 1024
 
     def within(self, dim: int) -> Tile:
         """Without the part that rows of so many dimensions leave empty."""
@@ -90,7 +88,7 @@ Chosen by what the compiler reports for sm_90 (`python -m benchmarks.kernels`): 
 matrix units' instructions. They have not been timed.
 """
 WHOLE = {
-    256: (Tile(128, 64, 256, 8, 2, whole=True), Tile(128, 64, 256, 8, 2, 256, whole=True)),
+    256: (Tile(128, 64, 256, 8, 2, whole=True), Tile(64, 64, 256, 8, 2, 256, whole=True)),
     512: (Tile(128, 32, 512, 8, 2, whole=True), Tile(64, 64, 512, 8, 2, 512, whole=True)),
 }
 """Tiles of half precision for rows of up to so many dimensions, where a program's warps can share the memory for it.
@@ -101,9 +99,15 @@ Similarities are formed again once for the gradient, and not for every 128 dimen
 
 def tiles(kind: str, dim: int, rows: int, terms: int, views: int, device: torch.device) -> tuple[Tile, Tile]:
     """The tiles of both passes, for `rows` anchors of each of `terms` terms, and of each of `views` views."""
-    processors, shared = _limits(device)
+    return _chosen(kind, dim, rows, terms, views, *_limits(device))
+
+
+@cache
+def _chosen(
+    kind: str, dim: int, rows: int, terms: int, views: int, processors: int, shared: int, whole: bool
+) -> tuple[Tile, Tile]:
     choices = [LARGE[kind]]
-    if kind == "half":
+    if kind == "half" and whole:
         choices += [pair for most, pair in WHOLE.items() if dim <= most][:1]
     found = []
     for position, groups in enumerate((terms, views)):
@@ -111,19 +115,23 @@ def tiles(kind: str, dim: int, rows: int, terms: int, views: int, device: torch.
         for tile in (choice[position].within(dim) for choice in choices):
             programs = triton.cdiv(rows, tile.rows) * groups * triton.cdiv(dim, tile.width or dim)
             # A tile twice as large on half of the processors takes as long.
-            if 2 * programs >= processors and tile.shared_bytes <= shared:
+            if 2 * programs >= processors and tile.shared_bytes(2 if kind == "half" else 4) <= shared:
                 best = tile
         found.append(best)
     return found[0], found[1]
 
 
 @cache
-def _limits(device: torch.device) -> tuple[int, int]:
-    """Processors of a device, and bytes of memory that a program's warps can share."""
+def _limits(device: torch.device) -> tuple[int, int, bool]:
+    """Processors of a device, bytes of memory that a program's warps can share, and whether `WHOLE` is for it.
+
+    Those tiles are for NVIDIA's from A100 to H200. On later ones (capability 10) the weights take shared memory too.
+    """
     if device.type != "cuda":
-        return sys.maxsize, 0
+        return sys.maxsize, 0, False
     found = triton.runtime.driver.active.utils.get_device_properties(device.index or 0)
-    return found["multiprocessor_count"], found["max_shared_mem"]
+    whole = torch.version.hip is None and torch.cuda.get_device_capability(device)[0] in (8, 9)
+    return found["multiprocessor_count"], found["max_shared_mem"], whole
 
 
 @triton.jit
@@ -192,8 +200,6 @@ def _log_sums(
         else:
             s = _similarities(z, a, c, i, j, n, d, DEPTH, PRECISION)
         positives = _positives(ones, others, i, j, n, MATCHES)
-        if MATCHES > 0:
-            count += tl.sum(tl.where(positives, 0.0, 1.0), 1)
         s = tl.where(positives, float("-inf"), s * rate[:, None])
         higher = tl.maximum(top, tl.max(s, 1))
         level = tl.where(higher == float("-inf"), 0.0, higher)
@@ -206,8 +212,13 @@ def _log_sums(
     tl.store(sums + out, found, mask=mine)
     tl.store(positive + out, _own(z, a, c, i, n, d, DEPTH), mask=mine)
     if t == 0:
+        # Apart from the products, which leave no registers for it.
         if MATCHES == 0:
             count += n - 1
+        else:
+            for start in range(0, n, CANDIDATES):
+                j = start + tl.arange(0, CANDIDATES)
+                count += tl.sum(tl.where(_positives(ones, others, i, j, n, MATCHES), 0.0, 1.0), 1)
         tl.store(counts + i - first, count, mask=mine)
 
 

@@ -418,6 +418,8 @@ class Objective(nn.Module):
             source in HALVES
             and self.products in ("auto", str(source).removeprefix("torch."))
             and all(views[v].dtype == source for v in self._stacked)
+            # What is to be multiplied by the number of processes would first be rounded to float16.
+            and not (source == torch.float16 and self.averaged and self.distributed and processes() > 1)
             and self._uses_triton(first)
             and self._is_plain(first)
         )

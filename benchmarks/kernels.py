@@ -13,17 +13,19 @@ and which one `tiles` chooses.
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import triton
-from benchmarks.objectives import VIEWS, machine, median_times, views_of
+from benchmarks.objectives import Step, machine, median_times, print_header, print_row, views_of
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -48,10 +50,11 @@ COUNTED = ("HGMMA", "HMMA", "FFMA", "MUFU.EX2")
 def compiled(kernel: Any, constants: dict[str, Any], capability: int, features: str = "*bf16", **launch: int) -> Any:
     """A kernel as machine code for a GPU, which need not be there.
 
-    Pointers and sizes are taken for multiples of 16, as they are in practice, so that loads are as wide.
+    Pointers and sizes are taken for multiples of 16, as they are in practice, so that loads are as wide. The gradient is
+    in float32, but for bfloat16 features.
     """
     names = kernel.arg_names
-    given = SPECIAL | {"z": features, "gradient": features}
+    given = SPECIAL | {"z": features, "gradient": "*bf16" if features == "*bf16" else "*fp32"}
     types = {n: "constexpr" if n in constants else given.get(n, "*fp32") for n in names}
     even = {(k,): [["tt.divisibility", 16]] for k, n in enumerate(names) if types[n].startswith("*") or n in ("n", "d")}
     values = {(names.index(n),): value for n, value in constants.items()}
@@ -75,11 +78,8 @@ def report(made: Any) -> dict[str, int]:
 
 def every_tile(kind: str, dim: int, whole: bool) -> Iterator[tuple[int, Tile]]:
     """The tiles that may be chosen for a kind of product and rows of so many dimensions: (pass, tile)."""
-    pairs = [kernels.SMALL[kind], kernels.LARGE[kind]]
-    if kind == "half" and whole:
-        pairs += [pair for most, pair in kernels.WHOLE.items() if dim <= most][:1]
-    for position in (0, 1):
-        yield from ((position, tile) for tile in dict.fromkeys(pair[position].within(dim) for pair in pairs))
+    for position, tiles in enumerate(zip(*kernels.tile_pairs(kind, dim, whole), strict=True)):
+        yield from ((position, tile) for tile in dict.fromkeys(tiles))
 
 
 def described(tile: Tile) -> str:
@@ -96,67 +96,69 @@ def products(position: int, tile: Tile, dim: int) -> float:
 def compile_all(capability: int, kinds: list[str], dims: list[int], matches: int) -> None:
     """Print what the compiler reports on each tile."""
     print(f"Triton {triton.__version__}, sm_{capability}; AmCLR's two passes: similarities, then the gradient; "
-          f"{matches} comparisons of labels")  # fmt: skip
-    columns = ["products of", "D", "pass", "tile", "warps", "stages", "B x B x D products", "registers", "stack bytes",
-               "shared KiB", *COUNTED]  # fmt: skip
-    print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
-    for kind in kinds:
-        for dim in dims:
-            for position, tile in every_tile(kind, dim, capability // 10 in (8, 9)):
-                precision = "tf32" if kind == "tf32" else "ieee"
-                constants = {"MATCHES": matches, "PRECISION": precision, **tile.sizes}
-                if position:
-                    constants |= {"PARTNERS": 2, "SLOPES": False}
-                kernel = kernels._gradients if position else kernels._log_sums
-                found = report(compiled(kernel, constants, capability, KINDS[kind][0], **tile.launch))
-                row = [kind, dim, position + 1, described(tile), tile.warps, tile.stages, f"{products(position, tile, dim):g}",
-                       found["reg"], found["stack"], f"{found['shared'] / 1024:.0f}", *(found[n] for n in COUNTED)]  # fmt: skip
-                print(f"| {' | '.join(map(str, row))} |", flush=True)
+          f"labels compared: {matches}")  # fmt: skip
+    print_header(["products of", "D", "pass", "tile", "warps", "stages", "B x B x D products", "registers", "stack bytes",
+                  "shared KiB", *COUNTED])  # fmt: skip
+    whole = capability // 10 in kernels.WHOLE_CAPABILITIES
+    for kind, dim in itertools.product(kinds, dims):
+        for position, tile in every_tile(kind, dim, whole):
+            precision = "tf32" if kind == "tf32" else "ieee"
+            constants = {"MATCHES": matches, "PRECISION": precision, **tile.sizes}
+            if position:
+                constants |= {"PARTNERS": 2, "SLOPES": False}
+            kernel = kernels._gradients if position else kernels._log_sums
+            found = report(compiled(kernel, constants, capability, KINDS[kind][0], **tile.launch))
+            print_row([kind, dim, position + 1, described(tile), tile.warps, tile.stages,
+                       f"{products(position, tile, dim):g}", found["reg"], found["stack"],
+                       f"{found['shared'] / 1024:.0f}", *(found[n] for n in COUNTED)])  # fmt: skip
+
+
+class Passes:
+    """The two passes of AmCLR's blocks over some views, with whatever tile."""
+
+    def __init__(self, kind: str, size: int, dim: int, device: str) -> None:
+        _, dtype, as_products = KINDS[kind]
+        objective = build("amclr", size)
+        views = views_of(size, dim, device, dtype)
+        self.blocks = kernels.TritonBlocks(
+            [views[v].detach() for v in objective._stacked], slice(0, size), objective._layouts_of[True], 0.05,
+            Positives.of([torch.arange(size, device=device)], torch.device(device)), as_products, 2 / objective.gamma,
+        )  # fmt: skip
+        self.chosen = self.blocks.tiles
+        self.offsets, self.own = torch.full((2, 8, size), 40.0, device=device)
+        self.gradient = torch.empty(4, size, dim, device=device, dtype=self.blocks.z.dtype)
+
+    def run(self, position: int, tile: Tile) -> None:
+        """A pass, once."""
+        self.blocks.tiles = (tile, tile)
+        if position:
+            self.blocks.gradients_from(self.offsets, self.own, self.gradient, set(), False)
+        else:
+            self.blocks.anchors()
 
 
 def time_all(sizes: list[int], kinds: list[str], dims: list[int], seconds: float, device: str) -> None:
     """Print what each tile takes, and whether it is the one chosen."""
     print(f"{machine(device, torch.get_num_threads())}; AmCLR's two passes: similarities, then the gradient.")
-    columns = ["products of", "D", "B", "pass", "tile", "ms", "TFLOP/s", "chosen"]
-    print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
-    for kind in kinds:
-        for dim in dims:
-            for size in sizes:
-                views = [v.detach().to(KINDS[kind][1]) for v in views_of(size, dim, device).values()]
-                objective = build("amclr", size)
-                layouts = objective._layouts_of[True]
-                blocks = kernels.TritonBlocks(
-                    [views[VIEWS.index(v)] for v in objective._stacked], slice(0, size), layouts, 0.05,
-                    Positives.of([torch.arange(size, device=device)], torch.device(device)), KINDS[kind][2], 2 / objective.gamma,
-                )  # fmt: skip
-                offsets, own = torch.full((2, 8, size), 40.0, device=device)
-                gradient = torch.empty(4, size, dim, device=device, dtype=blocks.z.dtype)
-                chosen = blocks.tiles
-                whole = device == "cpu" or kernels._limits(blocks.z.device)[2]
-                for position in (0, 1):
-                    steps = {}
-                    for tile in (t for p, t in every_tile(kind, dim, whole) if p == position):
-
-                        def step(tile: Tile = tile, position: int = position, blocks: Any = blocks) -> None:
-                            blocks.tiles = (tile, tile)
-                            if position:
-                                blocks.gradients_from(offsets, own, gradient, set(), False)  # noqa: B023
-                            else:
-                                blocks.anchors()
-
-                        try:
-                            step()
-                        except triton.runtime.errors.OutOfResources as e:
-                            print(f"| {kind} | {dim} | {size} | {position + 1} | {described(tile)} | {e} | | |")
-                        else:
-                            steps[tile] = step
-                    times = median_times({described(t): s for t, s in steps.items()}, seconds, device)
-                    for tile in steps:
-                        taken = times[described(tile)]
-                        rate = products(position, tile, dim) * 2 * size**2 * dim / taken / 1e12
-                        row = [kind, dim, size, position + 1, described(tile), f"{1e3 * taken:.3f}", f"{rate:.1f}",
-                               "yes" if tile == chosen[position] else ""]  # fmt: skip
-                        print(f"| {' | '.join(map(str, row))} |", flush=True)
+    print_header(["products of", "D", "B", "pass", "tile", "ms", "TFLOP/s", "chosen"])
+    for kind, dim, size in itertools.product(kinds, dims, sizes):
+        passes = Passes(kind, size, dim, device)
+        whole = device == "cpu" or kernels._limits(passes.blocks.z.device)[2]
+        steps: tuple[dict[Tile, Step], dict[Tile, Step]] = {}, {}
+        for position, tile in every_tile(kind, dim, whole):
+            try:
+                passes.run(position, tile)
+            except triton.runtime.errors.OutOfResources as error:
+                print_row([kind, dim, size, position + 1, described(tile), error, "", ""])
+            else:
+                steps[position][tile] = partial(passes.run, position, tile)
+        for position, tiles in enumerate(steps):
+            times = median_times({described(tile): step for tile, step in tiles.items()}, seconds, device)
+            for tile in tiles:
+                taken = times[described(tile)]
+                rate = products(position, tile, dim) * 2 * size**2 * dim / taken / 1e12
+                print_row([kind, dim, size, position + 1, described(tile), f"{1e3 * taken:.3f}", f"{rate:.1f}",
+                           "yes" if tile == passes.chosen[position] else ""])  # fmt: skip
 
 
 def main() -> None:

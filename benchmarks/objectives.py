@@ -7,9 +7,9 @@ matrix per term and leaves the gradient to autograd; open_clip's ClipLoss and Si
 and LibAUC's GCLoss (SogCLR, 2 terms), where installed; and the floor, torch's own matrix products alone
 that any form of the gradient needs (three per similarity block; four where the memory may not grow with
 B x B, so there 1.33 is the least; consistency penalties, `--cyclic 0.1`, are no part of it). Each time
-is the median of rounds in which all rivals take turns, each round in another order; the memory is the most that a step allocates beyond its
-inputs, the gradient included. On a GPU features are bfloat16 unless `--dtype` says otherwise, and batches go on to
-262,144 pairs, where what does not fit says so.
+is the median of rounds in which all rivals take turns, each round in another order; the memory is the
+most that a step allocates beyond its inputs, the gradient included. On a GPU features are bfloat16 unless
+`--dtype` says otherwise, and batches go on to 262,144 pairs, where what does not fit says so.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import random
 import re
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -216,6 +216,16 @@ def machine(device: str, threads: int) -> str:
     return f"torch {torch.__version__}, {name}"
 
 
+def print_header(columns: list[str]) -> None:
+    """The beginning of a Markdown table."""
+    print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
+
+
+def print_row(cells: Iterable[object]) -> None:
+    """A row of it, at once."""
+    print(f"| {' | '.join(map(str, cells))} |", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", help="batch sizes; by default 128 to 8192, on a GPU to 262144")
@@ -240,11 +250,12 @@ def main() -> None:
     names = ["open_clip ClipLoss", "open_clip SigLipLoss", "LibAUC GCLoss"]
     columns = ["D", "B", "method", "ours ms", "ours / floor", "straightforward / ours", "ours MB", "straightforward / ours",
                *(f"{n} / ours" for n in names)]  # fmt: skip
-    print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
+    print_header(columns)
     for dim in map(int, options.dims.split(",")):
         for batch in map(int, sizes.split(",")):
             views = views_of(batch, dim, options.device, getattr(torch, dtype))
             others = rivals(views, options.tau)
+            absent = {n: "does not fit" if n in others else "-" for n in names}
             for name in options.methods.split(","):
                 terms = len(build(name, 1).terms)
                 steps = {
@@ -259,16 +270,23 @@ def main() -> None:
                     steps = {n: step for n, step in steps.items() if fits(step)}
                 row = [str(dim), str(batch), name]
                 if "ours" in steps:
-                    row += measured(name, steps, names, views, options)
+                    row += measured(name, steps, absent, views, options)
                 else:
                     row += ["does not fit"] * (len(columns) - len(row))
-                print(f"| {' | '.join(row)} |", flush=True)
+                print_row(row)
 
 
 def measured(
-    name: str, steps: dict[str, Step], names: list[str], views: dict[str, torch.Tensor], options: argparse.Namespace
+    name: str,
+    steps: dict[str, Step],
+    absent: dict[str, str],
+    views: dict[str, torch.Tensor],
+    options: argparse.Namespace,
 ) -> list[str]:
-    """The figures of a row: times and memory of a method, and of its rivals as ratios."""
+    """The figures of a row: times and memory of a method, and of its rivals as ratios.
+
+    absent: by rival, what to say where it is not among the steps.
+    """
     t = median_times(steps, options.seconds, options.device)
     # With a new objective: this one holds its tiles from step to step, and they count.
     memory = peak_bytes(lambda: ours(name, views, options.tau, options.cyclic)(), options.device)
@@ -278,8 +296,7 @@ def measured(
         plain_memory = f"{peak_bytes(steps['plain'], options.device) / memory:.1f}"
     floor = f"{t['ours'] / t['floor']:.2f}" if "floor" in t else "does not fit"
     row = [f"{1e3 * t['ours']:.2f}", floor, plain, f"{memory / 1e6:.1f}", plain_memory]
-    installed = rivals(views, options.tau)
-    return row + [f"{t[n] / t['ours']:.2f}" if n in t else "does not fit" if n in installed else "-" for n in names]
+    return row + [f"{t[n] / t['ours']:.2f}" if n in t else why for n, why in absent.items()]
 
 
 if __name__ == "__main__":

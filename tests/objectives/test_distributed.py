@@ -19,8 +19,10 @@ from amclr.objectives import METHODS, build
 VIEWS = ("image", "image_aug", "text", "text_aug")
 BATCH, SAMPLES, STEPS = 12, 20, 3
 PARTS = {"equal": (6, 6), "unequal": (9, 3), "three": (5, 1, 6)}
-KERNELS = {name: {"name": name, "backend": "triton", "groups": name == "amclr"} for name in ("amclr", "iamclr", "clip")}
-KERNELS["half"] = {"name": "xamclr", "backend": "triton", "views": "float16"}
+KERNELS = {
+    **{name: {"name": name, "backend": "triton", "groups": name == "amclr"} for name in ("amclr", "iamclr", "clip")},
+    "half": {"name": "xamclr", "backend": "triton", "views": "float16"},
+}
 """In float32 or less, and so apart."""
 SETTINGS: dict[str, dict[str, Any]] = {
     **{name: {"name": name} for name in METHODS},

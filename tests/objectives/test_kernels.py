@@ -355,10 +355,12 @@ for GLOBAL, UNIQUE in ((1, 0), (1, 1), (0, 1)):
     made = compiled(k._estimate, block | dict(GLOBAL=GLOBAL, UNIQUE=UNIQUE, CANDIDATES=k.CANDIDATES), CAPABILITY)
     assert made.asm["cubin"]
 assert compiled(k._store, block, CAPABILITY).asm["cubin"]
-for matches in (1, 3):  # with positives beside the row itself, and the sums that temperatures need
-    tile = k.SMALL["half"][1]
-    constants = tile.sizes | dict(MATCHES=matches, PRECISION="ieee", PARTNERS=3, SLOPES=True)
-    assert compiled(k._gradients, constants, CAPABILITY, **tile.launch).asm["cubin"]
+# The passes with positives by groups too, and the sums that temperatures need.
+for kind, features in TYPES:
+    for kernel, tile, more in zip((k._log_sums, k._gradients), k.SMALL[kind], ({}, dict(PARTNERS=3, SLOPES=True))):
+        constants = tile.sizes | more | dict(MATCHES=2, PRECISION="tf32" if kind == "tf32" else "ieee")
+        made = compiled(kernel, constants, CAPABILITY, features, **tile.launch)
+        assert made.asm["cubin"] and made.metadata.shared <= 99 * 1024, (kernel, made.metadata.shared)
 print("compiled")
 """
 
@@ -396,9 +398,17 @@ def test_kernels_compile_for_a_gpu(capability: int, kinds: str, dims: str, tmp_p
         assert int(row["stack bytes"]) <= 512, row
 
 
-@pytest.mark.parametrize("capability", [90, pytest.param(80, marks=pytest.mark.slow)])
-def test_the_step_between_compiles_for_a_gpu(capability: int, tmp_path: Path) -> None:
-    code = SMALL_KERNELS.replace("CAPABILITY", str(capability))
+TYPES = (("tf32", "*fp32"), ("ieee", "*fp32"), ("half", "*fp16"), ("half", "*bf16"))
+
+
+@pytest.mark.parametrize(
+    ("capability", "types"),
+    [(90, TYPES[:1]), *(pytest.param(c, TYPES, marks=pytest.mark.slow) for c in (90, 80))],
+    ids=["90", "90-all", "80-all"],
+)
+def test_every_step_compiles_for_a_gpu(capability: int, types: tuple[tuple[str, str], ...], tmp_path: Path) -> None:
+    """What stands between the passes too, within the shared memory of every GPU since 2020."""
+    code = SMALL_KERNELS.replace("CAPABILITY", str(capability)).replace("TYPES", repr(types))
     assert without_interpreter(tmp_path, "-c", code) == "compiled\n"
 
 

@@ -95,6 +95,16 @@ WHOLE = {
 
 Similarities are formed again once for the gradient, and not for every 128 dimensions of it.
 """
+WHOLE_CAPABILITIES = (8, 9)
+"""NVIDIA's from A100 to H200. On later ones the weights take shared memory too, which those tiles leave none for."""
+
+
+def tile_pairs(kind: str, dim: int, whole: bool) -> list[tuple[Tile, Tile]]:
+    """The tiles of both passes that there are for rows of so many dimensions, smaller first; `whole`: `WHOLE` too."""
+    pairs = [SMALL[kind], LARGE[kind]]
+    if kind == "half" and whole:
+        pairs += [pair for most, pair in WHOLE.items() if dim <= most][:1]
+    return [(first.within(dim), second.within(dim)) for first, second in pairs]
 
 
 def tiles(kind: str, dim: int, rows: int, terms: int, views: int, device: torch.device) -> tuple[Tile, Tile]:
@@ -106,13 +116,10 @@ def tiles(kind: str, dim: int, rows: int, terms: int, views: int, device: torch.
 def _chosen(
     kind: str, dim: int, rows: int, terms: int, views: int, processors: int, shared: int, whole: bool
 ) -> tuple[Tile, Tile]:
-    choices = [LARGE[kind]]
-    if kind == "half" and whole:
-        choices += [pair for most, pair in WHOLE.items() if dim <= most][:1]
     found = []
-    for position, groups in enumerate((terms, views)):
-        best = SMALL[kind][position].within(dim)
-        for tile in (choice[position].within(dim) for choice in choices):
+    for choices, groups in zip(zip(*tile_pairs(kind, dim, whole), strict=True), (terms, views), strict=True):
+        best, *larger = choices
+        for tile in larger:
             programs = triton.cdiv(rows, tile.rows) * groups * triton.cdiv(dim, tile.width or dim)
             # A tile twice as large on half of the processors takes as long.
             if 2 * programs >= processors and tile.shared_bytes(2 if kind == "half" else 4) <= shared:
@@ -123,14 +130,11 @@ def _chosen(
 
 @cache
 def _limits(device: torch.device) -> tuple[int, int, bool]:
-    """Processors of a device, bytes of memory that a program's warps can share, and whether `WHOLE` is for it.
-
-    Those tiles are for NVIDIA's from A100 to H200. On later ones (capability 10) the weights take shared memory too.
-    """
+    """Processors of a device, bytes of memory that a program's warps can share, and whether `WHOLE` is for it."""
     if device.type != "cuda":
         return sys.maxsize, 0, False
     found = triton.runtime.driver.active.utils.get_device_properties(device.index or 0)
-    whole = torch.version.hip is None and torch.cuda.get_device_capability(device)[0] in (8, 9)
+    whole = torch.version.hip is None and torch.cuda.get_device_capability(device)[0] in WHOLE_CAPABILITIES
     return found["multiprocessor_count"], found["max_shared_mem"], whole
 
 

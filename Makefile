@@ -67,7 +67,7 @@ bench-core: $(VENV)/bench ## numerics, size of the tables, and share of a step, 
 bench-speed: $(VENV)/bench ## time and memory of a training step under the settings that save either
 	$(BIN)/python -m benchmarks.speed
 
-bench-loader: $(VENV)/bench ## pictures per second against open_clip's loaders (DATA=folder that holds flickr8k)
+bench-loader: $(VENV)/bench ## images per second against open_clip's loaders (DATA=folder that holds flickr8k)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.loader --data $(DATA)/flickr8k
 
 FLICKR8K := flickr8k-frozen $(addprefix flickr8k-frozen-,one-caption one-caption-tuned same-views heads small-batch small-batch-methods folds)

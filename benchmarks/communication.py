@@ -86,7 +86,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=MODELS, nargs="*", default=list(MODELS))
     parser.add_argument("--objective", default="amclr")
-    parser.add_argument("--batch", type=int, nargs="*", default=[1024, 8192], help="pictures per step, over all")
+    parser.add_argument("--batch", type=int, nargs="*", default=[1024, 8192], help="images per step, over all")
     parser.add_argument("--devices", type=int, nargs="*", default=[1, 8, 64])
     parser.add_argument("--link", type=float, default=25.0, help="GB/s per process")
     options = parser.parse_args()

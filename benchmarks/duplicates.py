@@ -1,10 +1,10 @@
-"""How well near-duplicate pictures are found: copies made of a data set's own pictures, false pairs, and the time.
+"""How well near-duplicate images are found: copies made of a data set's own images, false pairs, and the time.
 
     python -m benchmarks.duplicates --data FOLDER [--every 7] [--large 1000000]
 
-Every 7th picture is changed in each of the ways below and looked for among all pictures. The pairs found among
-the pictures as they are may be true or false: look at them with `amclr inspect`. The time is that of `--large`
-hashes: those of the data set with signs changed at random, 5 % of them copies, 10 % a crowd of one picture's.
+Every 7th image is changed in each of the ways below and looked for among all images. The pairs found among
+the images as they are may be true or false: look at them with `amclr inspect`. The time is that of `--large`
+hashes: those of the data set with signs changed at random, 5 % of them copies, 10 % a crowd of one image's.
 """
 
 from __future__ import annotations
@@ -19,29 +19,30 @@ import numpy as np
 import torch
 from PIL import Image, ImageEnhance
 
-from amclr.config import Config
-from amclr.data import duplicates, manifest
-from amclr.data.duplicates import SIGNS
-from amclr.data.pictures import read_picture
+from amclr.config.schema import Config
+from amclr.data import manifest
+from amclr.data.images import duplicates
+from amclr.data.images.decode import read_image
+from amclr.data.images.duplicates import SIGNS
 
 SIZE = 72
 
 
-def jpeg(picture: Image.Image, quality: int) -> Image.Image:
+def jpeg(image: Image.Image, quality: int) -> Image.Image:
     file = io.BytesIO()
-    picture.save(file, "JPEG", quality=quality)
+    image.save(file, "JPEG", quality=quality)
     return Image.open(io.BytesIO(file.getvalue())).convert("RGB")
 
 
-def crop(picture: Image.Image, share: float) -> Image.Image:
-    draw = np.random.default_rng(zlib.crc32(picture.tobytes()))
-    width, height = (round(side * (1 - share)) for side in picture.size)
-    x, y = (int(draw.integers(free + 1)) for free in (picture.width - width, picture.height - height))
-    return picture.crop((x, y, x + width, y + height))
+def crop(image: Image.Image, share: float) -> Image.Image:
+    draw = np.random.default_rng(zlib.crc32(image.tobytes()))
+    width, height = (round(side * (1 - share)) for side in image.size)
+    x, y = (int(draw.integers(free + 1)) for free in (image.width - width, image.height - height))
+    return image.crop((x, y, x + width, y + height))
 
 
-def scaled(picture: Image.Image, factor: float) -> Image.Image:
-    return picture.resize((round(picture.width * factor), round(picture.height * factor)), Image.Resampling.BICUBIC)
+def scaled(image: Image.Image, factor: float) -> Image.Image:
+    return image.resize((round(image.width * factor), round(image.height * factor)), Image.Resampling.BICUBIC)
 
 
 CHANGES: dict[str, Callable[[Image.Image], Image.Image]] = {
@@ -69,19 +70,19 @@ def main() -> None:
     torch.set_num_threads(1)
     config = Config(data=options.data)
     samples = manifest.load(config, manifest.cache_folder(config)).samples
-    pictures = [read_picture(s.picture, SIZE) for s in samples]
+    images = [read_image(s.image, SIZE) for s in samples]
     start = time.perf_counter()
-    own = duplicates.as_rows(map(duplicates.picture_hash, pictures))
+    own = duplicates.as_rows(map(duplicates.image_hash, images))
     took = 1e3 * (time.perf_counter() - start) / len(own)
     sets = duplicates.largest(duplicates.near_duplicates(own))
     pairs, every = sum(len(s) * (len(s) - 1) // 2 for s in sets), len(own) * (len(own) - 1) / 2
-    print(f"{len(own)} pictures, {took:.2f} ms each; as they are, {sum(map(len, sets))} in {len(sets)} groups: "
+    print(f"{len(own)} images, {took:.2f} ms each; as they are, {sum(map(len, sets))} in {len(sets)} groups: "
           f"{pairs} pairs, {1e6 * pairs / every:.2f} per million")  # fmt: skip
     some = np.arange(0, len(own), options.every)
     print("| change | found |\n|---|---|")
     for name, change in CHANGES.items():
-        changed = (change(Image.fromarray(pictures[i].permute(1, 2, 0).numpy())) for i in some)
-        hashes = duplicates.as_rows(duplicates.picture_hash(read_picture(p, SIZE)) for p in changed)
+        changed = (change(Image.fromarray(images[i].permute(1, 2, 0).numpy())) for i in some)
+        hashes = duplicates.as_rows(duplicates.image_hash(read_image(p, SIZE)) for p in changed)
         groups = duplicates.near_duplicates(np.concatenate([own, hashes]))
         found = (groups[some] == groups[len(own) :]) & (groups[some] >= 0)
         print(f"| {name} | {100 * found.mean():.1f} % |", flush=True)

@@ -3,7 +3,7 @@
     python -m benchmarks.estimators FLICKR8K [--batch_size 16 128]
 
 SogCLR with gamma 1 trains heads on the frozen towers (recipe `frozen`, small heads, temperature 0.05); other estimators
-look on, fed with the same embeddings, and have no say. At some steps of each epoch all training pictures and captions
+look on, fed with the same embeddings, and have no say. At some steps of each epoch all training images and captions
 are embedded, and the log u that each estimator would use for the anchors of that step is compared with the log of the
 exact inner mean. Printed: root mean square of the differences, and in brackets their mean, over both terms. `as it was`
 is what the anchor's last visit left, an epoch ago, with no look at this batch. Needs amclr[pretrained].
@@ -25,13 +25,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from amclr import engine
-from amclr.config import LossConfig
+from amclr.config.recipes import frozen
+from amclr.config.schema import LossConfig
 from amclr.data.batches import BatchPlan
-from amclr.features import FeatureBatches
+from amclr.models.features import FeatureBatches
 from amclr.objectives import Objective, build
-from amclr.recipes import frozen
-from amclr.training import Training
+from amclr.training import loop as engine
+from amclr.training.state import Training
 
 ESTIMATORS: dict[str, dict[str, Any]] = {
     "gamma 1": {"gamma": 1.0},
@@ -123,7 +123,7 @@ def errors(data: Path, batch_size: int, epochs: int, seed: int, rate: float) -> 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path, help="Flickr8k, or any captioned pictures")
+    parser.add_argument("data", type=Path, help="Flickr8k, or any captioned images")
     parser.add_argument("--batch_size", type=int, nargs="+", default=[16, 128])
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)

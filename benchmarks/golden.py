@@ -25,6 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ from torch.nn import functional as F
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is first imported
 
-from amclr.objectives import METHODS, backward_in_chunks, build  # noqa: E402
+from amclr.objectives import METHODS, backward_in_chunks, build
 
 VIEWS = ("image", "image_aug", "text", "text_aug")
 SAMPLES, STEPS = 60, 3
@@ -72,6 +73,9 @@ RUNS: dict[str, tuple[str, ...]] = {
 TIMES = ("seconds", "share", "second", "time", "per_second")
 """Metrics whose names hold one of these differ from run to run."""
 
+Case = tuple[str, Callable[[], str | dict[str, str]]]
+"""A name, and what gives its digest, or several by name."""
+
 
 def digest(*parts: object) -> str:
     """A short hash of numbers, arrays and texts, to the bit."""
@@ -82,7 +86,9 @@ def digest(*parts: object) -> str:
             add(str(part.shape))
             state.update(part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
         elif isinstance(part, np.ndarray):
-            state.update(repr(part.tolist()).encode() if part.dtype.kind in "OU" else np.ascontiguousarray(part).tobytes())
+            state.update(
+                repr(part.tolist()).encode() if part.dtype.kind in "OU" else np.ascontiguousarray(part).tobytes()
+            )
         elif isinstance(part, Mapping):
             for key in sorted(part, key=str):
                 state.update(f"{key}:".encode())
@@ -169,24 +175,21 @@ def two_processes() -> dict[str, str]:
     return {name: f"{value}+{both[1][name]}" for name, value in both[0].items()}
 
 
-def objectives() -> Iterator[tuple[str, Callable[[], str | dict[str, str]]]]:
+def objectives() -> Iterator[Case]:
     """Every case of `objective/`, by name."""
     for name in METHODS:
+        case = partial(trained, name)
         for variant, settings in VARIANTS.items():
-            yield f"{name}/{variant}", lambda name=name, settings=settings: trained(name, settings)
-            yield f"{name}/{variant}/groups", lambda name=name, settings=settings: trained(
-                name, settings, grouped=True, diagnose=True
-            )
-        yield f"{name}/float64", lambda name=name: trained(name, {}, dtype=torch.float64)
-        yield f"{name}/large", lambda name=name: trained(name, {}, size=600)
-        yield f"{name}/sharp", lambda name=name: trained(name, {"temperature": 0.01}, size=600)
-        yield f"{name}/chunks", lambda name=name: trained(name, {}, chunks=10)
-        yield f"{name}/bfloat16", lambda name=name: trained(name, {}, dtype=torch.bfloat16)
+            yield f"{name}/{variant}", partial(case, settings)
+            yield f"{name}/{variant}/groups", partial(case, settings, grouped=True, diagnose=True)
+        yield f"{name}/float64", partial(case, {}, dtype=torch.float64)
+        yield f"{name}/large", partial(case, {}, size=600)
+        yield f"{name}/sharp", partial(case, {"temperature": 0.01}, size=600)
+        yield f"{name}/chunks", partial(case, {}, chunks=10)
+        yield f"{name}/bfloat16", partial(case, {}, dtype=torch.bfloat16)
         for variant in ("plain", "learnable", "individual"):
             settings = {**VARIANTS[variant], "backend": "triton"}
-            yield f"{name}/triton/{variant}", lambda name=name, settings=settings: trained(
-                name, settings, size=12, grouped=True
-            )
+            yield f"{name}/triton/{variant}", partial(case, settings, size=12, grouped=True)
     yield "processes", two_processes
 
 
@@ -258,11 +261,11 @@ def resumed(work: Path) -> dict[str, str]:
     return found | {f"longer/{k}": v for k, v in of_run(folder).items()}
 
 
-def runs(work: Path) -> Iterator[tuple[str, Callable[[], str | dict[str, str]]]]:
+def runs(work: Path) -> Iterator[Case]:
     """Every case of `run/`, by name."""
     for name in RUNS:
-        yield name, lambda name=name: one_run(name, work)
-    yield "resumed", lambda: resumed(work)
+        yield name, partial(one_run, name, work)
+    yield "resumed", partial(resumed, work)
 
 
 def main() -> int:

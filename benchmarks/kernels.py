@@ -36,7 +36,7 @@ from amclr.objectives.kernels import Tile
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 KINDS = {"half": ("*bf16", torch.bfloat16, "bfloat16"), "tf32": ("*fp32", torch.float32, "tf32"),
          "ieee": ("*fp32", torch.float32, "auto")}  # fmt: skip
-"""By how products are formed: the features' type for the compiler and in torch, and the objective's `products`."""
+"""By how products are formed: the features' type for the compiler and in torch, and the objective's `matmul_dtype`."""
 SPECIAL = {
     **dict.fromkeys(("terms", "columns", "partners"), "*i32"),
     **dict.fromkeys(("ids", "ones", "others"), "*i64"),

@@ -1,6 +1,6 @@
-"""Pictures per second that loaders deliver: amclr's from files, tars and the decoded cache, and open_clip's two.
+"""Images per second that loaders deliver: amclr's from files, tars and the decoded cache, and open_clip's two.
 
-    python -m benchmarks.loader --data flickr8k [--pictures 3000] [--size 128] [--repeats 5]
+    python -m benchmarks.loader --data flickr8k [--images 3000] [--size 128] [--repeats 5]
 
 The same JPEG files, once in a folder and once in tars; the same random crop (0.9 to 1 of the area, ratio
 3/4 to 4/3, bicubic: open_clip's training transform) to the same size, in batches of 128, with the same
@@ -8,7 +8,7 @@ number of worker processes; one thread each. Captions are drawn and tokenised on
 take turns, several times; a figure is the median of its runs from the first batch to the last, a ratio the
 median of the ratios within each turn, with the smallest and largest. open_clip's batches are normalised
 float32; amclr's are uint8, which the image tower normalises where it is: rows "as float32" add that step.
-Below them: views of decoded pictures on one core, against the same policy by torchvision picture by picture.
+Below them: views of decoded images on one core, against the same policy by torchvision image by image.
 Needs amclr[bench].
 """
 
@@ -35,11 +35,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
-from amclr.config import Config, ModelConfig, ViewsConfig
-from amclr.data.batches import BatchPlan, PictureBatches
+from amclr.config.schema import Config, ModelConfig, ViewsConfig
+from amclr.data.batches import BatchPlan, ImageBatches
+from amclr.data.images.decode import ImageStore, Location
+from amclr.data.images.views import POLICIES, Drawn, boxes, policy
 from amclr.data.manifest import Sample, load
-from amclr.data.pictures import Location, PictureStore
-from amclr.data.views import POLICIES, Drawn, boxes, policy
 
 BATCH = 128
 SHARDS = 8
@@ -58,7 +58,7 @@ Loader = Callable[[int], Iterable[Any]]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="Flickr8k, or another captioned folder of JPEG files")
-    parser.add_argument("--pictures", type=int, default=3000)
+    parser.add_argument("--images", type=int, default=3000)
     parser.add_argument("--size", type=int, default=128)
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 2])
     parser.add_argument("--repeats", type=int, default=5)
@@ -67,9 +67,9 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     with tempfile.TemporaryDirectory() as folder:
-        samples = list(load(Config(data=str(options.data)), Path(folder), progress=False).samples[: options.pictures])
+        samples = list(load(Config(data=str(options.data)), Path(folder), progress=False).samples[: options.images])
         loaders = prepare(samples, options.size, Path(folder))
-        print(f"{len(samples)} pictures, size {options.size}, batch {BATCH}; {machine()}", flush=True)
+        print(f"{len(samples)} images, size {options.size}, batch {BATCH}; {machine()}", flush=True)
         for workers in options.workers:
             speeds = measure(loaders, workers, options.repeats)
             table(speeds, f"{workers} workers", list(speeds)[:2])
@@ -80,13 +80,13 @@ def prepare(samples: list[Sample], size: int, folder: Path) -> dict[str, Loader]
     """All loaders, open_clip's first. Writes the tars and the list of files."""
     shards, packed = write_tars(samples, folder)
     csv = folder / "captions.tsv"
-    csv.write_text("filepath\ttitle\n" + "".join(f"{s.picture.file}\t{s.captions[0]}\n" for s in samples))
-    places = [s.picture for s in samples]
+    csv.write_text("filepath\ttitle\n" + "".join(f"{s.image.file}\t{s.captions[0]}\n" for s in samples))
+    places = [s.image for s in samples]
     stores = {
-        "amclr, folder": PictureStore(places, size),
-        "amclr, tars": PictureStore(packed, size),
-        "amclr, decoded in memory": PictureStore(places, size, "ram", progress=False),
-        "amclr, decoded on disk": PictureStore(places, size, "disk", folder=folder / "decoded", progress=False),
+        "amclr, folder": ImageStore(places, size),
+        "amclr, tars": ImageStore(packed, size),
+        "amclr, decoded in memory": ImageStore(places, size, "ram", progress=False),
+        "amclr, decoded on disk": ImageStore(places, size, "disk", folder=folder / "decoded", progress=False),
     }
     loaders = {"open_clip, CSV": theirs("csv", str(csv), len(samples), size)}
     loaders["open_clip, WebDataset"] = theirs("webdataset", shards, len(samples), size)
@@ -97,13 +97,13 @@ def prepare(samples: list[Sample], size: int, folder: Path) -> dict[str, Loader]
 
 
 def write_tars(samples: list[Sample], folder: Path) -> tuple[str, list[Location]]:
-    """The pictures and first captions as WebDataset shards: their pattern, and where each picture lies in them."""
+    """The images and first captions as WebDataset shards: their pattern, and where each image lies in them."""
     for k in range(SHARDS):
         with tarfile.open(folder / f"{k:02}.tar", "w") as tar:
             for s in samples[k::SHARDS]:
                 stem, text = Path(s.name).stem, folder / "caption.txt"
                 text.write_text(s.captions[0])
-                tar.add(s.picture.file, f"{stem}.jpg")
+                tar.add(s.image.file, f"{stem}.jpg")
                 tar.add(text, f"{stem}.txt")
     where: dict[str, Location] = {}
     for k in range(SHARDS):
@@ -120,11 +120,11 @@ def no_tokens(texts: list[str]) -> Tensor:
     return torch.zeros(len(texts), 77, dtype=torch.long)
 
 
-def ours(samples: list[Sample], store: PictureStore, size: int, then: Callable[[Tensor], Any] = id) -> Loader:
-    """Batches of `PictureBatches`, as the engine asks for them; `then` is done to the pictures of each."""
+def ours(samples: list[Sample], store: ImageStore, size: int, then: Callable[[Tensor], Any] = id) -> Loader:
+    """Batches of `ImageBatches`, as the engine asks for them; `then` is done to the images of each."""
     config = Config(batch_size=BATCH, model=ModelConfig(image_size=size), views=ViewsConfig(image="open_clip"))  # type: ignore[arg-type]
     plan = BatchPlan(np.array([s.id for s in samples]), BATCH, 0)
-    batches = PictureBatches(samples, store, plan, ("image", "text"), lambda t: {"input_ids": no_tokens(t)}, config)
+    batches = ImageBatches(samples, store, plan, ("image", "text"), lambda t: {"input_ids": no_tokens(t)}, config)
 
     def epoch(workers: int) -> Iterable[Any]:
         steps = range(EPOCHS * plan.steps_per_epoch)
@@ -136,9 +136,9 @@ def ours(samples: list[Sample], store: PictureStore, size: int, then: Callable[[
     return epoch
 
 
-def normalise(pictures: Tensor) -> Tensor:
+def normalise(images: Tensor) -> Tensor:
     """What the image tower does first."""
-    return pictures.float().sub_(120.0).div_(70.0)
+    return images.float().sub_(120.0).div_(70.0)
 
 
 def theirs(kind: str, source: str, count: int, size: int) -> Loader:
@@ -164,7 +164,7 @@ def theirs(kind: str, source: str, count: int, size: int) -> Loader:
 
 
 def measure(loaders: dict[str, Loader], workers: int, repeats: int) -> dict[str, list[float]]:
-    """Pictures a second of each loader, turn by turn; a first turn warms up."""
+    """Images a second of each loader, turn by turn; a first turn warms up."""
     speeds: dict[str, list[float]] = {name: [] for name in loaders}
     for turn in range(repeats + 1):
         for name, loader in loaders.items():
@@ -179,9 +179,9 @@ def measure(loaders: dict[str, Loader], workers: int, repeats: int) -> dict[str,
 
 
 def views(samples: list[Sample], size: int, repeats: int) -> None:
-    """Views of decoded pictures a second, on one core: a batch at once, and picture by picture with torchvision."""
-    store = PictureStore([s.picture for s in samples[:BATCH]], size, "ram", progress=False)
-    pictures, ids = [store[i] for i in range(BATCH)], np.array([s.id for s in samples[:BATCH]])
+    """Views of decoded images a second, on one core: a batch at once, and image by image with torchvision."""
+    store = ImageStore([s.image for s in samples[:BATCH]], size, "ram", progress=False)
+    images, ids = [store[i] for i in range(BATCH)], np.array([s.id for s in samples[:BATCH]])
     kernel = max(3, int(0.1 * size) // 2 * 2 + 1)
     colours = [
         v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
@@ -198,9 +198,9 @@ def views(samples: list[Sample], size: int, repeats: int) -> None:
                 begin = time.perf_counter()
                 for _ in range(3):
                     if way.startswith("amclr"):
-                        ours(pictures, ids, turn)
+                        ours(images, ids, turn)
                     else:
-                        torch.stack([theirs(p) for p in pictures])
+                        torch.stack([theirs(p) for p in images])
                 if turn:
                     values.append(3 * BATCH / (time.perf_counter() - begin))
         table(speeds, f"views '{name}'", list(speeds)[:1])
@@ -208,7 +208,7 @@ def views(samples: list[Sample], size: int, repeats: int) -> None:
 
 def table(speeds: dict[str, list[float]], what: str, bases: list[str]) -> None:
     """Print a Markdown table of speeds and of their ratios to some."""
-    print(f"\n| {what} | pictures/s | {' | '.join(f'x {base}' for base in bases)} |\n|---{'|---' * (1 + len(bases))}|")
+    print(f"\n| {what} | images/s | {' | '.join(f'x {base}' for base in bases)} |\n|---{'|---' * (1 + len(bases))}|")
     for name, values in speeds.items():
         cells = [f"{statistics.median(values):.0f} ({min(values):.0f} to {max(values):.0f})"]
         for base in bases:

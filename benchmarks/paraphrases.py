@@ -19,12 +19,12 @@ from pathlib import Path
 import torch
 from benchmarks.objectives import machine
 
-from amclr.config import ParaphraseConfig, SourceConfig
+from amclr.config.recipes import frozen
+from amclr.config.schema import ParaphraseConfig, SourceConfig
 from amclr.data import manifest as manifests
-from amclr.data.wording import reword
-from amclr.engine import Training, assemble, backward
-from amclr.paraphrase import paraphrase
-from amclr.recipes import frozen
+from amclr.data.text.wording import reword
+from amclr.paraphrase.generate import paraphrase
+from amclr.training.loop import Training, assemble, backward
 
 
 def main() -> None:

@@ -4,7 +4,7 @@
 
 The towers, unless runs are given: the demo's own, the packaged pretrained ones, ResNet-50 with DistilBERT and ViT-S/16
 with BERT, at their full sizes and with random weights where the weights are not packaged; batch norms are given the
-statistics of some pictures first, as training would. "same tensors" compares the networks, "its own reading" the way
+statistics of some images first, as training would. "same tensors" compares the networks, "its own reading" the way
 from the files: what open_clip's, or the example's, decoding and resizing changes.
 """
 
@@ -21,14 +21,14 @@ from benchmarks.objectives import machine
 from torch import nn
 from transformers import BertConfig, DistilBertConfig
 
-from amclr.config import Config, ModelConfig, SourceConfig
+from amclr.config.recipes import frozen, paper, scenes
+from amclr.config.schema import Config, ModelConfig, SourceConfig
 from amclr.data import manifest as manifests
-from amclr.data.pictures import Location
-from amclr.export import FORMATS, Parity, compare, pairs_of
-from amclr.model import DualEncoder, build_tokenizer
-from amclr.pretrained import minilm_folder
-from amclr.recipes import frozen, paper, scenes
-from amclr.run import Run
+from amclr.data.images.decode import Location
+from amclr.export.formats import FORMATS, Parity, compare, pairs_of
+from amclr.models.dual_encoder import DualEncoder, build_tokenizer
+from amclr.models.packaged import minilm_folder
+from amclr.runs.folder import Run
 
 
 def towers(text_folder: Path) -> dict[str, ModelConfig]:
@@ -48,14 +48,14 @@ def towers(text_folder: Path) -> dict[str, ModelConfig]:
     }
 
 
-def settle_norms(model: DualEncoder, pictures: list[Location]) -> None:
-    """Give batch norms of random weights the statistics of some pictures."""
+def settle_norms(model: DualEncoder, images: list[Location]) -> None:
+    """Give batch norms of random weights the statistics of some images."""
     norms = [m for m in model.image_tower.modules() if isinstance(m, nn.BatchNorm2d)]
     if norms and model.config.image_lr:
         for norm in norms:
             norm.momentum = None
         with torch.no_grad():
-            model.train()(torch.stack([model.prepare(p) for p in pictures[:64]]), None)
+            model.train()(torch.stack([model.prepare(p) for p in images[:64]]), None)
 
 
 def row(name: str, to: str, precision: str, found: dict[str, Parity], limit: float) -> str:
@@ -94,9 +94,9 @@ def main() -> None:
         print("|---" * 9 + "|", flush=True)
         for name, build in models.items():
             model = build()
-            pictures, texts = pairs_of(model, config)
+            images, texts = pairs_of(model, config)
             if not options.runs:
-                settle_norms(model, pictures)
+                settle_norms(model, images)
             model.eval()
             for to in options.formats:
                 for precision, limit in FORMATS[to].limits.items():
@@ -105,7 +105,7 @@ def main() -> None:
                     with tempfile.TemporaryDirectory() as folder:
                         FORMATS[to].write(model, Path(folder), 0.05, precision)
                         exported = FORMATS[to].load(Path(folder))
-                        print(row(name, to, precision, compare(model, exported, pictures, texts), limit), flush=True)
+                        print(row(name, to, precision, compare(model, exported, images, texts), limit), flush=True)
 
 
 if __name__ == "__main__":

@@ -26,9 +26,11 @@ def views_of(batch: int, dim: int, seed: int) -> dict[str, Tensor]:
     return {v: F.normalize(base + torch.randn(batch, dim, generator=generator), dim=-1) for v in VIEWS}
 
 
-def gradient(views: list[dict[str, Tensor]], tau: float, dtype: torch.dtype, products: str = "auto") -> Tensor:
+def gradient(views: list[dict[str, Tensor]], tau: float, dtype: torch.dtype, matmul_dtype: str = "auto") -> Tensor:
     batch = len(views[0]["image"])
-    objective = build("xamclr", batch, temperature=tau, products=products).to(torch.promote_types(dtype, torch.float32))
+    objective = build("xamclr", batch, temperature=tau, matmul_dtype=matmul_dtype).to(
+        torch.promote_types(dtype, torch.float32)
+    )
     for step in views:
         leaves = {v: x.detach().clone().to(dtype).requires_grad_() for v, x in step.items()}
         objective(leaves, torch.arange(batch))[0].backward()

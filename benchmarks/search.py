@@ -3,7 +3,7 @@
     python -m benchmarks.search                    # a million vectors; about ten minutes on two cores
     python -m benchmarks.search --rows 100000
 
-Vectors are made: unit rows around 20,000 centres, which have centres themselves, as pictures of many kinds have. Queries
+Vectors are made: unit rows around 20,000 centres, which have centres themselves, as images of many kinds have. Queries
 lie beside some of them. FAISS directly is IndexFlatIP for exact search, and index_factory's IVF-Flat with as many lists
 and probes as ours chose for the other. Each row is measured in a process of its own;
 memory is that beyond the libraries', the vectors given to FAISS included.
@@ -70,7 +70,7 @@ def timed(search: Any, asked: np.ndarray) -> tuple[np.ndarray, float, float]:
 
 def make_index(folder: Path, rows: int, lists: bool, out: Any) -> None:
     """Ours, from vectors to files."""
-    from amclr.index import FORMAT, Lists, Row, write_part
+    from amclr.search.index import FORMAT, Lists, Row, write_part
 
     base = memory("VmRSS")
     (folder / "parts").mkdir(parents=True, exist_ok=True)
@@ -94,7 +94,7 @@ def make_index(folder: Path, rows: int, lists: bool, out: Any) -> None:
 
 
 def use_index(folder: Path, rows: int, out: Any) -> None:
-    from amclr.index import Index
+    from amclr.search.index import Index
 
     asked, base, began = queries(rows), memory("VmRSS"), time.perf_counter()
     index = Index(folder)

@@ -1,11 +1,11 @@
 """Many clients at `amclr serve`: requests, errors, latency, and the server's memory at the start, the middle and the end.
 
-    python -m benchmarks.serving MODEL                  # ten minutes, 32 clients, 100,000 pictures
+    python -m benchmarks.serving MODEL                  # ten minutes, 32 clients, 100,000 images
     python -m benchmarks.serving MODEL --minutes 2
 
 MODEL is what `amclr.load` takes. The index is made: rows around that model's embeddings of texts. Each client sends its
-next request when it has the answer to the last: texts (80 %; few come twice), pictures like one of the index (10 %),
-uploaded pictures (2 %) and thumbnails (8 %). Clients run beside the server on the same machine, in another process.
+next request when it has the answer to the last: texts (80 %; few come twice), images like one of the index (10 %),
+uploaded images (2 %) and thumbnails (8 %). Clients run beside the server on the same machine, in another process.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def photograph(seed: int, size: tuple[int, int]) -> bytes:
 
 def make_index(model: str, rows: int, folder: Path) -> None:
     from amclr import load
-    from amclr.index import FORMAT, PART, Row, write_part
+    from amclr.search.index import FORMAT, PART, Row, write_part
 
     encoder = load(model)
     encoder.save_pretrained(folder / "model")
@@ -92,18 +92,16 @@ class Client(threading.Thread):
         """Send them."""
         draw = np.random.default_rng(self.seed)
         said, upload = texts(5000, self.seed), photograph(self.seed, (1600, 1200))
-        form = (
-            b"--x\r\nContent-Disposition: form-data; name=picture; filename=a.jpg\r\n\r\n" + upload + b"\r\n--x--\r\n"
-        )
+        form = b"--x\r\nContent-Disposition: form-data; name=image; filename=a.jpg\r\n\r\n" + upload + b"\r\n--x--\r\n"
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
         number = 0
         while time.monotonic() < self.until:
             number += 1
-            kind = str(draw.choice(["text", "similar", "picture", "thumbnail"], p=[0.8, 0.1, 0.02, 0.08]))
+            kind = str(draw.choice(["text", "similar", "image", "thumbnail"], p=[0.8, 0.1, 0.02, 0.08]))
             row = int(draw.integers(self.rows))
             began = time.perf_counter()
             try:
-                if kind == "picture":
+                if kind == "image":
                     connection.request(
                         "POST", "/search/image", form, {"Content-Type": "multipart/form-data; boundary=x"}
                     )

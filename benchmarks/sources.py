@@ -2,7 +2,7 @@
 
     python -m benchmarks.sources [--samples 200000]
 
-The pictures are not decoded, so they need not be any.
+The images are not decoded, so they need not be any.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 READ = """
 import resource, sys, time
 from pathlib import Path
-from amclr.config import Config
+from amclr.config.schema import Config
 from amclr.data import manifest
 
 def memory():

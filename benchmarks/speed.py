@@ -2,7 +2,7 @@
 
     python -m benchmarks.speed [--batch 16] [--rounds 4] [--threads 2] [--only float32 compile]
 
-A step is that of the `finetune` recipe, objective AmCLR: EfficientNet-Lite0 on 2 x B pictures of 128 x 128,
+A step is that of the `finetune` recipe, objective AmCLR: EfficientNet-Lite0 on 2 x B images of 128 x 128,
 MiniLM on 2 x B captions of 8 to 24 words, forward, objective, backward and AdamW. Each setting has a
 process of its own, so that its peak of memory (resident, PyTorch itself included; and what of it the steps
 added) is its own; all are alive at once, and make their steps in
@@ -32,18 +32,18 @@ from typing import Any
 import torch
 from benchmarks.objectives import machine
 
-from amclr.config import ModelConfig
-from amclr.model import DualEncoder, build_tokenizer
+from amclr.config.recipes import finetune
+from amclr.config.schema import ModelConfig
+from amclr.models.dual_encoder import DualEncoder, build_tokenizer
 from amclr.objectives import backward_in_chunks, build
-from amclr.optim import build_optimizer
-from amclr.recipes import finetune
+from amclr.training.optim import build_optimizer
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "float32": {},
     "bf16-mixed": {"bfloat16": True},
     "channels first": {"channels_first": True},
     "compile": {"compile": True},
-    "recompute": {"recompute": True},
+    "recompute": {"activation_checkpointing": True},
     "image tower frozen": {"image_lr": 0.0},
     "text tower frozen": {"text_lr": 0.0},
     "adapters of rank 8": {"image_adapters": 8, "text_adapters": 8},
@@ -78,7 +78,7 @@ def step_of(batch: int, options: dict[str, Any]) -> Callable[[], None]:
         longest = 8 + 7 * next(count) % 17
         drawn = [torch.randint(0, 256, (2 * batch // parts, 3, size, size), dtype=torch.uint8) for _ in range(parts)]
         texts = [" ".join(words[: 5 + k % (longest - 4)]) for k in range(2 * batch // parts)]
-        chunks = [(pictures, model.tokenize(texts)) for pictures in drawn]
+        chunks = [(images, model.tokenize(texts)) for images in drawn]
         model.train()
         if parts > 1:
             backward_in_chunks(views, chunks, objective, ids, model=model)

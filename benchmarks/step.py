@@ -2,7 +2,7 @@
 
     python -m benchmarks.step [--batch 128] [--rounds 3]
 
-The encoders' forward and backward pass on B pictures of 128 x 128 and captions of 32 tokens, two views
+The encoders' forward and backward pass on B images of 128 x 128 and captions of 32 tokens, two views
 of each where the objective wants them, with a random gradient in the place of a loss; and the objective
 on embeddings of the same shape. Times are medians of rounds in which both take turns. Needs amclr[pretrained].
 """
@@ -15,9 +15,9 @@ import time
 import torch
 from benchmarks.objectives import machine, median_times, ours, views_of
 
-from amclr.model import DualEncoder, build_tokenizer
+from amclr.config.recipes import finetune
+from amclr.models.dual_encoder import DualEncoder, build_tokenizer
 from amclr.objectives import build
-from amclr.recipes import finetune
 
 
 def main() -> None:

@@ -1,11 +1,11 @@
-"""Zero-shot accuracy by how often training pictures show a kind, for the runs of a comparison on `scenes`.
+"""Zero-shot accuracy by how often training images show a kind, for the runs of a comparison on `scenes`.
 
     amclr compare experiments/scenes-tail.yaml
     python -m benchmarks.tail runs/compare-scenes-tail
 
 Kinds are grouped by their rank in the tail that the seed of the scenes draws, the same at every `scenes.tail`: at 0
 they come equally often, and the groups differ by how hard they are. Accuracy in percent, mean and standard deviation
-over the seeds of training; in brackets, how many training pictures show a kind of the group, fewest to most.
+over the seeds of training; in brackets, how many training images show a kind of the group, fewest to most.
 """
 
 from __future__ import annotations
@@ -16,19 +16,20 @@ from pathlib import Path
 
 import numpy as np
 
-from amclr.compare import spread
-from amclr.data import manifest, tables
+from amclr.compare.report import with_spread
+from amclr.compare.runner import spread
+from amclr.data import manifest
 from amclr.data.scenes import ranked_kinds
-from amclr.errors import UserError
-from amclr.files import read_arrays
-from amclr.report import with_spread
-from amclr.run import Run
+from amclr.data.sources import tables
+from amclr.runs.folder import Run
+from amclr.utils.errors import UserError
+from amclr.utils.files import read_arrays
 
 GROUPS = {"10 commonest": slice(0, 10), "20 between": slice(10, 30), "10 rarest": slice(30, 40)}
 
 
 def by_group(folder: Path) -> dict[str, tuple[float, int, int]]:
-    """Accuracy of a run for each group of kinds, and the fewest and most training pictures of a kind in it."""
+    """Accuracy of a run for each group of kinds, and the fewest and most training images of a kind in it."""
     config = Run.open(folder).config
     if config.data != "scenes":
         raise UserError(f"'{folder}' was trained on {config.data}: give a comparison on scenes")

@@ -1,4 +1,4 @@
-"""An open_clip model trained by AmCLR in place of its ClipLoss, with a second view of picture and caption.
+"""An open_clip model trained by AmCLR in place of its ClipLoss, with a second view of image and caption.
 
     python examples/open_clip_model.py               # half a minute on one core; needs pip install open_clip_torch
 
@@ -13,7 +13,7 @@ import argparse
 
 import open_clip
 import torch
-from shapes import Shapes, captions, picture
+from shapes import Shapes, captions, image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.functional import to_pil_image
@@ -29,11 +29,11 @@ SMALL = {
 
 
 class Views(Dataset):
-    """Two views of picture and caption, made by open_clip's transforms and tokenizer, and the sample's id."""
+    """Two views of image and caption, made by open_clip's transforms and tokenizer, and the sample's id."""
 
     def __init__(self, transforms: dict[str, object], tokenizer: object) -> None:
         self.rows = Shapes("train").rows
-        self.pictures = [to_pil_image(picture(*row)) for row in self.rows]
+        self.images = [to_pil_image(image(*row)) for row in self.rows]
         self.texts = [tokenizer(list(captions(*row))) for row in self.rows]
         self.transforms = transforms
 
@@ -41,17 +41,17 @@ class Views(Dataset):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        views = {view: transform(self.pictures[index]) for view, transform in self.transforms.items()}
+        views = {view: transform(self.images[index]) for view, transform in self.transforms.items()}
         text, other = self.texts[index]
         return {"id": torch.tensor(index), **views, "text": text, "text_aug": other}
 
 
 def recall(model: open_clip.CLIP, transform: object, tokenizer: object) -> dict[str, float]:
-    """Retrieval among the held-out pictures and their captions, in percent."""
+    """Retrieval among the held-out images and their captions, in percent."""
     rows = Shapes("val").rows
     model.eval()
     with torch.no_grad():
-        images = model.encode_image(torch.stack([transform(to_pil_image(picture(*r))) for r in rows]), normalize=True)
+        images = model.encode_image(torch.stack([transform(to_pil_image(image(*r))) for r in rows]), normalize=True)
         texts = model.encode_text(tokenizer([captions(*r)[0] for r in rows]), normalize=True)
     model.train()
     return amclr.evaluate.retrieval(images, texts, torch.arange(len(rows)))

@@ -1,6 +1,6 @@
-"""What stands for your own data and encoders in the examples: pictures of a shape, captions in two wordings.
+"""What stands for your own data and encoders in the examples: images of a shape, captions in two wordings.
 
-A picture shows a shape of a colour at a place on a ground; every combination is one sample, so no two captions are
+An image shows a shape of a colour at a place on a ground; every combination is one sample, so no two captions are
 alike. A quarter of the combinations is held out: a model that finds them has learned what the words mean.
 """
 
@@ -26,7 +26,7 @@ COMBINATIONS = list(product(COLOURS, SHAPES, PLACES, GROUNDS))
 WORDS = sorted({w for c in COMBINATIONS for part in c for w in part.split()} | {"a", "at", "the", "on", "ground"})
 
 
-def picture(colour: str, shape: str, place: str, ground: str) -> Tensor:
+def image(colour: str, shape: str, place: str, ground: str) -> Tensor:
     """(3, SIZE, SIZE) in [0, 1]."""
     y, x = torch.meshgrid(torch.arange(SIZE), torch.arange(SIZE), indexing="ij")
     row, column = divmod(PLACES.index(place), 3)
@@ -45,7 +45,7 @@ def captions(colour: str, shape: str, place: str, ground: str) -> tuple[str, str
 
 
 class Shapes(Dataset[dict[str, Tensor]]):
-    """Samples with two views of picture and caption each, and an id: the row of its estimates."""
+    """Samples with two views of image and caption each, and an id: the row of its estimates."""
 
     def __init__(self, split: str) -> None:
         order = torch.randperm(len(COMBINATIONS), generator=torch.Generator().manual_seed(0)).tolist()
@@ -57,7 +57,7 @@ class Shapes(Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         caption, other = captions(*self.rows[index])
-        clean = picture(*self.rows[index])
+        clean = image(*self.rows[index])
         return {
             "id": torch.tensor(index), "image": varied(clean), "image_aug": varied(clean),
             "text": tokens(caption), "text_aug": tokens(other),
@@ -65,7 +65,7 @@ class Shapes(Dataset[dict[str, Tensor]]):
 
 
 def varied(image: Tensor) -> Tensor:
-    """A view of a picture: another brightness, and noise."""
+    """A view of an image: another brightness, and noise."""
     return image * (0.8 + 0.4 * torch.rand(())) + 0.05 * torch.randn_like(image)
 
 
@@ -76,7 +76,7 @@ def tokens(text: str) -> Tensor:
 
 
 class Encoders(nn.Module):
-    """A small convolutional net for pictures, the mean of word vectors for captions: unit rows (B, 64)."""
+    """A small convolutional net for images, the mean of word vectors for captions: unit rows (B, 64)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -96,10 +96,10 @@ class Encoders(nn.Module):
 
 @torch.no_grad()
 def recall(encoders: Encoders) -> dict[str, float]:
-    """Retrieval among the held-out pictures and their captions, in percent."""
+    """Retrieval among the held-out images and their captions, in percent."""
     encoders.eval()
     rows = Shapes("val").rows
-    images = torch.stack([picture(*row) for row in rows])
+    images = torch.stack([image(*row) for row in rows])
     texts = torch.stack([tokens(captions(*row)[0]) for row in rows])
     found = encoders({"image": images, "text": texts})
     encoders.train()

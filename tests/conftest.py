@@ -1,4 +1,4 @@
-"""Shared inputs: a tiny captioned picture folder made here, and where the real data is, if it is."""
+"""Shared inputs: a tiny captioned image folder made here, and where the real data is, if it is."""
 
 from __future__ import annotations
 
@@ -52,14 +52,14 @@ def paint(colour: str, index: int, size: int = 40) -> Image.Image:
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
-def make_folder(root: Path, pictures: int = 40, captions: int = 2, lists: bool = True) -> Path:
+def make_folder(root: Path, images: int = 40, captions: int = 2, lists: bool = True) -> Path:
     """A data set in the Kaggle Flickr8k layout: coloured patches and captions that name the colour."""
     (root / "Images").mkdir(parents=True)
     names = []
     with (root / "captions.txt").open("w", newline="", encoding="utf-8") as handle:
         writer = csv.writer(handle)
         writer.writerow(["image", "caption"])
-        for i in range(pictures):
+        for i in range(images):
             colour = list(COLOURS)[i % len(COLOURS)]
             name = f"{i:03d}.png"
             names.append(name)
@@ -67,7 +67,7 @@ def make_folder(root: Path, pictures: int = 40, captions: int = 2, lists: bool =
             for k in range(captions):
                 writer.writerow([name, f"{('a', 'one', 'this')[k % 3]} {colour} patch number {i}"])
     if lists:
-        held = max(2, pictures // 5)
+        held = max(2, images // 5)
         (root / "train.txt").write_text("\n".join(names[held:]) + "\n")
         (root / "val.txt").write_text("\n".join(names[:held]) + "\n")
     return root
@@ -75,7 +75,7 @@ def make_folder(root: Path, pictures: int = 40, captions: int = 2, lists: bool =
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A small captioned picture folder with train and val lists."""
+    """A small captioned image folder with train and val lists."""
     return make_folder(tmp_path / "patches")
 
 
@@ -91,7 +91,8 @@ def undrawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     """Runs leave no curves and no gallery, which take longer than small runs do, but for tests marked `draws`."""
     if request.node.get_closest_marker("draws"):
         return
-    from amclr import engine, measure
+    from amclr.evaluation import evaluator as measure
+    from amclr.training import loop as engine
 
     for place in (engine, measure):
         monkeypatch.setattr(place, "draw_gallery", lambda *_: None)

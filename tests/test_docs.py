@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from amclr.config import Config, SourceConfig, flat
+from amclr.config.recipes import RECIPES
+from amclr.config.schema import Config, SourceConfig, flat
 from amclr.data import manifest as manifests
 from amclr.objectives import METHODS
-from amclr.recipes import RECIPES
 from tests.conftest import paint
 
 ROOT = Path(__file__).parents[1]

@@ -18,12 +18,12 @@ from typing import Any
 import pytest
 import torch
 
-from amclr import engine
-from amclr.config import Config, ModelConfig
-from amclr.engine import Stopped, train
-from amclr.run import Run
+from amclr.config.schema import Config, ModelConfig
+from amclr.runs.folder import Run
+from amclr.training import loop as engine
+from amclr.training.loop import Stopped, train
 from tests.conftest import make_folder
-from tests.test_engine import assert_same_run, config_for
+from tests.training.test_loop import assert_same_run, config_for
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 
@@ -149,7 +149,7 @@ TWENTY_THOUSAND = 20_000
 @pytest.mark.slow
 def test_twenty_thousand_steps_take_no_more_memory(tmp_path: Path) -> None:
     """Less than 1 MiB per 10,000 steps, with a worker, logs and checkpoints; no file or process is left open."""
-    folder = make_folder(tmp_path / "patches", pictures=50)
+    folder = make_folder(tmp_path / "patches", images=50)
     model = ModelConfig(image_size=32, dim=16, image_lr=0, text_lr=0, head="residual", hidden=16)
     config = replace(
         config_for(folder, "run", epochs=TWENTY_THOUSAND // 5, eval_every=500, model=model, workers=1),
@@ -157,7 +157,7 @@ def test_twenty_thousand_steps_take_no_more_memory(tmp_path: Path) -> None:
     )  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(_as_dict(config)))
     code = (
-        "import json, sys; from amclr import engine; from amclr.config import from_dict; "
+        "import json, sys; from amclr import engine; from amclr.config.schema import from_dict; "
         "engine.train(from_dict(json.load(open(sys.argv[1]))), progress=False)"
     )
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}

@@ -14,64 +14,65 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from amclr import (
-        classes,
         compare,
         config,
         data,
-        engine,
-        evaluate,
-        figures,
-        hub,
-        index,
-        measure,
-        model,
+        evaluation,
+        export,
+        models,
         objectives,
-        pretrained,
-        recipes,
-        run,
+        paraphrase,
+        runs,
         search,
+        serve,
+        training,
     )
-    from amclr.config import Config
-    from amclr.engine import train
-    from amclr.model import DualEncoder
-    from amclr.run import load
+    from amclr.config.schema import Config
+    from amclr.evaluation import metrics as evaluate
+    from amclr.models.dual_encoder import DualEncoder
+    from amclr.runs.folder import Run, load
+    from amclr.training.loop import train
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Config",
     "DualEncoder",
-    "classes",
+    "Run",
     "compare",
     "config",
     "data",
-    "engine",
     "evaluate",
-    "figures",
-    "hub",
-    "index",
+    "evaluation",
+    "export",
     "load",
-    "measure",
-    "model",
+    "models",
     "objectives",
-    "pretrained",
-    "recipes",
-    "run",
+    "paraphrase",
+    "runs",
     "search",
+    "serve",
     "train",
+    "training",
 ]
 
 _MEMBERS = {
-    "Config": "amclr.config", "DualEncoder": "amclr.model", "load": "amclr.run", "train": "amclr.engine",
-}  # fmt: skip
+    "Config": "amclr.config.schema:Config",
+    "DualEncoder": "amclr.models.dual_encoder:DualEncoder",
+    "Run": "amclr.runs.folder:Run",
+    "evaluate": "amclr.evaluation.metrics",
+    "load": "amclr.runs.folder:load",
+    "train": "amclr.training.loop:train",
+}
+"""Public names that are no packages, and where each is: a module, or module:name."""
 
 
 def __getattr__(name: str) -> Any:
-    if name in _MEMBERS:
-        return getattr(import_module(_MEMBERS[name]), name)
-    if name in __all__:
-        return import_module(f"amclr.{name}")
-    raise AttributeError(f"module 'amclr' has no attribute '{name}'")
+    if name not in __all__:
+        raise AttributeError(f"module 'amclr' has no attribute '{name}'")
+    module, _, member = _MEMBERS.get(name, f"amclr.{name}").partition(":")
+    found = import_module(module)
+    return getattr(found, member) if member else found
 
 
 def __dir__() -> list[str]:

@@ -1,6 +1,6 @@
 """`python -m amclr` is `amclr`."""
 
-from amclr.cli import main
+from amclr.cli.main import main
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -14,7 +14,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Item:
-    """A picture of a set: its name, its file's bytes, captions, split."""
+    """An image of a set: its name, its file's bytes, captions, split."""
 
     name: str
     content: bytes
@@ -36,7 +36,7 @@ def items_of(folder: Path) -> list[Item]:
     ]
 
 
-def _pictures(root: Path, items: Sequence[Item], folder: str) -> None:
+def _images(root: Path, items: Sequence[Item], folder: str) -> None:
     (root / folder).mkdir(parents=True)
     for item in items:
         (root / folder / item.name).write_bytes(item.content)
@@ -48,7 +48,7 @@ def _lists(root: Path, items: Sequence[Item]) -> None:
 
 
 def write_csv(root: Path, items: Sequence[Item]) -> Path:
-    _pictures(root, items, "Images")
+    _images(root, items, "Images")
     _lists(root, items)
     with (root / "captions.txt").open("w", newline="", encoding="utf-8") as handle:
         table = csv.writer(handle)
@@ -59,7 +59,7 @@ def write_csv(root: Path, items: Sequence[Item]) -> Path:
 
 def write_tsv(root: Path, items: Sequence[Item]) -> Path:
     """Other column names, a split column, rows in another order, absolute paths."""
-    _pictures(root, items, "images")
+    _images(root, items, "images")
     with (root / "metadata.tsv").open("w", newline="", encoding="utf-8") as handle:
         table = csv.writer(handle, delimiter="\t")
         table.writerow(["Title", "split", "filepath"])
@@ -70,7 +70,7 @@ def write_tsv(root: Path, items: Sequence[Item]) -> Path:
 
 
 def write_jsonl(root: Path, items: Sequence[Item]) -> Path:
-    _pictures(root, items, "images")
+    _images(root, items, "images")
     rows = [{"file_name": f"images/{i.name}", "captions": i.captions, "split": i.split} for i in items]
     (root / "metadata.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     return root
@@ -78,7 +78,7 @@ def write_jsonl(root: Path, items: Sequence[Item]) -> Path:
 
 def write_json(root: Path, items: Sequence[Item]) -> Path:
     """The paper's list: an entry per caption."""
-    _pictures(root, items, "images")
+    _images(root, items, "images")
     _lists(root, items)
     rows = [
         {"image": f"./images/{i.name}", "caption": c, "image_id": n} for n, i in enumerate(items) for c in i.captions
@@ -88,7 +88,7 @@ def write_json(root: Path, items: Sequence[Item]) -> Path:
 
 
 def write_coco(root: Path, items: Sequence[Item]) -> Path:
-    _pictures(root, items, "images")
+    _images(root, items, "images")
     (root / "annotations").mkdir()
     for split in ("train", "val"):
         own = [(n, i) for n, i in enumerate(items) if i.split == split]
@@ -99,7 +99,7 @@ def write_coco(root: Path, items: Sequence[Item]) -> Path:
 
 
 def write_karpathy(root: Path, items: Sequence[Item]) -> Path:
-    _pictures(root, items, "images")
+    _images(root, items, "images")
     images = [
         {"filename": i.name, "split": "restval" if n % 2 and i.split == "train" else i.split, "imgid": n,
          "sentences": [{"raw": c, "tokens": c.split()} for c in i.captions]}
@@ -141,7 +141,7 @@ def write_parquet_paths(root: Path, items: Sequence[Item]) -> Path:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    _pictures(root, items, "images")
+    _images(root, items, "images")
     rows = [{"path": i.name, "caption": list(i.captions), "split": i.split} for i in items]
     pq.write_table(pa.Table.from_pylist(rows), root / "metadata.parquet")
     return root

@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from amclr.config import Config, ModelConfig, SourceConfig, ViewsConfig
+from amclr.config.schema import Config, ModelConfig, SourceConfig, ViewsConfig
 from amclr.data import manifest as manifests
-from amclr.data.batches import Batch, BatchPlan, PictureBatches
-from amclr.data.pictures import PictureStore
-from amclr.data.views import NamedPolicy, whole
-from amclr.errors import UserError
+from amclr.data.batches import Batch, BatchPlan, ImageBatches
+from amclr.data.images.decode import ImageStore
+from amclr.data.images.views import NamedPolicy, whole
+from amclr.utils.errors import UserError
 
 VIEWS = ("image", "image_aug", "text", "text_aug")
 
@@ -34,7 +34,7 @@ def test_a_plan_visits_each_sample_once_an_epoch() -> None:
     whole = np.concatenate([BatchPlan(np.arange(50), 10, 3)[k][1] for k in range(5)])
     part = np.concatenate([BatchPlan(kept, 1, 3)[k][1] for k in range(len(kept))])
     assert [i for i in whole if i % 7] == list(kept[part])
-    with pytest.raises(UserError, match="5 training pictures are fewer than one batch of 8: lower --batch_size"):
+    with pytest.raises(UserError, match="5 training images are fewer than one batch of 8: lower --batch_size"):
         BatchPlan(np.arange(5), 8, 0)
 
 
@@ -44,15 +44,15 @@ def letters(texts: list[str]) -> dict[str, torch.Tensor]:
 
 def batches(
     folder: Path, views: tuple[str, ...] = VIEWS, ram: float = 1.0, edited: bool = True, **views_config: object
-) -> PictureBatches:
+) -> ImageBatches:
     config = Config(
         data=str(folder), batch_size=8, model=ModelConfig(image_size=24), views=replace(ViewsConfig(), **views_config),  # type: ignore[arg-type]
         source=SourceConfig(),
     )  # fmt: skip
     samples = manifests.load(config, folder.parent).split("train")
-    store = PictureStore([s.picture for s in samples], 24, "ram" if ram else "none", ram=ram, progress=False)
+    store = ImageStore([s.image for s in samples], 24, "ram" if ram else "none", ram=ram, progress=False)
     plan = BatchPlan(np.array([s.id for s in samples]), 8, 0)
-    return PictureBatches(samples, store, plan, views, letters, config, edited=edited)
+    return ImageBatches(samples, store, plan, views, letters, config, edited=edited)
 
 
 def same(a: Batch, b: Batch) -> bool:
@@ -88,7 +88,7 @@ def test_views_of_a_batch_stand_in_order(folder: Path) -> None:
 
 
 def test_the_visits_of_an_epoch_draw_different_views(folder: Path) -> None:
-    """At weight 2 an epoch shows each picture twice: the first time as it would at weight 1."""
+    """At weight 2 an epoch shows each image twice: the first time as it would at weight 1."""
     once, twice = batches(folder, image="weak", image_aug="weak"), batches(folder, image="weak", image_aug="weak")
     twice.texts = once.texts = replace(once.texts, words=1.0, noise=0.5)
     twice.plan = BatchPlan(once.plan.samples, 8, 0, np.full(32, 2.0))
@@ -109,7 +109,7 @@ def test_the_visits_of_an_epoch_draw_different_views(folder: Path) -> None:
     assert sum(first[3] != second[3] for _, first, second in seen.values()) > 20
 
 
-def test_edits_made_on_the_device_give_the_same_pictures(folder: Path) -> None:
+def test_edits_made_on_the_device_give_the_same_images(folder: Path) -> None:
     for names in ({"image": "paper", "image_aug": "single"}, {"image": "strong", "image_aug": "weak"}):
         here, there = batches(folder, **names)[3], batches(folder, edited=False, **names)[3]
         assert here.edits is None and there.edits is not None and here.images is not None
@@ -139,7 +139,7 @@ def test_unused_views_are_not_made(folder: Path, monkeypatch: pytest.MonkeyPatch
     assert batches(folder, ("image", "image_aug"))[0].tokens is None
 
 
-def test_a_picture_that_goes_bad_is_replaced_and_named(folder: Path) -> None:
+def test_a_image_that_goes_bad_is_replaced_and_named(folder: Path) -> None:
     data = batches(folder, ram=0.0)
     victim = int(data[0].ids[2])
     Path(data.store.places[victim].file).write_bytes(b"")
@@ -149,5 +149,5 @@ def test_a_picture_that_goes_bad_is_replaced_and_named(folder: Path) -> None:
     assert name == data.samples[victim].name and "0 bytes" in batch.replaced[name]
     for place in data.store.places:
         Path(place.file).write_bytes(b"")
-    with pytest.raises(UserError, match="no picture can be read any more"):
+    with pytest.raises(UserError, match="no image can be read any more"):
         data[1]

@@ -17,17 +17,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from amclr.config import Config, ModelConfig, SourceConfig
+from amclr.config.schema import Config, ModelConfig, SourceConfig
 from amclr.data import manifest as manifests
 from amclr.data.manifest import Manifest
-from amclr.data.tars import Damage, Member, members
-from amclr.errors import UserError
+from amclr.data.sources.tars import Damage, Member, members
+from amclr.utils.errors import UserError
 from tests.conftest import COLOURS, Command, paint
 from tests.data.formats import Item, tar_of, write_parquet
 from tests.data.test_manifest import bomb, encoded
 
 
-def picture(index: int) -> Image.Image:
+def image(index: int) -> Image.Image:
     return paint(list(COLOURS)[index % 4], index)
 
 
@@ -36,10 +36,10 @@ def caption(index: int) -> str:
 
 
 def oddities() -> list[bytes]:
-    """Pictures that are unusual and sound: each must be used."""
-    base = picture(1)
+    """Images that are unusual and sound: each must be used."""
+    base = image(1)
     frames = io.BytesIO()
-    base.save(frames, "GIF", save_all=True, append_images=[picture(k) for k in (2, 3)])
+    base.save(frames, "GIF", save_all=True, append_images=[image(k) for k in (2, 3)])
     alpha = base.convert("RGBA")
     alpha.putalpha(Image.linear_gradient("L").resize(alpha.size))
     turned = Image.Exif()
@@ -55,28 +55,28 @@ def oddities() -> list[bytes]:
 
 
 def folder_with_faults(root: Path) -> dict[tuple[str, int, str], str]:
-    """500 pictures with a CSV, 50 of them spoiled in 13 ways. Returns place (file, line, key) -> reason."""
+    """500 images with a CSV, 50 of them spoiled in 13 ways. Returns place (file, line, key) -> reason."""
     (root / "Images").mkdir(parents=True)
     outside = root.parent / "outside.jpg"
-    picture(0).save(outside)
+    image(0).save(outside)
     whole = encoded(Image.effect_noise((160, 160), 60).convert("RGB"))
     spoiled = {
         "truncated": (whole[: len(whole) // 2], "cannot be decoded"),
         "empty": (b"", r"0 bytes"),
-        "text": (b"%PDF-1.7 not a picture at all", "cannot be decoded"),
+        "text": (b"%PDF-1.7 not an image at all", "cannot be decoded"),
         "html": (b"<html><script>alert(1)</script></html>", "cannot be decoded"),
         "bomb": (bomb(30_000), "too large"),
         "bomb below PIL's limit": (bomb(9_000), "too large"),
         "zeros": (bytes(4000), "cannot be decoded"),
     }
     rows: dict[str, tuple[bytes, str]] = {
-        "missing": (b"absent-{n}.jpg,a caption", "no such picture"),
+        "missing": (b"absent-{n}.jpg,a caption", "no such image"),
         "bad utf-8": (b"{n:04d}.jpg,caf\xe9", "not valid utf-8"),
         "empty caption": (b"{n:04d}.jpg,   ", "empty caption"),
         "traversal": (b"../outside.jpg,a caption", "leaves the folder"),
         "link": (b"link-{n}.jpg,a caption", "is a link out of it"),
         "columns": (b"{n:04d}.jpg,one,too many", "row has 3 columns"),
-        "url": (b"https://example.org/{n}.jpg,a caption", "picture is a URL"),
+        "url": (b"https://example.org/{n}.jpg,a caption", "image is a URL"),
     }
     expected: dict[tuple[str, int, str], str] = {}
     odd = oddities()
@@ -84,7 +84,7 @@ def folder_with_faults(root: Path) -> dict[tuple[str, int, str], str]:
     for n in range(500):
         name, line = f"{n:04d}.jpg", len(lines) + 1
         row = f"{name},{caption(n)}".encode()
-        content = odd[n // 10 % len(odd)] if n % 10 == 5 else encoded(picture(n))
+        content = odd[n // 10 % len(odd)] if n % 10 == 5 else encoded(image(n))
         if n % 10 == 0:
             kinds = [*spoiled, *rows]
             kind = kinds[n // 10 % len(kinds)]
@@ -107,8 +107,8 @@ def tars_with_faults(root: Path) -> dict[tuple[str, int, str], str]:
     """500 samples in shards of unequal length, 50 of them spoiled in 10 ways."""
     root.mkdir(parents=True)
     expected: dict[tuple[str, int, str], str] = {}
-    kinds = ["no caption", "no picture", "bad utf-8", "not json", "empty caption", "duplicate", "corrupt picture header",
-             "corrupt caption header", "truncated picture", "megabyte"]  # fmt: skip
+    kinds = ["no caption", "no image", "bad utf-8", "not json", "empty caption", "duplicate", "corrupt image header",
+             "corrupt caption header", "truncated image", "megabyte"]  # fmt: skip
     n, shard = 0, 0
     while n < 500:
         size = min(500 - n, (30, 80, 10, 55)[shard % 4])
@@ -119,15 +119,15 @@ def tars_with_faults(root: Path) -> dict[tuple[str, int, str], str]:
             kind = kinds[n // 10 % len(kinds)] if n % 10 == 3 else ""
             place = (f"web/{shard:03d}.tar", 0, key)
             sample = [
-                (f"{key}.jpg", encoded(picture(n))),
+                (f"{key}.jpg", encoded(image(n))),
                 (f"{key}.json", json.dumps({"caption": caption(n)}).encode()),
             ]
             if n % 7 == 0:
                 sample.append((f"{key}.pyd", b"cos\nsystem\n(S'touch owned'\ntR."))
             if kind == "no caption":
                 sample, expected[place] = sample[:1], "no caption"
-            elif kind == "no picture":
-                sample, expected[place] = sample[1:2], "no picture beside json"
+            elif kind == "no image":
+                sample, expected[place] = sample[1:2], "no image beside json"
             elif kind == "bad utf-8":
                 sample = [sample[0], (f"{key}.txt", b"caf\xe9")]
                 expected[place] = "txt is not valid utf-8"
@@ -140,13 +140,13 @@ def tars_with_faults(root: Path) -> dict[tuple[str, int, str], str]:
             elif kind == "duplicate":
                 sample = [(name.replace(key, f"{n - 1:06d}"), c) for name, c in sample]
                 expected[(place[0], 0, f"{n - 1:06d}.jpg")] = "duplicate key"
-            elif kind == "corrupt picture header":
+            elif kind == "corrupt image header":
                 corrupt.append(f"{key}.jpg")
-                expected[place] = r"no picture beside json.* \(corrupt tar header at byte \d+"
+                expected[place] = r"no image beside json.* \(corrupt tar header at byte \d+"
             elif kind == "corrupt caption header":
                 corrupt.append(f"{key}.json")
                 expected[place] = r"no caption \(corrupt tar header at byte \d+"
-            elif kind == "truncated picture":
+            elif kind == "truncated image":
                 sample[0] = (f"{key}.jpg", sample[0][1][:200])
                 expected[(str(root / f"{shard:03d}.tar"), 0, f"web/{key}.jpg")] = "cannot be decoded"
             elif kind == "megabyte":
@@ -159,7 +159,7 @@ def tars_with_faults(root: Path) -> dict[tuple[str, int, str], str]:
             end = next(m for m in reversed(tar.getmembers()) if m.name.endswith(".jpg"))
         spoil_headers(file, corrupt)
         shard += 1
-    # The last shard is cut off in the middle of its last picture.
+    # The last shard is cut off in the middle of its last image.
     with (root / f"{shard - 1:03d}.tar").open("r+b") as handle:
         handle.truncate(end.offset_data + end.size // 2)
     key = end.name.removesuffix(".jpg")
@@ -197,9 +197,9 @@ def test_a_thousand_samples_with_a_tenth_spoiled(tmp_path: Path, main: Command) 
     assert not found.keys() ^ expected.keys()
     for place, reason in expected.items():
         assert re.search(reason, found[place]), (place, found[place])
-    assert f"{len(rows)} rows or pictures left out" in done.stderr
+    assert f"{len(rows)} rows or images left out" in done.stderr
     pinned = json.loads((tmp_path / "run" / "samples.json").read_text())
-    assert 780 < pinned["training pictures"] <= 1000 - len(expected) + 1
+    assert 780 < pinned["training images"] <= 1000 - len(expected) + 1
     assert not (tmp_path / "owned").exists()
 
 
@@ -243,10 +243,10 @@ def memory_of(code: str, *arguments: object) -> float:
 def test_names_that_reach_outside_open_nothing(tmp_path: Path, own_cache: Path) -> None:
     secret = tmp_path / "secret"
     secret.mkdir()
-    picture(0).save(secret / "a.png")
+    image(0).save(secret / "a.png")
     root = tmp_path / "set"
     (root / "images").mkdir(parents=True)
-    picture(1).save(root / "images" / "fine.png")
+    image(1).save(root / "images" / "fine.png")
     os.symlink(secret, root / "images" / "linked")
     os.symlink(secret / "a.png", root / "images" / "link.png")
     os.symlink(root / "images" / "fine.png", root / "images" / "inside.png")
@@ -276,9 +276,9 @@ def test_nothing_in_a_tar_is_unpacked_or_run(tmp_path: Path, own_cache: Path, mo
     bomb_ = b"cos\nsystem\n(S'touch owned'\ntR."
     with tarfile.open(root / "a.tar", "w") as tar:
         for name, content in [
-            ("../../escape.jpg", encoded(picture(1))), ("../../escape.txt", b"a caption"),
-            ("/absolute.jpg", encoded(picture(2))), ("/absolute.txt", b"a caption"),
-            ("x.jpg", encoded(picture(3))), ("x.txt", b"<script>alert(1)</script> \x1b[2J $x^{$"),
+            ("../../escape.jpg", encoded(image(1))), ("../../escape.txt", b"a caption"),
+            ("/absolute.jpg", encoded(image(2))), ("/absolute.txt", b"a caption"),
+            ("x.jpg", encoded(image(3))), ("x.txt", b"<script>alert(1)</script> \x1b[2J $x^{$"),
             ("x.pkl", bomb_), ("x.pyd", bomb_), ("x.pth", bomb_),
         ]:  # fmt: skip
             info = tarfile.TarInfo(name)
@@ -295,7 +295,7 @@ def test_nothing_in_a_tar_is_unpacked_or_run(tmp_path: Path, own_cache: Path, mo
     found = read(root, own_cache)
     assert [s.name for s in found.samples] == ["../../escape.jpg", "/absolute.jpg", "x.jpg"]
     assert found.samples[2].captions == ("<script>alert(1)</script> [2J $x^{$",)
-    assert reasons(found) == {"y": "no picture beside txt"}
+    assert reasons(found) == {"y": "no image beside txt"}
     assert {p for p in tmp_path.rglob("*") if own_cache not in p.parents} - {own_cache} == before - {own_cache}
 
 
@@ -308,7 +308,7 @@ def test_claims_are_not_believed(tmp_path: Path) -> None:
     import pyarrow.parquet as pq
 
     (tmp_path / "images").mkdir()
-    picture(1).save(tmp_path / "images" / "a.png")
+    image(1).save(tmp_path / "images" / "a.png")
     huge = tarfile.TarInfo("a.jpg")
     huge.size = 1 << 62
     (tmp_path / "huge.tar").write_bytes(huge.tobuf(tarfile.GNU_FORMAT) + b"x" * 2048)
@@ -351,7 +351,7 @@ def test_tars_of_every_make(tmp_path: Path, own_cache: Path) -> None:
         out = io.BytesIO()
         with tarfile.open(fileobj=out, mode="w", format=kind) as tar:
             for name in (f"{number}a", f"{number}é", *([f"{number}{deep}"] if kind != tarfile.USTAR_FORMAT else [])):
-                for suffix, content in (("png", encoded(picture(number), "PNG")), ("txt", name[:9].encode())):
+                for suffix, content in (("png", encoded(image(number), "PNG")), ("txt", name[:9].encode())):
                     info = tarfile.TarInfo(f"{name}.{suffix}")
                     info.size = len(content)
                     tar.addfile(info, io.BytesIO(content))
@@ -360,7 +360,7 @@ def test_tars_of_every_make(tmp_path: Path, own_cache: Path) -> None:
         parts.append(out.getvalue())
     (tmp_path / "all.tar").write_bytes(b"".join(parts))  # archives appended to each other
     found = read(tmp_path / "all.tar", own_cache)
-    assert not found.rejects and {s.name: s.picture.read() for s in found.samples} == wanted
+    assert not found.rejects and {s.name: s.image.read() for s in found.samples} == wanted
     (tmp_path / "zip.tar").write_bytes(gzip.compress(parts[0]))
     with pytest.raises(UserError, match="is compressed.*unpack it"):
         read(tmp_path / "zip.tar", own_cache)
@@ -386,7 +386,7 @@ def test_a_tar_cut_anywhere_gives_what_is_whole_before_the_cut(cut: int, tmp_pat
 
 
 def test_a_damaged_table_is_named(tmp_path: Path, own_cache: Path) -> None:
-    items = [Item(f"{k}.jpg", encoded(picture(k)), (caption(k),), "train") for k in range(30)]
+    items = [Item(f"{k}.jpg", encoded(image(k)), (caption(k),), "train") for k in range(30)]
     file = write_parquet(tmp_path / "set", items) / "train-00000-of-00001.parquet"
     content = bytearray(file.read_bytes())
     content[len(content) // 3 : len(content) // 3 + 4000] = bytes(4000)
@@ -398,12 +398,12 @@ def test_a_damaged_table_is_named(tmp_path: Path, own_cache: Path) -> None:
         read(tmp_path / "set", own_cache)
 
 
-def test_pictures_beside_the_usual_folder_and_behind_a_link_to_it(tmp_path: Path, own_cache: Path) -> None:
+def test_images_beside_the_usual_folder_and_behind_a_link_to_it(tmp_path: Path, own_cache: Path) -> None:
     (tmp_path / "disk").mkdir()
-    picture(1).save(tmp_path / "disk" / "a.png")
+    image(1).save(tmp_path / "disk" / "a.png")
     root = tmp_path / "set"
     (root / "val2014").mkdir(parents=True)
-    picture(2).save(root / "val2014" / "b.png")
+    image(2).save(root / "val2014" / "b.png")
     os.symlink(tmp_path / "disk", root / "images")
     (root / "captions.csv").write_text("image,caption\na.png,one\nimages/a.png,two\nval2014/b.png,three\n")
     with pytest.raises(UserError, match="images' is a link out of the data set: .*give --source.images images"):

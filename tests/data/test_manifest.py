@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from amclr.config import Config, SourceConfig, problems
+from amclr.config.schema import Config, SourceConfig, problems
 from amclr.data import manifest as manifests
-from amclr.data import tables
-from amclr.data.pictures import BadPicture, read_picture, scan
-from amclr.errors import UserError
+from amclr.data.images.decode import BadImage, read_image, scan
+from amclr.data.sources import tables
+from amclr.utils.errors import UserError
 from tests.conftest import make_folder
 
 
@@ -72,16 +72,16 @@ def test_every_bad_row_is_listed_with_line_and_reason(folder: Path) -> None:
         b"001.png,caf\xe9 in latin-1",
         b"001.png,one,column too many",
         b"001.png",
-        b",no picture",
+        b",no image",
         b'002.png,"a quoted, valid ""caption"""',
         b"003.png," + b"x" * 30_000,
     )
     found = read(folder)
     reasons = {r.line: r.reason for r in found.rejects}
     expected = {
-        82: "empty caption", 83: "empty caption", 84: "no such picture", 85: "leaves the folder",
+        82: "empty caption", 83: "empty caption", 84: "no such image", 85: "leaves the folder",
         86: "leaves the folder", 87: "leaves the folder", 88: "is a link out of it", 89: "not valid utf-8",
-        90: "row has 3 columns", 91: "row has 1 columns", 92: "empty picture name", 94: "over the limit",
+        90: "row has 3 columns", 91: "row has 1 columns", 92: "empty image name", 94: "over the limit",
     }  # fmt: skip
     assert set(reasons) == set(expected)
     for line, reason in expected.items():
@@ -93,7 +93,7 @@ def test_every_bad_row_is_listed_with_line_and_reason(folder: Path) -> None:
 
 def test_too_many_bad_rows_fail_with_the_commonest_reasons(folder: Path) -> None:
     append(folder, *[b"absent.png,a caption"] * 5)
-    with pytest.raises(UserError, match=r"5 of 85 rows cannot be used, over the limit of 2.0%; 5 x no such picture"):
+    with pytest.raises(UserError, match=r"5 of 85 rows cannot be used, over the limit of 2.0%; 5 x no such image"):
         prepared(folder, 0.02)
     assert len(prepared(folder, 0.1).samples) == 40
 
@@ -113,13 +113,13 @@ def bomb(side: int) -> bytes:
     )
 
 
-def encoded(picture: Image.Image, kind: str = "JPEG") -> bytes:
+def encoded(image: Image.Image, kind: str = "JPEG") -> bytes:
     out = io.BytesIO()
-    picture.save(out, kind)
+    image.save(out, kind)
     return out.getvalue()
 
 
-def test_bad_pictures_are_left_out_and_listed(folder: Path) -> None:
+def test_bad_images_are_left_out_and_listed(folder: Path) -> None:
     whole = encoded(Image.effect_noise((200, 200), 80).convert("RGB"))
     faults = {
         "001.png": (b"", "0 bytes"),
@@ -135,7 +135,7 @@ def test_bad_pictures_are_left_out_and_listed(folder: Path) -> None:
     for reject in found.rejects:
         assert faults[Path(reject.file).name][1] in reject.reason
     assert len(found.samples) == 35
-    # A mended picture is found again: verdicts are kept by length and time of change.
+    # A mended image is found again: verdicts are kept by length and time of change.
     (folder / "Images" / "001.png").write_bytes(encoded(Image.new("RGB", (30, 30)), "PNG"))
     assert len(prepared(folder).samples) == 36
 
@@ -143,44 +143,42 @@ def test_bad_pictures_are_left_out_and_listed(folder: Path) -> None:
 @pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "CMYK", "1", "I;16", "I", "F", "YCbCr"])
 def test_every_mode_becomes_rgb(mode: str, tmp_path: Path) -> None:
     ramp = Image.fromarray(np.tile(np.linspace(0, 255, 40).astype(np.uint8), (40, 1)))
-    picture = (
-        deep("I;16") if mode == "I;16" else ramp.convert("RGB").convert(mode) if mode != "F" else ramp.convert("F")
-    )
+    image = deep("I;16") if mode == "I;16" else ramp.convert("RGB").convert(mode) if mode != "F" else ramp.convert("F")
     if mode == "I":
-        picture = ramp.convert("I")
-    out = read_picture(picture, 32)
+        image = ramp.convert("I")
+    out = read_image(image, 32)
     assert out.shape == (3, 40, 40) and out.dtype.is_floating_point is False
     assert int(out.max()) > 240 and int(out.min()) < 15
 
 
-def test_pictures_are_turned_upright_and_made_smaller() -> None:
+def test_images_are_turned_upright_and_made_smaller() -> None:
     wide = Image.new("RGB", (400, 200), "red")
     exif = wide.getexif()
     exif[0x0112] = 6
     out = io.BytesIO()
     wide.save(out, "JPEG", exif=exif)
-    assert read_picture(out.getvalue(), 32).shape == (3, 128, 64)
-    with pytest.raises(BadPicture, match="no such picture"):
-        read_picture("absent.jpg", 32)
+    assert read_image(out.getvalue(), 32).shape == (3, 128, 64)
+    with pytest.raises(BadImage, match="no such image"):
+        read_image("absent.jpg", 32)
 
 
 def test_transparent_is_white_not_black() -> None:
-    assert int(read_picture(Image.new("RGBA", (8, 8), (0, 0, 0, 0)), 8).min()) == 255
+    assert int(read_image(Image.new("RGBA", (8, 8), (0, 0, 0, 0)), 8).min()) == 255
 
 
 def test_a_scan_that_was_killed_goes_on_where_it_was(tmp_path: Path) -> None:
-    pictures = tmp_path / "pictures"
-    pictures.mkdir()
+    images = tmp_path / "images"
+    images.mkdir()
     for k in range(900):
         content = b"" if k % 100 == 7 else encoded(Image.new("RGB", (300, 200), (k % 256, 0, 0)))
-        (pictures / f"{k:03d}.jpg").write_bytes(content)
+        (images / f"{k:03d}.jpg").write_bytes(content)
     code = (
-        "import sys; from pathlib import Path; from amclr.data.pictures import Location, scan\n"
+        "import sys; from pathlib import Path; from amclr.data.images.decode import Location, scan\n"
         "places = [Location(str(f)) for f in sorted(Path(sys.argv[1]).iterdir())]\n"
         "print(*(Path(p.file).name for p, v in scan(places, 32, Path(sys.argv[2]), progress=False).items() if v.reason))\n"
     )
     verdicts = tmp_path / "verdicts.jsonl"
-    command = [sys.executable, "-c", code, str(pictures), str(verdicts)]
+    command = [sys.executable, "-c", code, str(images), str(verdicts)]
     scanning = subprocess.Popen(command)
     while not (verdicts.is_file() and verdicts.stat().st_size):
         time.sleep(0.002)
@@ -192,14 +190,14 @@ def test_a_scan_that_was_killed_goes_on_where_it_was(tmp_path: Path) -> None:
     out = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
     assert out == [f"{k:03d}.jpg" for k in range(7, 900, 100)]
     rows = [line for line in verdicts.read_text().splitlines() if line.endswith("]")]
-    assert 256 <= done <= 900 and len(rows) == 900, "every picture was decoded once"
+    assert 256 <= done <= 900 and len(rows) == 900, "every image was decoded once"
 
 
 def test_scan_takes_its_verdicts_from_the_cache(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    paths = [s.picture for s in read(folder).samples]
+    paths = [s.image for s in read(folder).samples]
     Path(paths[0].file).write_bytes(b"x")
     first = scan(paths, 32, folder / "verdicts.json", progress=False)
-    monkeypatch.setattr("amclr.data.pictures.read_picture", lambda *_: pytest.fail("decoded again"))
+    monkeypatch.setattr("amclr.data.images.read_image", lambda *_: pytest.fail("decoded again"))
     assert scan(paths, 32, folder / "verdicts.json", progress=False) == first
     assert [p for p, v in first.items() if v.reason] == paths[:1]
 
@@ -274,8 +272,8 @@ def test_paraphrase_column(tmp_path: Path) -> None:
     assert sample.captions == ("a dog",) and sample.paraphrases == (("one dog", "a hound"),)
 
 
-def test_held_out_pictures_stay_when_others_come(tmp_path: Path) -> None:
-    root = make_folder(tmp_path / "a", pictures=60, lists=False)
+def test_held_out_images_stay_when_others_come(tmp_path: Path) -> None:
+    root = make_folder(tmp_path / "a", images=60, lists=False)
     config = Config(data=str(root), source=SourceConfig(val_fraction=0.2))
     before = manifests.load(config, tmp_path)
     held = {s.name for s in before.split("val")}
@@ -286,9 +284,9 @@ def test_held_out_pictures_stay_when_others_come(tmp_path: Path) -> None:
     assert held == {s.name for s in after.split("val")} - {"new.png"}
 
 
-def test_folds_are_parts_of_the_training_pictures(tmp_path: Path) -> None:
-    """Each training picture is validated on in one fold, in another order of the rows too; the usual ones in none."""
-    root = make_folder(tmp_path / "a", pictures=52)
+def test_folds_are_parts_of_the_training_images(tmp_path: Path) -> None:
+    """Each training image is validated on in one fold, in another order of the rows too; the usual ones in none."""
+    root = make_folder(tmp_path / "a", images=52)
     whole = manifests.load(Config(data=str(root)), tmp_path)
     train, val = ({s.name for s in whole.split(split)} for split in ("train", "val"))
     assert len(train) == 42 and len(val) == 10
@@ -305,12 +303,12 @@ def test_folds_are_parts_of_the_training_pictures(tmp_path: Path) -> None:
     lines = (root / "captions.txt").read_text().splitlines()
     (root / "captions.txt").write_text("\n".join([lines[0], *reversed(lines[1:])]) + "\n")
     assert parts("2/4") == folds[1]
-    # What is measured on is read without the training pictures, but for a fold, which is of them.
+    # What is measured on is read without the training images, but for a fold, which is of them.
     config = Config(data=str(root), source=SourceConfig(fold="2/4"))
     measured = manifests.prepare(config, tmp_path, only="val")
     assert {s.name for s in measured.samples} == folds[1][1]
     assert [*dict.fromkeys(line.split(",")[0] for line in reversed(lines[1:]))] == [*measured.order]
-    with pytest.raises(UserError, match="has 42 training pictures: they cannot be cut into 43 parts"):
+    with pytest.raises(UserError, match="has 42 training images: they cannot be cut into 43 parts"):
         parts("1/43")
     for slip in ("0/4", "5/4", "1/1", "1", "a/b", "1/4/2"):
         assert "--source.fold is K/N, such as 1/6" in problems(Config(source=SourceConfig(fold=slip)))[0]
@@ -358,5 +356,5 @@ def test_class_folders(tmp_path: Path) -> None:
         tables.class_folders(tmp_path / "val")
     with pytest.raises(UserError, match="needs a folder with one folder per class"):
         tables.class_folders(tmp_path / "absent")
-    with pytest.raises(UserError, match="expected .*CLASS/PICTURE.jpg"):
+    with pytest.raises(UserError, match="expected .*CLASS/IMAGE.jpg"):
         tables.class_folders(tmp_path / "val" / "n01")

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from amclr.config import Config, ScenesConfig, problems
+from amclr.config.schema import Config, ScenesConfig, problems
 from amclr.data import manifest, scenes
 from amclr.data.scenes import KINDS, Scene, Thing, describe, ranked_kinds, render, sample_scenes, write_scenes
-from amclr.errors import UserError
+from amclr.utils.errors import UserError
 
 TINY = ScenesConfig(train=12, val=6, test=6, zeroshot=44, size=32, captions=3)
 
@@ -172,9 +172,9 @@ def test_files(tmp_path: Path) -> None:
     assert len(list((out / "Images").iterdir())) == 24
     assert len((out / "captions.txt").read_text().splitlines()) == 1 + 24 * 3
     assert len((out / "train.txt").read_text().split()) == 12
-    with Image.open(out / "Images" / "train-000000.png") as picture:
-        assert picture.size == (32, 32)
-        assert np.array_equal(np.asarray(picture), render(some(count=1)[0], 32))
+    with Image.open(out / "Images" / "train-000000.png") as image:
+        assert image.size == (32, 32)
+        assert np.array_equal(np.asarray(image), render(some(count=1)[0], 32))
     names = dict(line.split("\t") for line in (out / "zeroshot" / "classnames.txt").read_text().splitlines())
     assert len(names) == 40 and names["red_ball"] == "red ball"
     counts = [len(list((out / "zeroshot" / name).iterdir())) for name in names]
@@ -204,7 +204,7 @@ def test_an_interrupted_set_leaves_nothing(tmp_path: Path, workers: int, monkeyp
     assert list(tmp_path.iterdir()) == []
 
 
-def test_zeroshot_pictures_are_single_things_of_the_test_split(tmp_path: Path) -> None:
+def test_zeroshot_images_are_single_things_of_the_test_split(tmp_path: Path) -> None:
     jobs = scenes._zeroshot_jobs(replace(TINY, zeroshot=400), tmp_path / "zeroshot")
     assert len(jobs) == 400 and len({s.seed for s, _ in jobs}) == 400
     trained = {s.signature for s in some()}
@@ -218,7 +218,7 @@ def test_too_many_captions_is_said() -> None:
         describe(Scene("sand", (Thing("cone", "red", "medium", "metal", 0, 0),), 1), 500)
 
 
-# -- long tails and captions of other pictures ---------------------------------------------------------
+# -- long tails and captions of other images ---------------------------------------------------------
 
 
 def chi_square(counts: np.ndarray, tail: float) -> float:
@@ -260,7 +260,7 @@ def test_which_kinds_are_rare_is_a_matter_of_the_seed() -> None:
 
 
 def lines_of(file: Path) -> dict[str, list[str]]:
-    """Captions by picture."""
+    """Captions by image."""
     found: dict[str, list[str]] = {}
     with file.open(newline="") as handle:
         for row in csv.DictReader(handle):
@@ -276,7 +276,7 @@ def is_true(scene: Scene, caption: str) -> bool:
     return True
 
 
-def test_tail_and_noise_change_training_pictures_alone(tmp_path: Path) -> None:
+def test_tail_and_noise_change_training_images_alone(tmp_path: Path) -> None:
     settings = replace(TINY, train=32, val=4, test=4, size=16, seed=5)
     plain = write_scenes(tmp_path / "plain", settings, workers=1, progress=False)
     tailed = write_scenes(tmp_path / "tailed", replace(settings, tail=1.25, noise=0.25), workers=1, progress=False)
@@ -284,13 +284,13 @@ def test_tail_and_noise_change_training_pictures_alone(tmp_path: Path) -> None:
     of = {folder: lines_of(folder / "captions.txt") for folder in (plain, tailed, noisy)}
     held = [n for n in of[plain] if not n.startswith("train")]
     assert len(held) == 8 and all(of[plain][n] == of[tailed][n] == of[noisy][n] for n in held)
-    pictures = [f"Images/{n}" for n in held] + [
+    images = [f"Images/{n}" for n in held] + [
         str(p.relative_to(plain)) for p in sorted((plain / "zeroshot").glob("*/*.png"))
     ]
-    assert len(pictures) == 8 + 44
-    for file in pictures:
+    assert len(images) == 8 + 44
+    for file in images:
         assert (plain / file).read_bytes() == (tailed / file).read_bytes() == (noisy / file).read_bytes()
-    for name in (plain / "train.txt").read_text().split():  # captions are wrong, pictures are not
+    for name in (plain / "train.txt").read_text().split():  # captions are wrong, images are not
         assert (plain / "Images" / name).read_bytes() == (noisy / "Images" / name).read_bytes()
     assert not (plain / "noise.csv").exists()
     made = {plain: list(itertools.islice(sample_scenes(5, "train"), 32))}
@@ -339,7 +339,7 @@ def test_tail_and_noise_are_told(tmp_path: Path) -> None:
     settings = replace(TINY, train=20, zeroshot=0, tail=1.0, noise=0.3)
     told = manifest.load(Config(scenes=settings), tmp_path, progress=False).notes
     shown, wrong = told
-    assert re.match(r"of 20 training pictures 1?\d show the commonest of 40 kinds, 0 the rarest: .*shown.tsv", shown)
-    assert re.match(r"6 of 20 training pictures have another's captions: .*noise.csv", wrong)
+    assert re.match(r"of 20 training images 1?\d show the commonest of 40 kinds, 0 the rarest: .*shown.tsv", shown)
+    assert re.match(r"6 of 20 training images have another's captions: .*noise.csv", wrong)
     assert Path(wrong.split(": ")[1]).is_file() and Path(shown.split(": ")[1]).is_file()
     assert not manifest.load(Config(scenes=replace(TINY, zeroshot=0)), tmp_path, progress=False).notes

@@ -61,7 +61,7 @@ def batch(step: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 
 
 def groups(step: int) -> dict[str, Tensor]:
-    """Groups of a whole batch: of pictures, and of captions across their two views; some have none."""
+    """Groups of a whole batch: of images, and of captions across their two views; some have none."""
     generator = torch.Generator().manual_seed(100 + step)
     return {v: torch.randint(-2, 16, (BATCH,), generator=generator) for v in ("image", "text", "text_aug")}
 

@@ -33,10 +33,10 @@ def draw(seed: int, batch: int, dim: int, dtype: torch.dtype) -> dict[str, Tenso
 
 
 def run(
-    backend: str, name: str, ids: Any, batch: int, dim: int, products: str, dtype: torch.dtype, diagnose: bool = False,
+    backend: str, name: str, ids: Any, batch: int, dim: int, matmul_dtype: str, dtype: torch.dtype, diagnose: bool = False,
     groups: Any = None, **settings: Any,
 ) -> Any:  # fmt: skip
-    objective = build(name, 2 * batch, backend=backend, products=products, **settings).to(DEVICE)
+    objective = build(name, 2 * batch, backend=backend, matmul_dtype=matmul_dtype, **settings).to(DEVICE)
     objective.diagnose = diagnose
     for step in range(2):  # the second finds what the first has left in the tables
         views = draw(step, batch, dim, dtype)
@@ -52,25 +52,27 @@ def unless_interpreted(*case: Any, fast: bool) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("name", "products", "batch", "dim", "tau", "diagnose"),
+    ("name", "matmul_dtype", "batch", "dim", "tau", "diagnose"),
     # Any two of name, products and sizes meet in a fast case.
     [
-        unless_interpreted(name, products, *sizes, fast=(n + p + s) % 2 == 0)
+        unless_interpreted(name, matmul_dtype, *sizes, fast=(n + p + s) % 2 == 0)
         for n, name in enumerate(["sogclr", "amclr", "xamclr", "ixamclr", "clip"])
-        for p, products in enumerate(TOLERANCES)
+        for p, matmul_dtype in enumerate(TOLERANCES)
         for s, sizes in enumerate([(70, 20, 0.1, False), (16, 140, 0.03, True)])
     ],
 )
-def test_kernels_equal_the_blocks(name: str, products: str, batch: int, dim: int, tau: float, diagnose: bool) -> None:
+def test_kernels_equal_the_blocks(
+    name: str, matmul_dtype: str, batch: int, dim: int, tau: float, diagnose: bool
+) -> None:
     """Loss, metrics, gradients and tables after some steps, with sizes that fill no tile and ids that stand twice.
 
     With diagnostics the numbers per anchor are worked out by torch, without them in the kernels.
     """
     ids = {"image": torch.arange(batch), "text": torch.arange(batch)}
     ids["image"][3], ids["text"][1], ids["text"][2] = 5, 7, 7
-    given = run("triton", name, ids, batch, dim, products, torch.float32, diagnose, temperature=tau)
+    given = run("triton", name, ids, batch, dim, matmul_dtype, torch.float32, diagnose, temperature=tau)
     exact = run("eager", name, ids, batch, dim, "auto", torch.float64, diagnose, temperature=tau)
-    tolerance = TOLERANCES[products]
+    tolerance = TOLERANCES[matmul_dtype]
     assert set(given[1]) == set(exact[1])
     for view, gradient in given[1].items():
         error = float((gradient.double() - exact[1][view]).norm() / exact[1][view].norm())
@@ -187,7 +189,7 @@ def test_nan_shows_in_the_loss_and_spares_the_estimates(twice: bool) -> None:
 def test_float16_products_do_not_overflow(name: str, settings: dict[str, Any]) -> None:
     """Estimates that a batch exceeds a thousandfold; a softmax at the lowest temperature."""
     ids = {"image": torch.arange(16), "text": torch.arange(16)}
-    objective = build(name, 16, backend="triton", products="float16", temperature=0.005, **settings).to(DEVICE)
+    objective = build(name, 16, backend="triton", matmul_dtype="float16", temperature=0.005, **settings).to(DEVICE)
     near = {
         v: F.normalize(x.detach() * 0.3 + 1, dim=-1).requires_grad_() for v, x in draw(0, 16, 24, torch.float32).items()
     }
@@ -305,7 +307,7 @@ def test_half_precision_views_are_not_copied_to_float32(temperature: str, monkey
         (torch.bfloat16, {"averaged": True}, 64, True),
         (torch.float16, {"averaged": True}, 1, True),
         (torch.float16, {"averaged": True}, 64, False),  # would be rounded before it is multiplied by 64
-        (torch.float16, {"products": "float32"}, 1, False),
+        (torch.float16, {"matmul_dtype": "float32"}, 1, False),
         (torch.float16, {"estimator": "reference"}, 1, False),  # works with the views in torch
     ],
 )
@@ -440,7 +442,7 @@ def test_tiles_fit_the_device(
 
 
 @pytest.mark.parametrize(
-    ("name", "products", "dim", "shared"),
+    ("name", "matmul_dtype", "dim", "shared"),
     [
         unless_interpreted("ixamclr", "float16", 140, 1 << 20, fast=True),
         unless_interpreted("amclr", "float16", 300, 1 << 20, fast=True),
@@ -449,17 +451,19 @@ def test_tiles_fit_the_device(
         unless_interpreted("amclr", "auto", 140, 0, fast=False),
     ],
 )
-def test_large_tiles(name: str, products: str, dim: int, shared: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_tiles(name: str, matmul_dtype: str, dim: int, shared: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The tiles of large batches, with positives beside the row itself and without."""
     monkeypatch.setattr(kernels, "_limits", lambda device: (1, max(shared, 100 << 10), shared > 0))
     for ids in (torch.arange(140), torch.arange(140) % 137):
         both = {"image": ids, "text": ids}
-        given = run("triton", name, both, 140, dim, products, torch.float32, temperature=0.1)
+        given = run("triton", name, both, 140, dim, matmul_dtype, torch.float32, temperature=0.1)
         exact = run("eager", name, both, 140, dim, "auto", torch.float64, temperature=0.1)
         for view, gradient in given[1].items():
             error = float((gradient.double() - exact[1][view]).norm() / exact[1][view].norm())
-            assert error < TOLERANCES[products], (view, error)
-        torch.testing.assert_close(given[2], exact[2], rtol=10 * TOLERANCES[products], atol=10 * TOLERANCES[products])
+            assert error < TOLERANCES[matmul_dtype], (view, error)
+        torch.testing.assert_close(
+            given[2], exact[2], rtol=10 * TOLERANCES[matmul_dtype], atol=10 * TOLERANCES[matmul_dtype]
+        )
 
 
 def test_asked_for_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

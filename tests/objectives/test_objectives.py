@@ -1170,7 +1170,7 @@ def test_bad_batches_are_named(change: Any, message: str) -> None:
     ("groups", "message"),
     [
         (torch.arange(6), "groups must be a dict of int64 tensors by view .* got torch.int64 of shape"),
-        ({"picture": torch.arange(6)}, r"by view \(image, image_aug, text, text_aug\), got \['picture'\]"),
+        ({"image": torch.arange(6)}, r"by view \(image, image_aug, text, text_aug\), got \['image'\]"),
         ({"text": torch.arange(5)}, r"groups\['text'\] must be an int64 tensor of shape \(6,\), got .* \(5,\)"),
         ({"image": torch.arange(6).float()}, r"groups\['image'\] must be an int64 tensor of shape"),
     ],
@@ -1228,7 +1228,7 @@ def test_value_checks_can_be_switched_off() -> None:
         ("simclr", {"queue": 9}, "'simclr' has no anchors to contrast with a queue"),
         ("amclr", {"queue": 9, "estimator": "reference"}, "a queue needs estimator 'per-term'"),
         ("amclr", {"storage": "tape"}, "storage must be one of auto, device, host, disk"),
-        ("amclr", {"products": "int8"}, "products must be one of auto, float32"),
+        ("amclr", {"matmul_dtype": "int8"}, "matmul_dtype must be one of auto, float32"),
         ("amclr", {"backend": "cuda"}, "backend must be one of auto, eager, triton"),
         ("amclr", {"weights": {"cross": math.inf}}, r"weights\['cross'\] must not be negative or infinite"),
         ("amclr", {"num_samples": 1.5}, "num_samples must be a positive int"),

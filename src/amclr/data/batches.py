@@ -12,16 +12,16 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from amclr.config import Config
-from amclr.data.duplicates import Duplicates
-from amclr.data.edits import Edits
+from amclr.config.schema import Config
+from amclr.data.images.decode import BadImage, ImageStore
+from amclr.data.images.duplicates import Duplicates
+from amclr.data.images.edits import Edits
+from amclr.data.images.views import policies
 from amclr.data.manifest import Sample
-from amclr.data.pictures import BadPicture, PictureStore
-from amclr.data.texts import TextPolicy
-from amclr.data.views import policies
-from amclr.distributed import share_of
-from amclr.errors import UserError
-from amclr.randomness import mixed
+from amclr.data.text.views import TextPolicy
+from amclr.distributed.world.world import share_of
+from amclr.utils.errors import UserError
+from amclr.utils.randomness import mixed
 
 Tokenize = Callable[[list[str]], dict[str, Tensor]]
 
@@ -48,13 +48,13 @@ class BatchPlan:
     def __post_init__(self) -> None:
         if self._visits < self.batch_size:
             raise UserError(
-                f"{self._visits} training pictures are fewer than one batch of {self.batch_size}: "
+                f"{self._visits} training images are fewer than one batch of {self.batch_size}: "
                 f"lower --batch_size (at most {self._visits})"
             )
         if self.batch_size < self.process[1]:
             raise UserError(
                 f"a batch of {self.batch_size} is too small for {self.process[1]} processes: raise --batch_size, "
-                "which counts the pictures of all of them"
+                "which counts the images of all of them"
             )
 
     @property
@@ -203,8 +203,8 @@ def split_views(required: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ..
     return of["image"], of["text"]
 
 
-class PictureBatches(Dataset[Batch]):
-    """Batches of pictures and captions, drawn and tokenised by step: `self[step]` is a whole batch.
+class ImageBatches(Dataset[Batch]):
+    """Batches of images and captions, drawn and tokenised by step: `self[step]` is a whole batch.
 
     edited: whether views are finished here, or have edits left for the device that they come to.
     """
@@ -212,7 +212,7 @@ class PictureBatches(Dataset[Batch]):
     def __init__(
         self,
         samples: Sequence[Sample],
-        store: PictureStore,
+        store: ImageStore,
         plan: BatchPlan,
         required_views: Sequence[str],
         tokenize: Tokenize,
@@ -228,12 +228,12 @@ class PictureBatches(Dataset[Batch]):
         self.policies = policies(config)
 
     def __getitem__(self, step: int) -> Batch:
-        """The batch of a step. A picture that cannot be read is replaced by the next sample that can."""
+        """The batch of a step. An image that cannot be read is replaced by the next sample that can."""
         epoch, planned, copies = self.plan.visits(step)
-        pictures, ids, replaced = self._pictures([int(i) for i in planned])
+        decoded, ids, replaced = self._decoded([int(i) for i in planned])
         images, edits = None, None
         if self.image_views:
-            images, edits = self._images(pictures, drawn_by(self.plan.samples[ids], copies), epoch)
+            images, edits = self._image_views(decoded, drawn_by(self.plan.samples[ids], copies), epoch)
         tokens, texts = None, {}
         if self.text_views:
             visited = [(self.samples[i], copy) for i, copy in zip(ids, copies.tolist(), strict=True)]
@@ -242,29 +242,29 @@ class PictureBatches(Dataset[Batch]):
         groups = self.duplicates.groups(ids, texts)
         return Batch(self.image_views, self.text_views, images, tokens, torch.tensor(ids), replaced, groups, edits)
 
-    def _images(self, pictures: list[Tensor], draws: np.ndarray, epoch: int) -> tuple[Tensor, Edits | None]:
+    def _image_views(self, decoded: list[Tensor], draws: np.ndarray, epoch: int) -> tuple[Tensor, Edits | None]:
         """All image views (V_i * B, 3, S, S), view by view, and the edits left for the device."""
-        drawn = [self.policies[view].draw(pictures, draws, self.seed, epoch, view) for view in self.image_views]
+        drawn = [self.policies[view].draw(decoded, draws, self.seed, epoch, view) for view in self.image_views]
         if self.edited:
             drawn = [(edits(views), edits) for views, edits in drawn]
         images = torch.cat([views for views, _ in drawn]) if len(drawn) > 1 else drawn[0][0]
         return images, None if self.edited else Edits.joined([edits for _, edits in drawn])
 
-    def _pictures(self, ids: list[int]) -> tuple[list[Tensor], list[int], dict[str, str]]:
+    def _decoded(self, ids: list[int]) -> tuple[list[Tensor], list[int], dict[str, str]]:
         if not self.image_views:
             return [], ids, {}
-        pictures: list[Tensor] = []
+        decoded: list[Tensor] = []
         used: list[int] = []
         replaced: dict[str, str] = {}
         for wanted in ids:
             for offset in range(len(self.store)):
                 i = (wanted + offset) % len(self.store)
                 try:
-                    pictures.append(self.store[i])
+                    decoded.append(self.store[i])
                     used.append(i)
                     break
-                except BadPicture as error:
+                except BadImage as error:
                     replaced[self.samples[i].name] = str(error)
             else:
-                raise UserError(f"no picture can be read any more; the last: {next(reversed(replaced.values()))}")
-        return pictures, used, replaced
+                raise UserError(f"no image can be read any more; the last: {next(reversed(replaced.values()))}")
+        return decoded, used, replaced

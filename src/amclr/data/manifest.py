@@ -22,25 +22,26 @@ from unicodedata import normalize
 import yaml
 from tqdm import tqdm
 
-from amclr.config import Config, SourceConfig, fold_of, from_dict
-from amclr.data import columns, remote, scenes, tables
-from amclr.data.layouts import PICTURE_FOLDERS, find, label
-from amclr.data.paraphrases import attach, find_store
-from amclr.data.pictures import Location, Verdict, scan
-from amclr.data.rows import SPLIT_NAMES, Reading, Reject, Row, caption_fault, clean, printable
-from amclr.errors import UserError
-from amclr.randomness import derive
+from amclr.config.schema import Config, SourceConfig, fold_of, from_dict
+from amclr.data import scenes
+from amclr.data.images.decode import Location, Verdict, scan
+from amclr.data.sources import columnar, remote, tables
+from amclr.data.sources.formats import IMAGE_FOLDERS, find, label
+from amclr.data.sources.rows import SPLIT_NAMES, Reading, Reject, Row, caption_fault, clean, printable
+from amclr.data.text.store import attach, find_store
+from amclr.utils.errors import UserError
+from amclr.utils.randomness import derive
 
-OUTSIDE, ABSENT = "picture path leaves the folder", "no such picture"
+OUTSIDE, ABSENT = "image path leaves the folder", "no such image"
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One picture and its captions. `paraphrases[k]` reword `captions[k]`."""
+    """One image and its captions. `paraphrases[k]` reword `captions[k]`."""
 
     name: str
     """What the data set calls it. Its draws and its place in the estimators follow from it alone."""
-    picture: Location
+    image: Location
     captions: tuple[str, ...]
     paraphrases: tuple[tuple[str, ...], ...] = ()
     weight: float = 1.0
@@ -48,7 +49,7 @@ class Sample:
 
     @property
     def id(self) -> int:
-        """A 63-bit number that stays the same whatever other samples there are, and wherever the picture lies."""
+        """A 63-bit number that stays the same whatever other samples there are, and wherever the image lies."""
         return derive("sample", self.name)
 
     @property
@@ -67,23 +68,23 @@ class Manifest:
     rows: int = 0
     """Rows read, usable or not."""
     splits: dict[str, frozenset[str]] = field(default_factory=dict)
-    """Picture names by split, from the data set's own lists and columns."""
+    """Image names by split, from the data set's own lists and columns."""
     zeroshot: Path | None = None
-    """A folder of pictures by class that belongs to the data set."""
+    """A folder of images by class that belongs to the data set."""
     format: str = ""
     """What it was read as."""
     parts: dict[str, float] = field(default_factory=dict)
     """Of a mix: the weight of each data set, whose name and a slash precede the names of its samples."""
     lost: int = 0
-    """Pictures that rejects of rows name and that are no samples."""
-    bad_pictures: int = 0
-    """How many of the rejects are pictures that cannot be decoded."""
+    """Images that rejects of rows name and that are no samples."""
+    bad_images: int = 0
+    """How many of the rejects are images that cannot be decoded."""
     notes: tuple[str, ...] = ()
     """What is no reject and yet should be known, a sentence each."""
     paraphrases: tuple[str, ...] = ()
     """The stores that paraphrases came from."""
     looks: dict[Location, bytes] = field(default_factory=dict)
-    """Perceptual hashes of the pictures that were compared."""
+    """Perceptual hashes of the images that were compared."""
     order: tuple[str, ...] = ()
     """Names in the order in which they were read, where a split was read alone, or is a fold of another."""
 
@@ -96,21 +97,21 @@ class Manifest:
         return tuple(s for s in self.samples if s.name in self.splits[name])
 
     def judged(self, verdicts: dict[Location, Verdict]) -> Manifest:
-        """Drop the samples of bad pictures, record them as rejects, and keep what the others look like."""
+        """Drop the samples of bad images, record them as rejects, and keep what the others look like."""
         bad = {place: v.reason for place, v in verdicts.items() if v.reason}
         looks = {place: v.looks for place, v in verdicts.items() if v.looks}
         rejects = tuple(
-            Reject(s.picture.file, 0, bad[s.picture], s.name) for s in self.samples if s.picture in bad
+            Reject(s.image.file, 0, bad[s.image], s.name) for s in self.samples if s.image in bad
         )  # fmt: skip
-        kept = tuple(s for s in self.samples if s.picture not in bad)
-        bad_pictures = self.bad_pictures + len(rejects)
-        return replace(self, samples=kept, rejects=self.rejects + rejects, bad_pictures=bad_pictures, looks=looks)
+        kept = tuple(s for s in self.samples if s.image not in bad)
+        bad_images = self.bad_images + len(rejects)
+        return replace(self, samples=kept, rejects=self.rejects + rejects, bad_images=bad_images, looks=looks)
 
     def write(self, file: Path) -> None:
         """Write the samples as JSON lines: id, name, splits, file, offset, size, captions, paraphrases, weight."""
         with file.open("w", encoding="utf-8", errors="backslashreplace") as handle:
             for s in self.samples:
-                place = s.picture
+                place = s.image
                 size = place.size if place.size >= 0 else os.path.getsize(place.file)
                 row = {
                     "id": s.id, "name": s.name, "splits": [n for n, names in self.splits.items() if s.name in names],
@@ -120,13 +121,13 @@ class Manifest:
                 handle.write(json.dumps(row, ensure_ascii=False) + "\n")
 
     def enforce_limit(self, max_bad: float) -> None:
-        """Raise UserError if more than a share of `max_bad` of the rows, or of the pictures, cannot be used."""
+        """Raise UserError if more than a share of `max_bad` of the rows, or of the images, cannot be used."""
         if not self.samples:
             raise UserError(f"{self.root} has no usable sample; {self._summary()}")
-        rows, pictures = len(self.rejects) - self.bad_pictures, self.lost + self.bad_pictures
+        rows, images = len(self.rejects) - self.bad_images, self.lost + self.bad_images
         for bad, total, what in (
             (rows, max(self.rows, rows), "rows"),
-            (pictures, len(self.samples) + pictures, "pictures"),
+            (images, len(self.samples) + images, "images"),
         ):
             if bad > max_bad * total:
                 raise UserError(
@@ -140,7 +141,7 @@ class Manifest:
         reasons = Counter(r.reason.split(":")[0] for r in self.rejects)
         commonest = ", ".join(f"{n} x {printable(reason)}" for reason, n in reasons.most_common(3))
         elsewhere = any(reason.startswith((OUTSIDE, ABSENT)) for reason in reasons)
-        hint = " (pictures elsewhere: --source.images FOLDER)" if elsewhere else ""
+        hint = " (images elsewhere: --source.images FOLDER)" if elsewhere else ""
         return f"{commonest}{hint}; the first: {self.rejects[0]}"
 
 
@@ -148,11 +149,11 @@ class Manifest:
 
 
 def load(config: Config, cache: Path, progress: bool = True, only: str = "", bare: bool = False) -> Manifest:
-    """Read the data set that `config.data` names (see its help), without looking into its pictures.
+    """Read the data set that `config.data` names (see its help), without looking into its images.
 
     only: a split that is wanted alone; rows that say that they are of another one are passed over, whatever is
-    wrong with them, and there need be no training pictures. bare: pictures are wanted whether they have a usable
-    caption or none; a folder without captions is then its pictures at any depth.
+    wrong with them, and there need be no training images. bare: images are wanted whether they have a usable
+    caption or none; a folder without captions is then its images at any depth.
     Raises UserError where there is none, or nothing in it that can be read.
     """
     data = config.data
@@ -174,7 +175,7 @@ def load(config: Config, cache: Path, progress: bool = True, only: str = "", bar
     elif data.startswith("hf:"):
         name = data.removeprefix("hf:")
         reading = Reading(Path(name), [], config.source, cache, progress, bare)
-        found = _collect(reading, columns.read_hub_dataset(reading, name), "Hugging Face dataset", only)
+        found = _collect(reading, columnar.read_hub_dataset(reading, name), "Hugging Face dataset", only)
     elif "://" in data:
         found = _read(remote.fetch(data, cache, progress), config, cache, progress, only, bare)
     elif data.endswith((".yaml", ".yml")):
@@ -182,14 +183,14 @@ def load(config: Config, cache: Path, progress: bool = True, only: str = "", bar
     else:
         found = _read(Path(data).expanduser(), config, cache, progress, only, bare)
     if only == "val" and "val" not in found.splits and "train" in found.splits:
-        return load(config, cache, progress)  # it is held out of the training pictures, which were passed over
+        return load(config, cache, progress)  # it is held out of the training images, which were passed over
     found = _with_paraphrases(found, config.source.paraphrases)
     found = _with_splits(found, config.source.val_fraction, only)
     return _with_fold(found, *fold) if fold and not only else found
 
 
 def folded_splits(source: SourceConfig) -> tuple[str, ...]:
-    """The splits that only reading all rows tells: those that a fold makes of the training pictures."""
+    """The splits that only reading all rows tells: those that a fold makes of the training images."""
     return ("train", "val") if source.fold else ()
 
 
@@ -232,19 +233,19 @@ def _no_garbage() -> Iterator[None]:
 class _Entry:
     """A sample in the making: its captions, each with its paraphrases, or None without any."""
 
-    picture: Location
+    image: Location
     file: str
     captions: dict[str, dict[str, None] | None] = field(default_factory=dict)
 
     def sample(self, name: str) -> Sample:
         again = tuple(tuple(p or ()) for p in self.captions.values()) if any(self.captions.values()) else ()
-        return Sample(name, self.picture, tuple(self.captions), again)
+        return Sample(name, self.image, tuple(self.captions), again)
 
 
 @_no_garbage()
 def _collect(reading: Reading, rows: Iterable[Row], called: str, only: str) -> Manifest:
-    """Group rows by picture; reject what cannot be used, of one split where `only` names it."""
-    pictures = _Pictures(reading.root, reading.source.images)
+    """Group rows by image; reject what cannot be used, of one split where `only` names it."""
+    images = _Images(reading.root, reading.source.images)
     entries: dict[str, _Entry] = {}
     splits: dict[str, set[str]] = {}
     for row in tqdm(rows, "Reading captions", unit="row", delay=2, leave=False, disable=not reading.progress):
@@ -257,18 +258,18 @@ def _collect(reading: Reading, rows: Iterable[Row], called: str, only: str) -> M
         reading.rows += max(1, len(row.captions))
 
         def reject(reason: str, row: Row = row) -> None:
-            key = row.name or (row.picture if isinstance(row.picture, str) else "")
+            key = row.name or (row.image if isinstance(row.image, str) else "")
             reading.refuse(Reject(row.file, row.line, reason, key[:500]))
 
-        name, place = row.name, row.picture
+        name, place = row.name, row.image
         if isinstance(place, str):
-            name, place, fault = pictures.find(place, row.beside)
+            name, place, fault = images.find(place, row.beside)
             if fault:
                 reject(fault)
                 continue
         assert isinstance(place, Location)
         entry = entries.get(name)
-        if entry and entry.picture != place:
+        if entry and entry.image != place:
             reject(f"duplicate key: {name} is in {entry.file} already")
             continue
         cleaned = [clean(raw) for raw in row.captions]
@@ -302,21 +303,21 @@ def _collect(reading: Reading, rows: Iterable[Row], called: str, only: str) -> M
     lost = len(reading.lost - entries.keys())
     samples = tuple(entries.pop(name).sample(name) for name in sorted(entries))
     named = {split: frozenset(names) for split, names in splits.items()}
-    named |= _listed_splits(reading, pictures, {s.name for s in samples})
+    named |= _listed_splits(reading, images, {s.name for s in samples})
     return Manifest(reading.root, samples, tuple(reading.rejects), reading.rows, named, format=called, lost=lost,
                     notes=tuple(reading.notes), order=order)  # fmt: skip
 
 
-def _listed_splits(reading: Reading, pictures: _Pictures, samples: set[str]) -> dict[str, frozenset[str]]:
+def _listed_splits(reading: Reading, images: _Images, samples: set[str]) -> dict[str, frozenset[str]]:
     """The splits that train.txt, val.txt and test.txt list, under the names of the samples."""
     found: dict[str, frozenset[str]] = {}
     for split, listed in tables.read_split_lists(reading.root).items():
-        own = {n: n if n in samples else pictures.find(n, None)[0] for n in listed}
+        own = {n: n if n in samples else images.find(n, None)[0] for n in listed}
         absent = sorted(n for n, name in own.items() if name not in samples)
         if samples and listed and len(absent) == len(listed):
             raise UserError(
                 f"none of the {len(listed)} names in '{reading.root / split}.txt' has a usable caption, such as "
-                f"'{printable(absent[0])}': it must list the pictures as '{printable(min(samples))}' is named"
+                f"'{printable(absent[0])}': it must list the images as '{printable(min(samples))}' is named"
             )
         if absent:
             reading.notes.append(f"{split}.txt lists {len(absent)} of {len(listed)} names without a sample, such as "
@@ -325,12 +326,12 @@ def _listed_splits(reading: Reading, pictures: _Pictures, samples: set[str]) -> 
     return found
 
 
-class _Pictures:
-    """The folders that pictures of a table lie in. Nothing outside them is ever opened."""
+class _Images:
+    """The folders that images of a table lie in. Nothing outside them is ever opened."""
 
     def __init__(self, root: Path, images: str) -> None:
         self.apart = bool(images)
-        usual = next((root / f for f in PICTURE_FOLDERS if (root / f).is_dir()), root)
+        usual = next((root / f for f in IMAGE_FOLDERS if (root / f).is_dir()), root)
         folder = root / Path(images).expanduser() if images else usual
         if images and not folder.is_dir():
             raise UserError(f"no folder '{images}' for --source.images")
@@ -346,15 +347,15 @@ class _Pictures:
         return next((base for base in self.bases if Path(path).is_relative_to(base)), None)
 
     def _find(self, text: str, beside: Path | None) -> tuple[str, Location | str, str | None]:
-        """(name, place, None) of a picture, or why it cannot be used: no such file, or one outside the folders.
+        """(name, place, None) of an image, or why it cannot be used: no such file, or one outside the folders.
 
         It is looked for in `beside`, if given, and then in the folders. The name is its path from the
         folder on, however the table writes it.
         """
         if not text:
-            return text, "", "empty picture name"
+            return text, "", "empty image name"
         if "://" in text or text.startswith("pipe:"):
-            return text, "", f"picture is a URL: {printable(text[:200])}; fetch it first"
+            return text, "", f"image is a URL: {printable(text[:200])}; fetch it first"
         if PureWindowsPath(text).drive or ".." in re.split(r"[/\\\\]", text):
             return text, "", f"{OUTSIDE}: {text[:200]}"
         folders = [beside.resolve()] if beside and not self.apart else []
@@ -374,7 +375,7 @@ class _Pictures:
                         return os.path.relpath(file, inside).replace(os.sep, "/"), Location(file), None
         except (OSError, ValueError) as error:  # names that are too long, or hold NUL
             what = getattr(error, "strerror", None) or error
-            return text, "", f"picture cannot be reached: {text[:80]} ({what})"
+            return text, "", f"image cannot be reached: {text[:80]} ({what})"
         return text, "", f"{OUTSIDE if outside else ABSENT}: {text[:200]}"
 
 
@@ -388,22 +389,22 @@ def _with_splits(manifest: Manifest, val_fraction: float, only: str) -> Manifest
     rest = splits.get("train", frozenset(s.name for s in manifest.samples) - apart)
     if manifest.samples and not rest:
         found = ", ".join(f"{printable(split)} ({len(names)})" for split, names in list(splits.items())[:8])
-        raise UserError(f"'{manifest.root}' has no training pictures: its splits are {found}; call one of them train")
+        raise UserError(f"'{manifest.root}' has no training images: its splits are {found}; call one of them train")
     splits["train"] = rest
     notes = list(manifest.notes)
     if without := len(manifest.samples) - len(rest | apart):
-        notes.append(f"{without} pictures are in no split, and not used")
+        notes.append(f"{without} images are in no split, and not used")
     if "val" not in splits:
         own = rest - apart
         splits |= _hold_out([s for s in manifest.samples if s.name in own], val_fraction)
     for one, other in combinations(splits, 2):
         if shared := splits[one] & splits[other]:
-            notes.append(f"{len(shared)} pictures are in both {one} and {other}, such as {printable(min(shared))}")
+            notes.append(f"{len(shared)} images are in both {one} and {other}, such as {printable(min(shared))}")
     return replace(manifest, splits=splits, notes=tuple(notes))
 
 
 def _hold_out(samples: Sequence[Sample], fraction: float) -> dict[str, frozenset[str]]:
-    """Hold out a share by a hash of the name, so that adding pictures moves no other between the splits."""
+    """Hold out a share by a hash of the name, so that adding images moves no other between the splits."""
     held = frozenset(s.name for s in samples if derive("val", s.name) < fraction * 2**63)
     if not held and len(samples) > 1:
         held = frozenset([min(samples, key=lambda s: derive("val", s.name)).name])
@@ -411,13 +412,13 @@ def _hold_out(samples: Sequence[Sample], fraction: float) -> dict[str, frozenset
 
 
 def _with_fold(manifest: Manifest, k: int, n: int) -> Manifest:
-    """The manifest with the k-th of n parts of its training pictures as what is validated on."""
+    """The manifest with the k-th of n parts of its training images as what is validated on."""
     names = sorted(manifest.splits["train"], key=lambda name: derive("fold", name))
     if n > len(names):
-        raise UserError(f"'{manifest.root}' has {len(names)} training pictures: they cannot be cut into {n} parts")
+        raise UserError(f"'{manifest.root}' has {len(names)} training images: they cannot be cut into {n} parts")
     held = frozenset(names[(k - 1) * len(names) // n : k * len(names) // n])
     resting = len(manifest.splits["val"] - manifest.splits["train"])
-    note = f"fold {k} of {n}: {len(held)} training pictures are validated on, and {resting} of val rest"
+    note = f"fold {k} of {n}: {len(held)} training images are validated on, and {resting} of val rest"
     splits = manifest.splits | {"train": manifest.splits["train"] - held, "val": held}
     return replace(manifest, splits=splits, notes=(*manifest.notes, note))
 
@@ -432,7 +433,7 @@ class MixEntry:
     data: str
     """As --data; relative to the file's folder."""
     name: str = ""
-    """What its samples are called by: NAME/PICTURE. Empty is taken from `data`."""
+    """What its samples are called by: NAME/IMAGE. Empty is taken from `data`."""
     weight: float = 1.0
     """Visits of each sample an epoch, on average: 2 shows it twice, 0.5 every other epoch."""
     source: dict[str, Any] = field(default_factory=dict)
@@ -503,12 +504,12 @@ def cache_folder(config: Config) -> Path:
 
 
 def prepare(config: Config, cache: Path, progress: bool = True, scan_all: bool = False, only: str = "") -> Manifest:
-    """Load the data set, decode every picture once, and leave out what cannot be used, up to the limit.
+    """Load the data set, decode every image once, and leave out what cannot be used, up to the limit.
 
-    The pictures of a set beyond `source.scan_up_to` are decoded only with `scan_all`; what an
+    The images of a set beyond `source.scan_up_to` are decoded only with `scan_all`; what an
     earlier scan found is left out all the same, and training passes over the rest.
     only: as for `load`; the manifest then holds the samples of that split alone. It is for measuring, which
-    decodes every picture anyway, and leaves out and counts what cannot be: nothing is decoded here.
+    decodes every image anyway, and leaves out and counts what cannot be: nothing is decoded here.
     """
     try:
         cache.mkdir(parents=True, exist_ok=True)
@@ -530,7 +531,7 @@ def prepare(config: Config, cache: Path, progress: bool = True, scan_all: bool =
     verdicts = cache / f"scan-{derive(str(manifest.root.resolve())):016x}.jsonl"
     look = scan_all or len(manifest.samples) <= config.source.scan_up_to
     compare = config.source.duplicates == "positives"
-    places = [s.picture for s in manifest.samples]
+    places = [s.image for s in manifest.samples]
     manifest = manifest.judged(scan(places, config.model.image_size, verdicts, progress, look, compare))
     manifest.enforce_limit(config.source.max_bad)
     return manifest

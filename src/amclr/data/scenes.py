@@ -2,7 +2,7 @@
 
 A scene is symbolic first: one to three objects, each with shape, colour, size, material and a place,
 on a ground. `render` draws it by casting rays at exact shapes; `describe` words it. All of it is a
-function of the seed, and the splits share no symbolic scene. What training pictures show may have a long
+function of the seed, and the splits share no symbolic scene. What training images show may have a long
 tail, and some of their captions may be wrong, both in known measure; the other splits stay as they are.
 """
 
@@ -25,8 +25,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from amclr.config import ScenesConfig
-from amclr.errors import UserError
+from amclr.config.schema import ScenesConfig
+from amclr.utils.errors import UserError
 
 FORMAT = 2
 Array = np.ndarray
@@ -46,7 +46,7 @@ MATERIALS = ("rubber", "metal", "wooden")
 SIZES = {"small": 0.38, "medium": 0.53, "large": 0.70}
 GROUNDS = ("grass", "sand", "snow", "boards", "tiles")
 KINDS = tuple((colour, shape) for colour in COLOURS for shape in SHAPES)
-"""Kinds of things: the classes of the zero-shot pictures, and what a long tail ranks."""
+"""Kinds of things: the classes of the zero-shot images, and what a long tail ranks."""
 COLUMNS, ROWS = 3, 2
 SPLITS = {"train": 8, "val": 9, "test": 10}
 """A scene whose hash modulo 10 lies below the bound (and not below the one before) belongs to the split."""
@@ -66,7 +66,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows, things from left to right; `seed` moves only what captions leave open."""
+    """What an image shows, things from left to right; `seed` moves only what captions leave open."""
 
     ground: str
     things: tuple[Thing, ...]
@@ -534,7 +534,7 @@ def write_scenes(folder: Path, settings: ScenesConfig, *, workers: int | None = 
 
     Images/NAME.png, captions.txt (image,caption), train.txt, val.txt, test.txt, and
     zeroshot/COLOUR_SHAPE/N.png with zeroshot/classnames.txt, templates.txt and shown.tsv: how many training
-    pictures show a kind. With noise, noise.csv lists what is wrong. A folder that holds the set already is
+    images show a kind. With noise, noise.csv lists what is wrong. A folder that holds the set already is
     left as it is. The folder appears only when it is complete.
 
     Raises UserError if the folder holds something else, or the settings ask for what cannot be.
@@ -597,13 +597,13 @@ def exchanged(scenes: Sequence[Scene], noise: float, seed: int) -> dict[int, int
         others = (order[(k + step) % len(order)] for step in range(1, len(order)))
         other = next((o for o in others if not scenes[o].kinds <= scenes[own].kinds), None)
         if other is None:
-            raise UserError("--scenes.noise needs training pictures of different things: raise --scenes.train")
+            raise UserError("--scenes.noise needs training images of different things: raise --scenes.train")
         wrong[own] = other
     return wrong
 
 
 def _write_wrong(file: Path, names: Sequence[str], texts: Sequence[list[str]], wrong: Mapping[int, int]) -> None:
-    """List the pictures with captions of another: which, whose, the first caption, and the one that is true."""
+    """List the images with captions of another: which, whose, the first caption, and the one that is true."""
     with file.open("w", newline="", encoding="utf-8") as handle:
         table = csv.writer(handle)
         table.writerow(["image", "captions_of", "caption", "true_caption"])
@@ -617,11 +617,11 @@ def notes(folder: Path, settings: ScenesConfig) -> tuple[str, ...]:
         shown = folder / "zeroshot" / "shown.tsv"
         counts = sorted(int(line.split("\t")[1]) for line in shown.read_text().splitlines())
         found.append(
-            f"of {settings.train} training pictures {counts[-1]} show the commonest of {len(counts)} kinds, "
+            f"of {settings.train} training images {counts[-1]} show the commonest of {len(counts)} kinds, "
             f"{counts[0]} the rarest: {shown}"
         )
     if wrong := round(settings.noise * settings.train):
-        found.append(f"{wrong} of {settings.train} training pictures have another's captions: {folder / 'noise.csv'}")
+        found.append(f"{wrong} of {settings.train} training images have another's captions: {folder / 'noise.csv'}")
     return tuple(found)
 
 
@@ -667,7 +667,7 @@ def _all_singles(seed: int, round_: int) -> list[Scene]:
 
 def _render_all(jobs: list[tuple[Scene, Path]], size: int, workers: int, progress: bool) -> None:
     save = partial(_render_one, size=size)
-    bar = partial(tqdm, total=len(jobs), desc="Rendering scenes", unit="picture", disable=not progress, leave=False)
+    bar = partial(tqdm, total=len(jobs), desc="Rendering scenes", unit="image", disable=not progress, leave=False)
     if workers == 1 or len(jobs) < 64:
         for _ in bar(map(save, jobs)):
             pass

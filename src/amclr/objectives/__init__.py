@@ -48,7 +48,7 @@ def build(
     averaged: bool = False,
     storage: str = "auto",
     folder: str | Path | None = None,
-    products: str = "auto",
+    matmul_dtype: str = "auto",
     backend: str = "auto",
 ) -> Objective:
     """Make an objective by name.
@@ -89,7 +89,7 @@ def build(
             (memory-mapped), or "auto": the first of these that they fit.
         folder: where "disk" puts its files, which have no name and go with the process; None is the
             system's temporary folder. `Objective.save_tables` is what keeps them.
-        products: type of the features in the matrix products: "auto" (the views' own, exact), "float32",
+        matmul_dtype: type of the features in the matrix products: "auto" (the views' own, exact), "float32",
             "tf32" (Triton only), "float16" or "bfloat16"; sums are in float32 all the same.
         backend: "eager", "triton", or "auto": Triton on a GPU where it is installed.
 
@@ -140,7 +140,7 @@ def build(
         raise ValueError(f"weights {dict(weights or {})} leave '{name}' without a term")
     _require(math.isfinite(rho) and rho >= 0, "rho must not be negative", rho)
     _choose("storage", storage, STORAGES)
-    _choose("products", products, PRODUCTS)
+    _choose("matmul_dtype", matmul_dtype, PRODUCTS)
     _choose("backend", backend, BACKENDS)
     if storage == "auto":
         terms = len(method.terms(pairs, weights)) // 2
@@ -169,7 +169,7 @@ def build(
         averaged=averaged,
         storage=storage,
         folder=Path(folder) if folder else None,
-        products=products,
+        matmul_dtype=matmul_dtype,
         backend=backend,
     )
 

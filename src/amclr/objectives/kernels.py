@@ -387,7 +387,7 @@ def _gradients(
 class TritonBlocks:
     """The passes of `blocks.Blocks`, with the same arguments and results, over all layouts at once.
 
-    products: "auto" and "float32" are exact for float32 views, "tf32" is not. largest: bounds B times the
+    matmul_dtype: "auto" and "float32" are exact for float32 views, "tf32" is not. largest: bounds B times the
     weights of two anchors.
     """
 
@@ -398,12 +398,12 @@ class TritonBlocks:
         layouts: Sequence[Layout],
         taus: float | Tensor,
         positives: Positives,
-        products: str,
+        matmul_dtype: str,
         largest: float,
     ) -> None:
         dtype = every[0].dtype
-        if products in ("float16", "bfloat16"):
-            dtype = getattr(torch, products)
+        if matmul_dtype in ("float16", "bfloat16"):
+            dtype = getattr(torch, matmul_dtype)
         self.z = torch.stack(list(every)).to(dtype)
         if dtype == torch.bfloat16 and os.environ.get("TRITON_INTERPRET"):
             self.z = self.z.float()  # the interpreter, which is NumPy, cannot multiply bfloat16
@@ -422,7 +422,7 @@ class TritonBlocks:
         half = self.z.dtype == torch.float16
         self.lift = self.size * min(HALF_SCALE, LARGEST_HALF / largest) if half else 1.0
         self.unique = positives.unique
-        kind = "half" if self.z.element_size() == 2 else "tf32" if products == "tf32" else "ieee"
+        kind = "half" if self.z.element_size() == 2 else "tf32" if matmul_dtype == "tf32" else "ieee"
         self.tiles = tiles(kind, self.dim, self._rows, len(self.terms), self.views, self.z.device)
         self.options = {"MATCHES": len(matches), "PRECISION": "tf32" if kind == "tf32" else "ieee"}
 

@@ -97,7 +97,7 @@ BOTH = ("image", "text")
 
 METHODS: Mapping[str, Method] = {
     "simclr": Method(
-        "two views of each picture against all other pictures of the batch (NT-Xent)",
+        "two views of each image against all other images of the batch (NT-Xent)",
         "batch", "none", intra=("image",), pool_negatives=True, default_temperature=0.1,
         source="Chen et al. 2020, arXiv 2002.05709, eq. 1",
     ),
@@ -133,7 +133,7 @@ METHODS: Mapping[str, Method] = {
         source="this project, docs/method.md",
     ),
     "xamclr-text": Method(
-        "xAmCLR without its terms between pictures: 10 terms", "global", "all", intra=("text",),
+        "xAmCLR without its terms between images: 10 terms", "global", "all", intra=("text",),
         source="this project, docs/method.md",
     ),
     "iamclr": Method(

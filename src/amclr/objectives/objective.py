@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from amclr.distributed import World, processes
+from amclr.distributed.world.world import World, processes
 from amclr.objectives import contrast as math_of
 from amclr.objectives.adaptive import AdaptiveGamma, log_noise
 from amclr.objectives.blocks import NEG_INF, Blocks, Layout, Positives, Workspace
@@ -46,7 +46,7 @@ class Objective(nn.Module):
     autocast says. `state_dict()` carries the estimators, so it belongs in a checkpoint.
 
     Several rows with the same id are positives of each other, never negatives, and give their
-    sample one averaged update. Rows of different samples that show the same (a copied picture, a caption
+    sample one averaged update. Rows of different samples that show the same (a copied image, a caption
     that stands under two) are made positives by `groups`: they keep their estimates to themselves.
 
     Where torch.distributed is initialised, the batch is that of all processes together: each passes
@@ -81,7 +81,7 @@ class Objective(nn.Module):
         averaged: bool,
         storage: str,
         folder: Path | None,
-        products: str,
+        matmul_dtype: str,
         backend: str,
     ) -> None:
         super().__init__()
@@ -98,7 +98,7 @@ class Objective(nn.Module):
         self.cyclic_weight = cyclic_weight
         self.estimator = estimator
         self.validate, self.distributed, self.averaged = validate, distributed, averaged
-        self.products, self.backend = products, backend
+        self.matmul_dtype, self.backend = matmul_dtype, backend
         self.initial_temperature = temperature
         self.diagnose = False
         self.remember = False
@@ -188,7 +188,7 @@ class Objective(nn.Module):
         equal where views show the same, below 0 where a view is like no other; views left out are so too.
         Rows i and j are positives of each other, in all terms and both directions, if they share an id, or
         if an image view of i and one of j are of a group, or a text view of i and one of j: what describes
-        the one picture describes the other (docs/method.md). Groups of views that the objective does not use
+        the one image describes the other (docs/method.md). Groups of views that the objective does not use
         are not looked at.
         Raises ValueError, naming the view or argument, for missing views, unlike shapes, a batch
         of one, or ids of the wrong type; values are checked as `validate` says. Of several processes,
@@ -283,15 +283,15 @@ class Objective(nn.Module):
 
         views: V of (M, D), the rows of this process. Updates the tables; fills in the metrics.
         """
-        products = self.products
-        if products == "auto" and source in HALVES:
-            products = str(source).removeprefix("torch.")
-        if products in ("float16", "bfloat16"):
-            views = [v.to(getattr(torch, products)).to(v.dtype) for v in views]
+        matmul_dtype = self.matmul_dtype
+        if matmul_dtype == "auto" and source in HALVES:
+            matmul_dtype = str(source).removeprefix("torch.")
+        if matmul_dtype in ("float16", "bfloat16"):
+            views = [v.to(getattr(torch, matmul_dtype)).to(v.dtype) for v in views]
         every = views if world.alone else list(world.gather(torch.stack(views), 1))
         like, size = every[0], len(every[0])
         if self._uses_triton(like) and self._is_plain(like):
-            return self._few_launches(every, ids, learned_tau, world, positives, wanted, products, metrics)
+            return self._few_launches(every, ids, learned_tau, world, positives, wanted, matmul_dtype, metrics)
         queued: QueuedNegatives | None = None
         mine = world.mine
         if self.queue is not None:
@@ -327,7 +327,7 @@ class Objective(nn.Module):
             terms = [t for layout in wave for t in layout.terms]
             weights = self._weights(terms, like)
             taus = self._read("tau", wave, ids, like) if individual else tau
-            blocks = self._blocks(every, world, wave, taus, positives, products)
+            blocks = self._blocks(every, world, wave, taus, positives, matmul_dtype)
             found = [*blocks.log_sums()]
             if queued:
                 places = self._places(terms)
@@ -416,7 +416,7 @@ class Objective(nn.Module):
         first = views[self._stacked[0]]
         return (
             source in HALVES
-            and self.products in ("auto", str(source).removeprefix("torch."))
+            and self.matmul_dtype in ("auto", str(source).removeprefix("torch."))
             and all(views[v].dtype == source for v in self._stacked)
             # What is to be multiplied by the number of processes would first be rounded to float16.
             and not (source == torch.float16 and self.averaged and self.distributed and processes() > 1)
@@ -426,13 +426,13 @@ class Objective(nn.Module):
 
     def _few_launches(
         self, every: list[Tensor], ids: dict[str, Tensor], learned_tau: Tensor | None, world: World,
-        positives: Positives, wanted: bool, products: str, metrics: dict[str, Tensor],
+        positives: Positives, wanted: bool, matmul_dtype: str, metrics: dict[str, Tensor],
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
         """`_closed_form` in a handful of launches: at small batches on a GPU, nothing else counts."""
         [wave] = self._waves(len(every[0]), world, every[0])
         terms = [t for layout in wave for t in layout.terms]
         tau = self.initial_temperature if learned_tau is None else learned_tau.float()
-        blocks = self._blocks(every, world, wave, tau, positives, products)
+        blocks = self._blocks(every, world, wave, tau, positives, matmul_dtype)
         tables = [table for name, table in self._tables() if name.startswith("log_u")]
         modalities = list(ids)
         places = []
@@ -524,7 +524,7 @@ class Objective(nn.Module):
 
     def _blocks(
         self, every: list[Tensor], world: World, wave: list[Layout], taus: float | Tensor, positives: Positives,
-        products: str,
+        matmul_dtype: str,
     ) -> Any:  # fmt: skip
         """The passes over some layouts' blocks, by the backend that this batch is for."""
         if not self._uses_triton(every[0]):
@@ -534,7 +534,7 @@ class Objective(nn.Module):
         # An anchor's weights sum to at most 1 / gamma, or 1 for a softmax; times the coefficient, times B, for two.
         largest = 2 * max(t.weight for t in self.terms)
         largest /= self.gamma if self.method.contrast == "global" else self._least_tau
-        return TritonBlocks(every, world.mine, wave, taus, positives, products, largest)
+        return TritonBlocks(every, world.mine, wave, taus, positives, matmul_dtype, largest)
 
     @property
     def _least_tau(self) -> float:

@@ -34,7 +34,7 @@ class Queue(nn.Module):
     rows: Tensor
     """(V, K, D), of the K samples that there are."""
     ids: Tensor
-    """(2, K) int64, of picture and text; -1 where embeddings were not finite: such a sample is nobody's negative."""
+    """(2, K) int64, of image and text; -1 where embeddings were not finite: such a sample is nobody's negative."""
     groups: Tensor
     """(V, K) int64, as the objective was given them; -1 for none."""
 

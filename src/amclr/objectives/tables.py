@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from amclr.files import free_memory, write_text, written
+from amclr.utils.files import free_memory, write_text, written
 
 STORAGES = ("auto", "device", "host", "disk")
 PIECE_BYTES = 1 << 28

@@ -1,0 +1,5 @@
+"""The command line: `amclr COMMAND`."""
+
+from amclr.cli.main import main
+
+__all__ = ["main"]

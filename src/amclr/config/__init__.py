@@ -1,0 +1,1 @@
+"""Settings of a run and named sets of them. Imports no torch, so that `--help` is quick."""

@@ -1,0 +1,1 @@
+"""Images: decoding and keeping them, views, batched edits, near-duplicates."""

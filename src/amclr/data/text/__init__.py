@@ -1,0 +1,1 @@
+"""Captions: text views, stored paraphrases, and what English rewording may change."""

@@ -1,0 +1,115 @@
+"""Views of captions: which of a sample's texts a visit draws, as a function of (seed, epoch, sample, view)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from amclr.config.schema import Config
+from amclr.data.text.wording import synonyms
+from amclr.utils.randomness import Key, generator
+
+Words = Callable[[int], str]
+"""Word noise for the caption of an index, where it is not drawn on the spot."""
+
+
+@dataclass(frozen=True)
+class TextPolicy:
+    """How a caption and its second view are drawn from a sample's captions and their paraphrases.
+
+    The second view is another caption of the image, a paraphrase of the drawn one, or the drawn one with
+    word noise. Which, is drawn in proportion to the weights of those that there are; with no weight above
+    0 it is the first of the three that there is: people's captions say more than rewordings do
+    (docs/results.md).
+    """
+
+    one: bool = False
+    """Always draw the first caption; the others serve only as second views."""
+    noise: float = 0.1
+    """Chance per word of a deletion or a swap."""
+    synonyms: float = 0.0
+    """Chance per word of a synonym, where the lexicon has one."""
+    paraphrases: float = 0.0
+    other_captions: float = 0.0
+    words: float = 0.0
+
+    @classmethod
+    def of(cls, config: Config) -> TextPolicy:
+        """The policy of a run's settings."""
+        v = config.views
+        return cls(
+            config.source.captions == "one", v.word_noise, v.word_synonyms, v.paraphrases, v.other_captions, v.words
+        )
+
+    def draw(
+        self, captions: Sequence[str], paraphrases: Sequence[Sequence[str]], *key: Key, words: Words | None = None
+    ) -> tuple[int, str, str]:
+        """Draw a caption and its second view: the caption's index, its text, and the second text.
+
+        words: what stands for word noise; None draws it here.
+        """
+        draw = generator(*key)
+        index = 0 if self.one else int(draw.integers(len(captions)))
+        kinds = self._kinds(captions, paraphrases, index)
+        if len(kinds) == 1:
+            ((options, _),) = kinds
+        else:
+            shares = np.cumsum([weight for _, weight in kinds])
+            options, _ = kinds[int(np.searchsorted(shares, float(draw.random()) * shares[-1], side="right"))]
+        if options:
+            second = options[int(draw.integers(len(options)))]
+        else:
+            second = words(index) if words else noisy_words(captions[index], self.noise, draw, self.synonyms)
+        return index, captions[index], second
+
+    def seconds(self, captions: Sequence[str], paraphrases: Sequence[Sequence[str]]) -> Iterator[str]:
+        """The captions and paraphrases that second views may be, some more than once."""
+        for index in self._first(captions):
+            for options, _ in self._kinds(captions, paraphrases, index):
+                yield from options
+
+    def noisy(self, captions: Sequence[str], paraphrases: Sequence[Sequence[str]]) -> list[int]:
+        """The captions, by index, whose second view may be word noise."""
+        first = self._first(captions)
+        return [i for i in first if any(not options for options, _ in self._kinds(captions, paraphrases, i))]
+
+    def _first(self, captions: Sequence[str]) -> range:
+        """The captions, by index, that may be drawn as the first view."""
+        return range(1 if self.one else len(captions))
+
+    def _kinds(
+        self, captions: Sequence[str], paraphrases: Sequence[Sequence[str]], index: int
+    ) -> list[tuple[Sequence[str], float]]:
+        """What the second view may be drawn from, with weights. No texts: word noise."""
+        reworded = paraphrases[index] if index < len(paraphrases) else ()
+        others = [c for k, c in enumerate(captions) if k != index]
+        there = [(others, self.other_captions), (reworded, self.paraphrases)]
+        kinds: list[tuple[Sequence[str], float]] = [(texts, weight) for texts, weight in there if texts]
+        kinds.append(((), self.words))
+        weighted = [k for k in kinds if k[1] > 0]
+        return weighted or kinds[:1]
+
+
+def noisy_words(text: str, chance: float, draw: np.random.Generator, synonym: float = 0.0) -> str:
+    """Word-level noise: each word is dropped, or swapped with the next, with probability `chance` in all.
+
+    synonym: chance that a word gives way to one of its synonyms, if the lexicon knows any.
+    """
+    words = text.split()
+    out: list[str] = []
+    k = 0
+    while k < len(words):
+        u = float(draw.random())
+        if u < chance / 2 and len(words) > 2:
+            pass
+        elif u < chance and k + 1 < len(words):
+            out += [words[k + 1], words[k]]
+            k += 1
+        elif chance <= u < chance + synonym and (options := synonyms(words[k])):
+            out.append(options[int(draw.integers(len(options)))])
+        else:
+            out.append(words[k])
+        k += 1
+    return " ".join(out) or text

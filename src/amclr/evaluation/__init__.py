@@ -1,0 +1,1 @@
+"""What a model is worth on data: retrieval, zero-shot classification, paraphrased queries."""

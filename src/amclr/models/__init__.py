@@ -1,0 +1,1 @@
+"""Dual encoders: towers, projections, tokenizers, frozen features, weight averaging, folders and the Hub."""

@@ -1,0 +1,1 @@
+"""Paraphrases of captions by a language model or by rules, over several processes."""

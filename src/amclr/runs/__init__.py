@@ -1,0 +1,1 @@
+"""Run folders: configuration, metrics, checkpoints, loggers, and the models that they hold."""

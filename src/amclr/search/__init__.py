@@ -1,0 +1,1 @@
+"""An index of images: built in parts, brought up to date, searched."""

@@ -1,0 +1,1 @@
+"""A training run: assembly, the loop, its state, and the faults that it survives."""

@@ -1,0 +1,74 @@
+"""Optimisers by name, their parameter groups, and the learning rate as a function of the step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import timm.optim
+import torch
+from torch import nn
+
+from amclr.config.schema import OptimConfig
+from amclr.models.dual_encoder import DualEncoder
+from amclr.utils.errors import UserError
+
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "adamw": torch.optim.AdamW,
+    "adam": torch.optim.Adam,
+    "radam": torch.optim.RAdam,
+    "nadam": torch.optim.NAdam,
+    "sgd": lambda groups, **kw: torch.optim.SGD(groups, momentum=0.9, nesterov=True, **kw),
+    "adamp": timm.optim.AdamP,
+    "sgdp": lambda groups, **kw: timm.optim.SGDP(groups, momentum=0.9, nesterov=True, **kw),
+    "lamb": timm.optim.Lamb,
+    "lion": timm.optim.Lion,
+    "novograd": timm.optim.NvNovoGrad,
+}
+
+
+def choose_optimizer(config: OptimConfig) -> Callable[..., torch.optim.Optimizer]:
+    """The optimiser's constructor by name. Raises UserError for an unknown one."""
+    if config.name not in OPTIMIZERS:
+        raise UserError(f"unknown optimiser '--optim.name {config.name}': choose from {', '.join(OPTIMIZERS)}")
+    return OPTIMIZERS[config.name]
+
+
+def build_optimizer(config: OptimConfig, model: DualEncoder, objective: nn.Module) -> torch.optim.Optimizer:
+    """The optimiser over all that is trained: towers by their factors, heads, and learned temperatures.
+
+    Each group carries `lr_factor`, which `set_lr` multiplies the schedule by. Matrices decay;
+    norms, biases and the objective's own parameters do not.
+    """
+    parts: list[tuple[Iterable[nn.Parameter], float, bool]] = [
+        (model.image_tower.parameters(), model.config.image_lr, True),
+        (model.text_tower.parameters(), model.config.text_lr, True),
+        (model.image_head.parameters(), 1.0, True),
+        (model.text_head.parameters(), 1.0, True),
+        (objective.parameters(), 1.0, False),
+    ]
+    groups: list[dict[str, Any]] = []
+    for parameters, factor, may_decay in parts:
+        trained = [p for p in parameters if p.requires_grad]
+        decayed = [p for p in trained if may_decay and p.dim() > 1]
+        plain = [p for p in trained if not (may_decay and p.dim() > 1)]
+        for chosen, decay in ((decayed, config.weight_decay), (plain, 0.0)):
+            if chosen:
+                groups.append({"params": chosen, "weight_decay": decay, "lr_factor": factor})
+    return choose_optimizer(config)(groups, lr=config.lr)
+
+
+def learning_rate(config: OptimConfig, step: int, total: int) -> float:
+    """Linear warm-up from `warmup_lr`, then a cosine to `min_lr`; a pure function of the step."""
+    warm = max(1, round(config.warmup * total))
+    if step < warm:
+        return config.warmup_lr + (config.lr - config.warmup_lr) * step / warm
+    share = (step - warm) / max(1, total - 1 - warm)
+    return config.min_lr + (config.lr - config.min_lr) * 0.5 * (1 + math.cos(math.pi * min(share, 1.0)))
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set the learning rate of every group, times its factor."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_factor"]

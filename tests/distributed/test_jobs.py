@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from amclr.distributed.world.jobs import Call, Lost, side_by_side
-from amclr.distributed.world.signals import Ended
+from amclr.distributed.jobs import Call, Lost, side_by_side
+from amclr.distributed.signals import Ended
 
 
 def alive(pid: int) -> bool:

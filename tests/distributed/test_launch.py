@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from amclr.config.schema import Config, OptimConfig
-from amclr.distributed.world.watchdog import BEAT, Team
+from amclr.distributed.watchdog import BEAT, Team
 from amclr.objectives import METHODS
 from amclr.runs.folder import Run
 from amclr.training import loop as engine
@@ -237,7 +237,7 @@ def test_images_that_one_process_cannot_read(folder: Path, tmp_path: Path) -> No
 def bytes_gathered(rank: int, objective: str, out: Path) -> None:
     import torch.distributed as dist
 
-    from amclr.distributed.world.world import World
+    from amclr.distributed.world import World
     from amclr.objectives import build
 
     dist.init_process_group("gloo")
@@ -309,7 +309,7 @@ def test_torchrun_and_devices(folder: Path, tmp_path: Path) -> None:
 
 
 def test_slurm_is_understood(monkeypatch: pytest.MonkeyPatch) -> None:
-    from amclr.distributed.world.launch import processes_started
+    from amclr.distributed.launch import processes_started
 
     assert processes_started() is None
     for name, value in {"NTASKS": "16", "NNODES": "2", "JOB_NAME": "train", "PROCID": "3", "LOCALID": "3"}.items():
@@ -322,7 +322,7 @@ def test_slurm_is_understood(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_gpus_arithmetic_is_set_and_put_back() -> None:
-    from amclr.distributed.world.launch import arithmetic
+    from amclr.distributed.launch import arithmetic
 
     def now() -> tuple[Any, ...]:
         return (

@@ -23,7 +23,7 @@ from amclr import cli
 from amclr.config.schema import Config, LossConfig, OptimConfig
 from amclr.data.batches import ImageBatches
 from amclr.data.images import decode as images
-from amclr.distributed.world.signals import Interrupted, Signals
+from amclr.distributed.signals import Interrupted, Signals
 from amclr.runs.folder import Run
 from amclr.training import loop as engine
 from amclr.training.loop import train

@@ -91,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _fail(message: str, code: int) -> int:
     if not message:  # another of several processes has told
         return code
-    # What a name of a file holds must do nothing to the terminal; `amclr.data.sources.rows.printable` takes long to import.
+    # What a name of a file holds must do nothing to the terminal; `printable` of the data package takes long to import.
     line = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in " ".join(message.splitlines()))
     print(f"amclr: {line}", file=sys.stderr)
     return code

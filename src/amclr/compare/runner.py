@@ -10,7 +10,6 @@ objective: all of these are functions of the seed.
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import json
 import os
@@ -41,8 +40,8 @@ from amclr.data.batches import BatchPlan
 from amclr.data.images.views import policies, title
 from amclr.data.sources.rows import printable
 from amclr.data.text.store import Rewording
-from amclr.distributed.world.jobs import Call, Lost, side_by_side
-from amclr.distributed.world.signals import ending
+from amclr.distributed.jobs import Call, Lost, side_by_side
+from amclr.distributed.signals import ending
 from amclr.evaluation.classes import ClassSet, read_classes, short_names
 from amclr.evaluation.evaluator import measure_classes, measure_run_paraphrased
 from amclr.evaluation.metrics import RECALLS
@@ -50,7 +49,7 @@ from amclr.objectives import METHODS
 from amclr.runs.folder import Run, load
 from amclr.training.loop import Stopped, build_objective, train
 from amclr.training.optim import choose_optimizer
-from amclr.utils.errors import UserError
+from amclr.utils.errors import UserError, did_you_mean
 from amclr.utils.files import read_arrays, write_text
 
 EQUAL = ("steps", "passes")
@@ -151,7 +150,7 @@ def read(file: Path, *, data: str = "", seeds: str = "", zeroshot: Sequence[str]
     for key in values:
         if key not in known:
             more = " (a setting belongs under settings)" if key in flat(asdict(Config())) else ""
-            raise UserError(f"'{file}': unknown key '{key}'{more}: {_near(key, known)}")
+            raise UserError(f"'{file}': unknown key '{key}'{more}: {did_you_mean(key, known)}")
     given = {key: value for key, value in values.items() if value is not None}
     settings = flat(_mapping(file, "settings", given.get("settings", {})))
     if data:
@@ -183,11 +182,11 @@ def read(file: Path, *, data: str = "", seeds: str = "", zeroshot: Sequence[str]
         **{key: str(given.get(key, "")) for key in ("classnames", "templates", "paraphrased")},
     )  # fmt: skip
     if experiment.equal not in EQUAL:
-        raise UserError(f"'{file}': equal: {_near(experiment.equal, EQUAL)}")
+        raise UserError(f"'{file}': equal: {did_you_mean(experiment.equal, EQUAL)}")
     if experiment.recipe not in RECIPES:
-        raise UserError(f"'{file}': unknown recipe '{experiment.recipe}': {_near(experiment.recipe, RECIPES)}")
+        raise UserError(f"'{file}': unknown recipe '{experiment.recipe}': {did_you_mean(experiment.recipe, RECIPES)}")
     if experiment.baseline and experiment.baseline not in experiment.variants:
-        near = _near(experiment.baseline, experiment.variants)
+        near = did_you_mean(experiment.baseline, experiment.variants)
         raise UserError(f"'{file}': baseline: there is no variant '{experiment.baseline}': {near}")
     return experiment
 
@@ -203,8 +202,8 @@ def _variants(file: Path, given: Any) -> dict[str, dict[str, Any]]:
         if settings is None:
             if name not in METHODS:
                 raise UserError(
-                    f"'{file}': variants: unknown objective '{name}': {_near(name, METHODS)}; a variant of another "
-                    "name needs its settings"
+                    f"'{file}': variants: unknown objective '{name}': {did_you_mean(name, METHODS)}; a variant of "
+                    "another name needs its settings"
                 )
             settings = {"objective": name}
         found[str(name)] = flat(_mapping(file, f"variants: {name}", settings))
@@ -237,7 +236,7 @@ def _cut(file: Path, given: Any) -> dict[str, float]:
         return {}
     for key in values:
         if key not in ("behind", "after"):
-            raise UserError(f"'{file}': cut: unknown key '{key}': {_near(key, ('behind', 'after'))}")
+            raise UserError(f"'{file}': cut: unknown key '{key}': {did_you_mean(key, ('behind', 'after'))}")
     behind, after = values.get("behind"), values.get("after", 1)
     if isinstance(behind, bool) or not isinstance(behind, int | float) or not behind > 0:
         raise UserError(f"'{file}': cut: behind must be a number of points above 0, as in cut: {{behind: 5}}, "
@@ -252,13 +251,6 @@ def _mapping(file: Path, where: str, given: Any) -> dict[str, Any]:
         raise UserError(f"'{file}': {where} must be names with values, as in {where.split(':')[0]}: {{NAME: VALUE}}, "
                         f"got {given!r}")  # fmt: skip
     return {str(key): value for key, value in given.items()}
-
-
-def _near(name: object, known: Iterable[str], otherwise: str = "") -> str:
-    """What to type instead of a name that is not known."""
-    known = list(known)
-    near = difflib.get_close_matches(str(name), known, n=1)
-    return f"did you mean '{near[0]}'?" if near else otherwise or f"choose from {', '.join(known)}"
 
 
 def plan(experiment: Experiment, out: Path) -> list[Cell]:
@@ -334,7 +326,9 @@ def _changed(config: Config, changes: Mapping[str, Any], where: str) -> Config:
                 f"{where}: {name} is not set here: {'give seeds: [0, 1, 2]' if name == 'seed' else '--out'}"
             )
         if name not in known:
-            raise UserError(f"{where}: unknown setting '{name}': {_near(name, known, 'amclr train --help lists them')}")
+            raise UserError(
+                f"{where}: unknown setting '{name}': {did_you_mean(name, known, 'amclr train --help lists them')}"
+            )
         try:
             config = _with(config, name, value)
         except ValueError as error:

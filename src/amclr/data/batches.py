@@ -19,7 +19,7 @@ from amclr.data.images.edits import Edits
 from amclr.data.images.views import policies
 from amclr.data.manifest import Sample
 from amclr.data.text.views import TextPolicy
-from amclr.distributed.world.world import share_of
+from amclr.distributed.world import share_of
 from amclr.utils.errors import UserError
 from amclr.utils.randomness import mixed
 

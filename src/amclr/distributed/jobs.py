@@ -21,7 +21,7 @@ from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
 from typing import Any
 
-from amclr.distributed.world.signals import Ended, Signals
+from amclr.distributed.signals import Ended, Signals
 
 TICK = 0.5
 """Seconds between two looks at what is not told: signals, processes that have died."""

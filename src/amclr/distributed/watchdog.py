@@ -16,7 +16,7 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 
-from amclr.distributed.world.world import process, processes
+from amclr.distributed.world import process, processes
 from amclr.utils.errors import UserError
 
 T = TypeVar("T")

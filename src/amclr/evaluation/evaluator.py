@@ -28,7 +28,7 @@ from amclr.data.manifest import Manifest, Sample
 from amclr.data.sources.rows import Reject, printable, write_rejects
 from amclr.data.text.store import Rewording
 from amclr.data.text.views import TextPolicy
-from amclr.distributed.world.world import World, process, processes, share_of
+from amclr.distributed.world import World, process, processes, share_of
 from amclr.evaluation import metrics as evaluate
 from amclr.evaluation.classes import ClassSet, read_classes, short_names
 from amclr.models.averaging import check_start, digest, end_of_line, line_names, mixed

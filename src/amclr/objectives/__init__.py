@@ -6,7 +6,6 @@ loss, metrics = objective({"image": i, "image_aug": i2, "text": t, "text_aug": t
 
 from __future__ import annotations
 
-import difflib
 import math
 import operator
 from collections.abc import Mapping
@@ -17,6 +16,7 @@ from amclr.objectives.methods import METHODS, PAIRS, VIEWS, Method, Pairs, Tempe
 from amclr.objectives.microbatch import backward_in_chunks
 from amclr.objectives.objective import Objective
 from amclr.objectives.tables import STORAGES, choose_storage
+from amclr.utils.errors import did_you_mean
 
 __all__ = ["METHODS", "PAIRS", "VIEWS", "Method", "Objective", "Term", "backward_in_chunks", "build", "modality"]
 
@@ -97,9 +97,7 @@ def build(
         ValueError: for an unknown name or a setting out of range; the message names the argument.
     """
     if name not in METHODS:
-        near = difflib.get_close_matches(name, METHODS, n=1)
-        hint = f"did you mean '{near[0]}'? " if near else ""
-        raise ValueError(f"unknown objective '{name}': {hint}choose from {', '.join(METHODS)}")
+        raise ValueError(f"unknown objective '{name}': {did_you_mean(name, METHODS)}")
     method = METHODS[name]
     mode = temperature_mode or method.temperature
     samples = _samples(num_samples)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from amclr.distributed.world.world import World, processes
+from amclr.distributed.world import World, processes
 from amclr.objectives import contrast as math_of
 from amclr.objectives.adaptive import AdaptiveGamma, log_noise
 from amclr.objectives.blocks import NEG_INF, Blocks, Layout, Positives, Workspace

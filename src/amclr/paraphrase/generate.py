@@ -25,7 +25,7 @@ from amclr.config.schema import Config, ModelConfig, ParaphraseConfig, SourceCon
 from amclr.data import manifest as manifests
 from amclr.data.text.store import FOLDER, REASONS, Entry, Filters, Version, choose
 from amclr.data.text.wording import RULES, reword
-from amclr.distributed.world.world import Processes
+from amclr.distributed.world import Processes
 from amclr.models.dual_encoder import build_text_tower, build_tokenizer
 from amclr.utils.errors import UserError
 from amclr.utils.randomness import derive

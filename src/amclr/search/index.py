@@ -25,7 +25,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from importlib.util import find_spec
 from itertools import accumulate, groupby
 from pathlib import Path
 from typing import Any
@@ -41,11 +40,11 @@ from amclr.data import manifest as manifests
 from amclr.data.images.decode import BadImage, read_image
 from amclr.data.images.duplicates import image_hash
 from amclr.data.manifest import Sample
-from amclr.distributed.world.world import Processes
+from amclr.distributed.world import Processes
 from amclr.models.averaging import digest
 from amclr.models.dual_encoder import DualEncoder
 from amclr.runs.folder import load
-from amclr.utils.errors import UserError
+from amclr.utils.errors import UserError, require
 from amclr.utils.files import write_text, written
 
 FORMAT = 1
@@ -678,8 +677,7 @@ def _damaged(folder: Path, what: object) -> UserError:
 
 def _arrow() -> tuple[Any, Any]:
     """Apache Arrow and its Parquet reader. Raises UserError where they, or FAISS, are not installed."""
-    if missing := [name for name in ("faiss", "pyarrow") if not find_spec(name)]:
-        raise UserError(f"this needs {' and '.join(missing)}: pip install 'amclr[search]'")
+    require("an index", "search", "faiss", "pyarrow")
     import pyarrow
     from pyarrow import parquet
 

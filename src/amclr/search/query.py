@@ -265,8 +265,8 @@ def dedup(
     """Groups of images of an index that look the same, the largest first, and a CSV of them.
 
     Without a threshold they are those whose perceptual hashes are alike: the same image saved anew, resized, made
-    brighter (`amclr.data.images.duplicates.near_duplicates`). With one, those whose embeddings have at least that cosine, and
-    what is joined by such: images of the same thing. Columns: group, image, file, cosine to the group's first.
+    brighter (`amclr.data.images.duplicates`). With one, those whose embeddings have at least that cosine, and what is
+    joined by such: images of the same thing. Columns: group, image, file, cosine to the group's first.
     """
     index = Index(folder)
     if threshold is None:

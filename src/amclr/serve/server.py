@@ -15,12 +15,11 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from amclr.config.schema import ServeConfig, serve_problems
-from amclr.utils.errors import UserError
+from amclr.utils.errors import UserError, require
 
 CONNECTIONS = 512
 """Open at a time; further ones are refused. An open page holds one or two."""
@@ -30,10 +29,7 @@ GRACE = 15
 
 def serve(folder: Path, config: ServeConfig) -> None:
     """Serve an index until Ctrl-C or SIGTERM. Raises UserError, saying what to type, where that is not possible."""
-    needed = {"gradio": "gradio", "fastapi": "fastapi", "uvicorn": "uvicorn", "prometheus_client": "prometheus-client",
-              "python_multipart": "python-multipart"}  # fmt: skip
-    if missing := [package for module, package in needed.items() if not find_spec(module)]:
-        raise UserError(f"this needs {', '.join(missing)}: pip install 'amclr[serve]'")
+    require("amclr serve", "serve", "gradio", "fastapi", "uvicorn", "prometheus_client", "python_multipart")
     config = replace(config, token=config.token or os.environ.get("AMCLR_TOKEN", ""))
     if problems := serve_problems(config):
         raise UserError("; ".join(problems))

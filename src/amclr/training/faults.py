@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from amclr.data.batches import Batch
-from amclr.distributed.world.world import local
+from amclr.distributed.world import local
 from amclr.objectives import Objective
 from amclr.utils.files import write_text, written
 

@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,10 +32,16 @@ from amclr.data.images.duplicates import Duplicates
 from amclr.data.images.views import policies
 from amclr.data.manifest import Manifest, Sample
 from amclr.data.sources.rows import append_rejects, write_rejects
-from amclr.distributed.world.launch import Fabric, arithmetic, start_processes
-from amclr.distributed.world.signals import Interrupted, Signals, ending, leave_signals_to_the_trainer, no_handler_of_loaders
-from amclr.distributed.world.watchdog import Team
-from amclr.distributed.world.world import average_statistics, process
+from amclr.distributed.launch import Fabric, arithmetic, start_processes
+from amclr.distributed.signals import (
+    Interrupted,
+    Signals,
+    ending,
+    leave_signals_to_the_trainer,
+    no_handler_of_loaders,
+)
+from amclr.distributed.watchdog import Team
+from amclr.distributed.world import average_statistics, process
 from amclr.evaluation.classes import read_classes
 from amclr.evaluation.evaluator import Evaluator, Monitor, draw_gallery, measure_classes, model_reads_images
 from amclr.models.averaging import Averaging, kept_weights
@@ -48,7 +53,7 @@ from amclr.training.optim import build_optimizer, choose_optimizer, learning_rat
 from amclr.training.state import Training
 from amclr.training.timing import WAIT_MATTERS, Clock
 from amclr.utils import figures
-from amclr.utils.errors import UserError
+from amclr.utils.errors import UserError, require
 from amclr.utils.files import write_arrays, write_text
 from amclr.utils.randomness import derive
 
@@ -499,8 +504,8 @@ def prepare(
     choose_optimizer(config.optim)
     if not former and team.first_rank:
         Run.refuse_used(folder)
-    if config.wandb and not find_spec("wandb"):
-        raise UserError("--wandb needs the package: pip install 'amclr[wandb]'")
+    if config.wandb:
+        require("--wandb", "wandb", "wandb")
     cache = manifests.cache_folder(config)
     manifest = manifests.prepare(config, cache, progress)
     samples, held_out = manifest.split("train"), manifest.split("val")

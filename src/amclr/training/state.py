@@ -17,9 +17,9 @@ from amclr.config.schema import Config, fixed_differences, from_dict
 from amclr.data.batches import Batch, BatchPlan
 from amclr.data.manifest import Manifest
 from amclr.data.sources.rows import Reject, append_rejects
-from amclr.distributed.world.launch import Fabric
-from amclr.distributed.world.watchdog import Team
-from amclr.distributed.world.world import spread, whole
+from amclr.distributed.launch import Fabric
+from amclr.distributed.watchdog import Team
+from amclr.distributed.world import spread, whole
 from amclr.evaluation.evaluator import Evaluator, Monitor
 from amclr.models.averaging import Averaging
 from amclr.models.dual_encoder import DualEncoder

@@ -11,7 +11,6 @@ import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Any, Protocol
 
 import numpy as np
@@ -22,7 +21,7 @@ from torchvision.transforms import v2
 from amclr.config.schema import Config
 from amclr.data.images.decode import resized
 from amclr.data.images.edits import KEEP, Edits
-from amclr.utils.errors import UserError
+from amclr.utils.errors import UserError, did_you_mean, first_line
 from amclr.utils.randomness import Key, mixed, torch_seeded, uniforms
 
 
@@ -262,7 +261,7 @@ class Transforms:
             with torch_seeded(*key, sample):
                 out = self.transform(image.contiguous())
         except Exception as error:  # torchvision raises many kinds
-            raise UserError(f"image views: {_first_line(error)}") from None
+            raise UserError(f"image views: {first_line(error)}") from None
         if not isinstance(out, Tensor) or out.dtype != torch.uint8 or out.shape != (3, self.size, self.size):
             found = " x ".join(map(str, out.shape)) + f" {out.dtype}".replace("torch.", "")
             raise UserError(
@@ -283,7 +282,7 @@ def _transform(entry: Any, flip: bool) -> nn.Module:
         raise UserError(f"image views: write a transform as NAME or {{NAME: {{ARGUMENT: VALUE}}}}, not {entry!r}")
     known = [n for n in (*ALLOWED, *NESTED) if hasattr(v2, n)]
     if name not in known:
-        raise UserError(f"image views: unknown transform '{name}': {_near(name, known)}")
+        raise UserError(f"image views: unknown transform '{name}': {did_you_mean(name, known)}")
     if name in MIRRORING and not flip:
         raise UserError(
             f"image views: {name} mirrors, which views.flip forbids: leave it out, or give --views.flip true"
@@ -292,7 +291,9 @@ def _transform(entry: Any, flip: bool) -> nn.Module:
     given: dict[str, Any] = {}
     for argument, value in (arguments or {}).items():
         if argument not in accepted:
-            raise UserError(f"image views: {name} has no argument '{argument}': {_near(str(argument), accepted)}")
+            raise UserError(
+                f"image views: {name} has no argument '{argument}': {did_you_mean(str(argument), accepted)}"
+            )
         if name in NESTED and argument == "transforms":
             if not isinstance(value, list):
                 raise UserError(f"image views: the transforms of {name} must be a list, not {value!r}")
@@ -307,17 +308,8 @@ def _transform(entry: Any, flip: bool) -> nn.Module:
             given["policy"] = v2.AutoAugmentPolicy(given["policy"])
         return made(**given)
     except Exception as error:  # torchvision raises many kinds
-        raise UserError(f"image views: {name}: {_first_line(error)}") from None
+        raise UserError(f"image views: {name}: {first_line(error)}") from None
 
 
 def _plain(value: Any) -> bool:
     return all(map(_plain, value)) if isinstance(value, list) else isinstance(value, bool | int | float | str | None)
-
-
-def _near(name: str, known: Sequence[str]) -> str:
-    near = get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"did you mean {near[0]}?" if near else f"choose from {', '.join(known)}"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

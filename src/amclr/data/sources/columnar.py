@@ -34,7 +34,7 @@ from amclr.data.sources.rows import (
     read_json,
     row_of,
 )
-from amclr.utils.errors import UserError
+from amclr.utils.errors import UserError, first_line
 from amclr.utils.files import read_packed, write_packed, written
 from amclr.utils.randomness import derive
 
@@ -161,7 +161,7 @@ def read_hub_dataset(reading: Reading, name: str) -> Iterator[Row]:
         found = datasets.load_dataset(repository, configuration or None)
     except Exception as error:  # no connection, no such name, a script that would have to run ...
         raise UserError(
-            f"cannot load the dataset '{name}': {printable(str(error).strip().splitlines()[0])}. Without a connection "
+            f"cannot load the dataset '{name}': {printable(first_line(error))}. Without a connection "
             "give the folder that dataset.save_to_disk(FOLDER) made"
         ) from None
     yield from _dataset_rows(reading, found, f"hf:{name}")

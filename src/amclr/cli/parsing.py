@@ -38,6 +38,9 @@ class Formatter(jsonargparse.DefaultHelpFormatter, argparse.RawDescriptionHelpFo
         empty = default in (None, "", [], argparse.SUPPRESS) or action.nargs == 0
         return action.help or "" if empty else f"{action.help} (default: {default})"
 
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        return re.sub(r", \S+\+ .*", "", super()._format_action_invocation(action))  # --list+, to append
+
     def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
         hint = getattr(action, "_typehint", None)
         literals = [h for h in (hint, *get_args(hint)) if get_origin(h) is Literal]

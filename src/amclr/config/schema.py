@@ -57,26 +57,26 @@ class ScenesConfig:
     """The built-in generated data set (`--data scenes`)."""
 
     train: int = setting(3000, low=1, high=1e9)
-    """Training images."""
+    """Number of training images."""
     val: int = setting(500, low=1, high=1e9)
-    """Validation images."""
+    """Number of validation images."""
     test: int = setting(500, low=0, high=1e9)
-    """Test images."""
+    """Number of test images."""
     zeroshot: int = setting(800, low=0, high=1e9)
-    """Single-object images for zero-shot classification, over all classes together."""
+    """Number of single-object images for zero-shot classification, over all classes."""
     size: int = setting(64, low=16, high=1024)
     """Side of an image in pixels."""
     captions: int = setting(5, low=1, high=32)
     """Captions per image, paraphrases of each other."""
     tail: float = setting(0.0, low=0, high=1.25)
-    """How unequally often training images show the 40 kinds of things (colour and shape): the kind of rank k as
-    k ** -tail. 0 is all alike; 1.25, the most there can be, the commonest a hundred times as often as the rarest.
-    The seed says which are rare. Validation, test and zero-shot images stay balanced."""
+    """Imbalance of the 40 kinds of objects (colour and shape) in the training images: the kind of rank k has frequency
+    proportional to k ** -tail. 0 is balanced; at 1.25, the maximum, the most common kind is a hundred times as frequent
+    as the rarest. The seed decides which are rare. Validation, test and zero-shot images stay balanced."""
     noise: float = setting(0.0, low=0, high=1)
-    """Share of the training images whose captions describe another image. The seed says which; more noise adds
-    others to them."""
+    """Share of training images whose captions describe another image. The seed decides which; a larger share contains a
+    smaller one."""
     seed: int = 0
-    """Seed of the scenes; the set is a function of it."""
+    """Seed of the scenes, which determines them."""
 
 
 @dataclass(frozen=True)
@@ -84,72 +84,71 @@ class SourceConfig:
     """Where images and captions are, and which of them are used."""
 
     captions_file: str = ""
-    """Captions file inside the data folder; empty finds captions.txt, .csv, .jsonl, metadata.csv and the like."""
+    """Captions file in the data folder. Empty: captions.txt, .csv, .jsonl, metadata.csv or similar."""
     images: str = ""
-    """Folder of the images that a captions file names, from the data folder on or absolute; nothing outside
-    it is opened. Empty finds Images, images or the data folder."""
+    """Folder of the images that a captions file names, absolute or relative to the data folder; nothing outside it is
+    opened. Empty: Images, images or the data folder."""
     image_column: str = ""
-    """Column or key with the image; empty finds `image`, `file_name`, `path` and the like."""
+    """Column or key of the image. Empty: `image`, `file_name`, `path` or similar."""
     caption_column: str = ""
-    """Column or key with the caption or a list of them; empty finds `caption`, `text`, `title` and the like."""
+    """Column or key of the caption or list of captions. Empty: `caption`, `text`, `title` or similar."""
     encoding: str = "utf-8"
     """Text encoding of a CSV or TSV file."""
     class_caption: str = "a photo of a {}"
-    """Caption of the images in a folder by class, {} standing for the class."""
+    """Caption of the images in a folder by class; {} is the class."""
     captions: Literal["all", "one"] = "all"
-    """all: every visit draws one of the image's captions. one: the first is the caption, the others
-    serve only as paraphrases for methods with a second text view."""
+    """all: each visit draws one of the image's captions. one: only the first is a caption; the others serve as
+    paraphrases for methods with a second text view."""
     paraphrases: str = ""
-    """Paraphrases of the captions: a folder that `amclr paraphrase` wrote, the name of one of its versions, or a
-    CSV, TSV or JSONL file of caption, paraphrase. Empty finds DATA/paraphrases; `none` uses none."""
+    """Paraphrases of the captions: a folder that `amclr paraphrase` wrote, the name of one of its versions, or a CSV,
+    TSV or JSONL file with caption and paraphrase. Empty: DATA/paraphrases if it exists. none: no paraphrases."""
     val_fraction: float = setting(0.05, above=0, high=0.99)
-    """Share of the images held out for validation where the folder has no val.txt."""
+    """Share of the images held out as validation split if the folder has no val.txt."""
     fold: str = ""
-    """K/N, such as 1/6, for cross-validation: the training images are cut into N equal parts by a hash of their
-    names; the K-th is what is validated on, the others are trained on, and the usual validation images rest."""
+    """K/N, such as 1/6, for cross-validation: the training images are divided into N equal folds by a hash of their
+    names; fold K is the validation split, the others are trained on, and the usual validation images are unused."""
     duplicates: Literal["positives", "captions", "negatives"] = "positives"
-    """positives: near-duplicate images, and captions that stand under several images, are positives of each
-    other rather than negatives. captions: identical captions alone, for drawings or studio images, which differ
-    in what is small. negatives: neither. Images are compared where they are decoded beforehand (scan_up_to)."""
+    """positives: near-duplicate images, and captions shared by several images, are positives of each other instead of
+    negatives. captions: only identical captions are, for drawings or studio images, which differ in small details.
+    negatives: neither. Images are compared if they are decoded beforehand (scan_up_to)."""
     max_bad: float = setting(0.02, low=0, high=1, resumable=True)
     """Abort if more than this share of rows or images cannot be used."""
     scan_up_to: int = setting(200_000, resumable=True)
-    """Decode every image once before training where there are at most so many; of more, bad ones are passed
-    over in training, unless `amclr inspect --scan` has found them."""
+    """Decode every image once before training if there are at most this many. With more images, bad ones are skipped
+    during training, unless `amclr inspect --scan` has found them."""
 
 
 @dataclass(frozen=True)
 class ViewsConfig:
-    """How an image and its caption are rendered at each visit."""
+    """How an image and its caption are augmented at each visit."""
 
     image: Literal["paper", "strong", "weak", "none"] | list[Any] = "paper"
-    """First image view. paper: crop, flip, RandAugment. strong: SimCLR's crop, flip, colour, grey, blur.
-    weak: mild crop, flip. none: as in evaluation. Or a list of torchvision's v2 transforms, such as
-    '[{RandomResizedCrop: {size: 64, scale: [0.5, 1]}}, {ColorJitter: {brightness: 0.4}}]'."""
+    """First image view. paper: crop, flip, RandAugment. strong: SimCLR's crop, flip, colour, grey, blur. weak: mild
+    crop, flip. none: as in evaluation. Or a list of torchvision v2 transforms, such as '[{RandomResizedCrop: {size: 64,
+    scale: [0.5, 1]}}, {ColorJitter: {brightness: 0.4}}]'."""
     image_aug: Literal["single", "paper", "strong", "weak", "none"] | list[Any] = "single"
-    """Second image view (image_aug). single: one operation drawn per sample from blur, flip, noise,
-    brightness, contrast, sharpen and crop, as in the paper; or anything that the first view can be."""
+    """Second image view (image_aug). single: one operation per sample, drawn from blur, flip, noise, brightness,
+    contrast, sharpen and crop, as in the paper. Or any value of the first view."""
     where: Literal["auto", "workers", "device"] = setting("auto", resumable=True)
-    """Where colours are changed, of whole batches: in the processes that prepare them, or on the device; the
-    images are the same. auto: on a GPU where there is one."""
+    """Where colour augmentation of whole batches runs: in the workers or on the device, with the same result. auto: on
+    a GPU if there is one."""
     flip: bool = True
-    """Let the views mirror images. Turn off where captions say left and right."""
+    """Let views mirror images. Turn off if captions say left and right."""
     word_noise: float = setting(0.1, low=0, high=1)
-    """Chance per word of a deletion or swap where the second text view is the caption with word noise."""
+    """Probability per word of a deletion or swap, if the second text view is the caption with word noise."""
     word_synonyms: float = setting(0.0, low=0, high=1)
-    """Chance per word of a synonym there, for words that the (English) lexicon has one for."""
+    """Probability per word of a synonym in that view, for words in the (English) lexicon."""
     paraphrases: float = setting(0.0, low=0, high=1e9)
-    """Weight of a paraphrase of the caption as its second text view. Views are drawn in proportion to the weights
-    of those that there are; with all three weights 0, it is another caption of the image where there is one, else
-    a paraphrase, else word noise."""
+    """Weight of a paraphrase as second text view. Views are drawn in proportion to the weights of the available ones.
+    If all three weights are 0: another caption of the image if there is one, else a paraphrase, else word noise."""
     other_captions: float = setting(0.0, low=0, high=1e9)
     """Weight of another caption of the image as second text view."""
     words: float = setting(0.0, low=0, high=1e9)
-    """Weight of the caption with word noise as second text view."""
+    """Weight of the caption with word noise as second text view. Gains nothing by itself (docs/results.md)."""
     cached: int = setting(4, low=1, high=1024)
-    """Cached views per image and policy where both towers are frozen."""
+    """Cached views per image and policy if both towers are frozen."""
     cached_seed: int = 0
-    """Seed of the cached views; apart from --seed, so that runs with other seeds share them."""
+    """Seed of the cached views; separate from --seed, so that runs with different seeds share them."""
 
 
 @dataclass(frozen=True)
@@ -157,47 +156,46 @@ class ModelConfig:
     """The two towers and their projections."""
 
     image_tower: str = "small"
-    """`small` (from scratch), `efficientnet-lite0` (needs amclr[pretrained]), a timm model name or
-    `local-dir:FOLDER`."""
+    """`small` (from scratch), `efficientnet-lite0` (needs amclr[pretrained]), a timm model, or `local-dir:FOLDER`."""
     image_pretrained: bool = True
-    """Load pretrained weights into a timm model; false starts it from scratch."""
+    """Load pretrained weights into a timm model; false trains it from scratch."""
     image_size: int = setting(64, low=8, high=4096)
-    """Side in pixels of the images that the image tower sees."""
+    """Side in pixels of the images that the image tower gets."""
     image_lr: float = setting(1.0, low=0, high=1e3)
     """Learning-rate factor of the image tower; 0 freezes it."""
     image_adapters: int = setting(0, low=0, high=65536)
-    """Rank of low-rank adapters (LoRA) through which alone the image tower is trained; 0 trains all its weights.
-    Needs amclr[adapters]."""
+    """Rank of low-rank adapters (LoRA) of the image tower, the only weights of it that are trained; 0 trains all its
+    weights. Needs amclr[adapters]."""
     freeze_norms: bool = False
-    """Let the batch norms of a pretrained image tower keep the statistics that it came with, and normalise by them;
-    the rest is trained. For small data, whose statistics would replace those of millions of images."""
+    """Batch norms of a pretrained image tower keep their pretrained statistics and normalise by them; the other weights
+    are trained. For small data sets, whose statistics are worse than those of millions of images."""
     text_tower: str = "small"
-    """`small` (from scratch, own tokenizer), `minilm` (needs amclr[pretrained]), a transformers model
-    name or a folder."""
+    """`small` (from scratch, with its own tokenizer), `minilm` (needs amclr[pretrained]), a transformers model, or a
+    folder."""
     text_pretrained: bool = True
-    """Load pretrained weights into a transformers model; false starts it from scratch."""
+    """Load pretrained weights into a transformers model; false trains it from scratch."""
     text_pooling: Literal["mean", "first"] = "mean"
     """How token states become one vector: their mean, or the first token."""
     text_lr: float = setting(1.0, low=0, high=1e3)
     """Learning-rate factor of the text tower; 0 freezes it."""
     text_adapters: int = setting(0, low=0, high=65536)
-    """Rank of low-rank adapters (LoRA) through which alone the text tower is trained; 0 trains all its weights.
-    Needs amclr[adapters]."""
+    """Rank of low-rank adapters (LoRA) of the text tower, the only weights of it that are trained; 0 trains all its
+    weights. Needs amclr[adapters]."""
     max_tokens: int = setting(32, low=3, high=512)
-    """Captions are cut to this many tokens."""
+    """Truncate captions to this many tokens."""
     head: Literal["linear", "residual"] = "linear"
-    """Projection: linear (the paper), or LayerNorm, then linear plus a two-layer GELU network."""
+    """Projection. linear: as in the paper. residual: LayerNorm, then a linear layer plus a two-layer GELU network."""
     hidden: int = setting(1024, low=1, high=65536)
     """Hidden width of the residual head."""
     dropout: float = setting(0.2, low=0, high=0.99)
     """Dropout in the residual head."""
     dim: int = setting(256, low=1, high=65536)
-    """Dimension of the shared space."""
+    """Dimension of the shared embedding space."""
     compile: bool = setting(False, resumable=True)
-    """Compile the towers (torch.compile): minutes at the start of a run, for faster steps."""
+    """Compile the towers (torch.compile): a start of minutes, for faster steps."""
     activation_checkpointing: bool = setting(False, resumable=True)
-    """Keep few activations of the towers that are trained, and compute the others again in the backward pass: less
-    memory, for about a third more time. The gradient is the same."""
+    """Keep few activations of the trained towers and recompute the others in the backward pass: less memory for about a
+    third more time. The gradient is the same."""
 
 
 @dataclass(frozen=True)
@@ -224,8 +222,8 @@ class LossConfig:
     minimum of the adaptive one."""
     gamma_schedule: Literal["constant", "cosine", "adaptive"] = "constant"
     """constant; cosine, from 1 to gamma over the epochs; or adaptive (experimental), between gamma and 1 by the noise
-    of the batch and the age of the estimates. Mean recall with adaptive against gamma 1: -0.1 at batches of 128, and
-    +0.4 at 16, where a queue gains 1.8 (docs/results.md)."""
+    of the batch and the age of the estimates. Mean recall against gamma 1: at batches of 128, -0.1 with adaptive and
+    -0.5 with cosine to 0.5; at 16, +0.4 with adaptive, where a queue gains 1.8 (docs/results.md)."""
     pairs: Literal["first", "aligned", "all"] | None = None
     """Image-text pairs to align: first, (x, t); aligned, (x, t) and (x', t'); or all four. Gives baselines the same
     views as AmCLR."""
@@ -251,7 +249,7 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """Optimiser and schedule."""
+    """Optimizer and schedule."""
 
     name: str = "adamw"
     """adamw, adamp, adam, sgd, sgdp, radam, nadam, lamb, lion or novograd."""
@@ -260,13 +258,13 @@ class OptimConfig:
     weight_decay: float = setting(0.02, low=0, high=1e3)
     """Decoupled weight decay; norms, biases and temperatures are exempt."""
     warmup: float = setting(0.1, low=0, high=1)
-    """Share of all steps spent warming up."""
+    """Share of all steps that warm up."""
     warmup_lr: float = 1e-5
     """Learning rate of the first step."""
     min_lr: float = 1e-6
     """Learning rate of the last step."""
     clip: float = setting(1.0, low=0, high=1e9)
-    """Largest gradient norm; 0 does not clip."""
+    """Maximum gradient norm; 0 does not clip."""
 
 
 @dataclass(frozen=True)
@@ -275,73 +273,71 @@ class Config:
 
     data: str = "scenes"
     """A folder of captioned images; a CSV, TSV, JSON, JSON lines or Parquet file; WebDataset tars
-    ('shards/{00..12}.tar'); a saved Hugging Face dataset, or hf:NAME from the Hub; a folder of images by class;
-    a URL; a YAML file that mixes several; or `scenes`, the built-in generated set."""
+    ('shards/{00..12}.tar'); a saved Hugging Face dataset, or hf:NAME from the Hub; a folder of images by class; a URL;
+    a YAML file that mixes several; or `scenes`, the built-in generated set."""
     out: str = setting("", resumable=True)
-    """Run folder; empty makes runs/DATA-OBJECTIVE-seedN."""
+    """Run folder. Empty: runs/DATA-OBJECTIVE-seedN."""
     objective: str = "amclr"
-    """clip, cyclip, siglip, simclr, sogclr, isogclr, amclr, xamclr, xamclr-image, xamclr-text, iamclr
-    or ixamclr."""
+    """clip, cyclip, siglip, simclr, sogclr, isogclr, amclr, xamclr, xamclr-image, xamclr-text, iamclr or ixamclr."""
     epochs: int = setting(10, low=1, high=1e9, resumable=True)
     """Passes over the training images."""
     batch_size: int = setting(128, low=2, high=1e9)
-    """Images per step, over all processes: more of them share the batch, and learn the same."""
+    """Images per step over all processes, which share the batch: their number does not change what is learned."""
     micro_batch: int = setting(0, low=0, high=1e9, resumable=True)
-    """Images embedded at a time by each process; 0 is all of them, halved where memory does not suffice. The
-    gradient is that of the whole batch all the same, for one more forward pass: a batch of thousands trains in
-    the memory of a small one."""
+    """Images that each process embeds at a time; 0 is all, halved if memory runs out. The gradient is still that of the
+    whole batch, for one more forward pass: a batch of thousands trains in the memory of a small one."""
     seed: int = 0
     """Seed of everything random."""
     precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = "auto"
-    """Arithmetic of the towers; the objective is always in float32. auto: bf16-mixed on a GPU that has it, else
+    """Precision of the towers; the objective always uses float32. auto: bf16-mixed on a GPU that supports it, else
     32-true."""
     tf32: bool = True
-    """On a GPU, let float32 matrix products of the towers round their factors to TF32."""
+    """On a GPU, round the factors of the towers' float32 matrix products to TF32."""
     deterministic: bool = setting(True, resumable=True)
-    """On a GPU, use deterministic algorithms, so that a run that is gone on with ends with the same bits."""
+    """On a GPU, use deterministic algorithms, so that a resumed run ends with the same bits."""
     accelerator: Literal["auto", "cpu", "cuda", "mps"] = setting("auto", resumable=True)
-    """auto, cpu, cuda or mps."""
+    """Device to train on. auto: a GPU if there is one."""
     devices: int = setting(0, low=0, high=4096, resumable=True)
-    """Processes on this machine, one per GPU; 0 is as many as torchrun or SLURM started, else one."""
+    """Processes on this machine, one per GPU. 0: as many as torchrun or SLURM started, else one."""
     strategy: Literal["auto", "ddp", "fsdp"] = setting("auto", resumable=True)
-    """How several processes hold the model: ddp, each the whole; fsdp, each a part. auto is ddp."""
+    """How several processes hold the model. ddp: each the whole model. fsdp: each a shard. auto: ddp."""
     sync_batchnorm: bool = False
-    """On GPUs, let batch norms take their statistics over all processes; else each takes those of its share."""
+    """On GPUs, compute batch norm statistics over all processes; otherwise each uses those of its shard."""
     watchdog_timeout: float = setting(45.0, low=3, high=1e9, resumable=True)
-    """Seconds that one of several processes may be silent or stuck before all stop, and say so."""
+    """Stop all processes, with a message, if one of them hangs or is silent for this many seconds."""
     on_nan: Literal["stop", "skip", "rollback"] = setting("stop", resumable=True)
-    """Where loss or gradient is NaN or infinite: stop; skip the step and count it; or roll back to the last
-    checkpoint and leave the step out. The samples and the batch are saved under faults/ in the run folder."""
+    """If loss or gradient is NaN or infinite: stop; skip the step and count it; or roll back to the last checkpoint and
+    leave the step out. The samples and the batch are saved to faults/ in the run folder."""
     nan_limit: int = setting(10, low=0, high=1e9, resumable=True)
     """Steps that may be skipped or rolled back before the run stops."""
     workers: int = setting(0, low=0, high=1024, resumable=True)
     """Processes that prepare batches; 0 prepares them in the training process."""
     init_from: str = ""
-    """A run folder whose best weights, heads and tokenizer included, this run begins with."""
+    """Run folder whose best weights, including heads and tokenizer, initialize this run."""
     ema: float = setting(0.0, low=0, below=1)
-    """Decay per step of an exponential moving average of the weights, which is then what is evaluated and kept;
-    0 keeps none. It starts small: min(ema, (1 + step) / (10 + step))."""
+    """Decay per step of an exponential moving average of the weights, which is then evaluated and kept; 0 keeps none.
+    It starts small: min(ema, (1 + step) / (10 + step)). Gains nothing on frozen towers (docs/results.md)."""
     wise: float = setting(1.0, low=0, high=1)
-    """Evaluate and keep (1 - wise) * start + wise * trained weights (WiSE-FT). Start: pretrained towers; with
-    --init_from, all of that run."""
+    """Evaluate and keep interpolated weights, (1 - wise) * initial + wise * trained (WiSE-FT). Initial: the pretrained
+    towers or, with --init_from, that run."""
     monitor: str = setting("", resumable=True)
-    """A folder of images by class: zero-shot accuracy on (at most 2000 of) them at every evaluation, beside that
-    of the model at the start."""
+    """Folder of images by class: report zero-shot accuracy on (at most 2000 of) them at every evaluation, next to that
+    of the initial model."""
     eval_every: int = setting(1, low=1, high=1e9, resumable=True)
     """Epochs between evaluations and checkpoints."""
     keep: int = setting(2, low=1, high=1e9, resumable=True)
-    """Checkpoints kept besides last and best."""
+    """Checkpoints to keep besides last and best."""
     checkpoint_minutes: float = setting(0.0, low=0, high=1e9, resumable=True)
-    """Also write a checkpoint this often; 0 is as often as costs little: every 10 seconds for small models."""
+    """Also write a checkpoint this often. 0: as often as costs little, every 10 seconds for small models."""
     decoded: Literal["auto", "ram", "disk", "none"] = setting("auto", resumable=True)
-    """Where decoded images are kept: ram; disk, in a file that later runs find; none, decoded at each visit.
-    auto: the file where it is there already, else memory where they fit, else disk where they fit."""
+    """Where decoded images are cached. ram: memory. disk: a file that later runs reuse. none: decode at each visit.
+    auto: the file if it exists, else memory if they fit, else disk if they fit."""
     ram_cache: float = setting(4.0, low=0, high=1e9, resumable=True)
-    """GB of memory that decoded images may take."""
+    """Maximum memory for decoded images, in GB."""
     disk_cache: float = setting(32.0, low=0, high=1e9, resumable=True)
-    """GB of disk that decoded images of all data sets may take, in the cache folder."""
+    """Maximum disk space for decoded images of all data sets, in GB, in the cache folder."""
     cache: str = setting("", resumable=True)
-    """Folder of generated data and cached features; empty is $AMCLR_CACHE or ~/.cache/amclr."""
+    """Folder of generated data and cached features. Empty: $AMCLR_CACHE or ~/.cache/amclr."""
     wandb: bool = setting(False, resumable=True)
     """Also log to Weights & Biases (needs amclr[wandb])."""
     source: SourceConfig = field(default_factory=SourceConfig)
@@ -354,76 +350,75 @@ class Config:
 
 @dataclass(frozen=True)
 class ParaphraseConfig:
-    """How paraphrases of a data set's captions are made, and which are kept."""
+    """How the captions of a data set are paraphrased, and which paraphrases are kept."""
 
     model: str = "humarin/chatgpt_paraphraser_on_T5_base"
     """A seq2seq or causal transformers model, by name or folder; or `rules` (experimental), which rewords English
     without a model. As second text views, rewordings by rules gain nothing: +0.2 mean recall where images have one
     caption (p > 0.1), and 0.2 to 1 point below other captions where they have several (docs/results.md)."""
     k: int = setting(3, low=1, high=64)
-    """Paraphrases kept per caption, at most."""
+    """Maximum number of paraphrases per caption."""
     candidates: int = setting(0, low=0, high=256)
-    """Candidates made per caption, of which the first k that pass the filters are kept; 0 is k + 2, and
-    k for rules."""
+    """Candidates generated per caption; the first k that pass the filters are kept. 0: k + 2, or k for rules."""
     out: str = ""
-    """Folder of the store; empty is DATA/paraphrases."""
+    """Folder of the store. Empty: DATA/paraphrases."""
     seed: int = 0
     """Seed of the sampling."""
     prompt: str = ""
-    """What the model is given, with {} for the caption; empty is `paraphrase: {}` for seq2seq models, and a request
-    in a sentence for causal ones."""
+    """Prompt of the model, {} for the caption. Empty: `paraphrase: {}` for seq2seq models, and a request in a sentence
+    for causal ones."""
     top_k: int = setting(120, low=1, high=1e9)
-    """Sampling: only the most probable tokens, this many."""
+    """Sample from this many most probable tokens."""
     top_p: float = setting(0.95, above=0, high=1)
-    """Sampling: only the most probable tokens that make up this probability."""
+    """Sample from the most probable tokens with this total probability."""
     temperature: float = setting(1.0, low=1e-6, high=1e3)
-    """Sampling: temperature."""
+    """Sampling temperature."""
     max_tokens: int = setting(64, low=1, high=4096)
-    """Tokens made at most; a candidate that does not end by then is rejected."""
+    """Maximum tokens per candidate; one that does not end by then is rejected."""
     batch_size: int = setting(32, low=1, high=65536)
     """Captions per batch."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Arithmetic of the model; the two halves are for GPUs."""
+    """Precision of the model; the 16-bit types are for GPUs."""
     revision: str = "main"
-    """Revision of a model from the hub."""
+    """Revision of a model from the Hub."""
     accelerator: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto, cpu or cuda."""
+    """Device to generate on. auto: a GPU if there is one."""
     shortest: float = setting(0.5, low=0, high=1)
-    """Filter: words of a paraphrase at least, as a share of its caption's."""
+    """Filter: minimum number of words, as a share of the caption's."""
     longest: float = setting(2.0, low=1, high=1e3)
-    """Filter: words of a paraphrase at most, as a share of its caption's; four more are always allowed."""
+    """Filter: maximum number of words, as a multiple of the caption's; four more are always allowed."""
     keep_facts: bool = True
-    """Filter: reject what changes numbers, colours, negation, or left and right (English)."""
+    """Filter: reject changes of numbers, colours, negation, or left and right (English)."""
     similarity: float | None = setting(None, low=0, high=1)
-    """Filter: cosine of the embeddings of caption and paraphrase at least; 0 asks no encoder. Empty is 0.5 for
-    models and 0 for rules."""
+    """Filter: minimum cosine between the embeddings of caption and paraphrase; 0 uses no encoder. Empty: 0.5 for models
+    and 0 for rules."""
     encoder: str = "minilm"
     """Text encoder of that filter: `minilm` (needs amclr[pretrained]), or a transformers model by name or folder."""
     progress: bool = True
-    """Show how far it is, with captions per second and the time left."""
+    """Show a progress bar."""
 
 
 @dataclass(frozen=True)
 class ServeConfig:
-    """Who may search in an index over HTTP, and how much."""
+    """Who may search an index over HTTP, and how much."""
 
     host: str = "127.0.0.1"
-    """Address to listen at. Another one than this machine's own (127.0.0.1) lets others in, and needs a token."""
+    """Address to listen on. Any address other than 127.0.0.1 admits other machines, and needs a token."""
     port: int = setting(7860, low=0, high=65535)
-    """Port to listen at; 0 takes a free one."""
+    """Port to listen on; 0 picks a free one."""
     token: str = ""
-    """What is asked of everybody, 16 characters or more; empty is the environment's AMCLR_TOKEN."""
+    """Token that every request must carry, at least 16 characters. Empty: $AMCLR_TOKEN."""
     proxy: str = ""
-    """Address of a proxy in front, whose X-Forwarded-For is believed."""
+    """Address of a reverse proxy whose X-Forwarded-For is trusted."""
     rate: float = setting(10.0, low=0, high=1e6)
-    """Searches a second that an address may make over time; 0 sets no limit."""
+    """Searches per second that one address may make on average; 0 sets no limit."""
     burst: int = setting(50, low=1, high=1e6)
-    """Searches that an address may make at once."""
+    """Searches that one address may make at once."""
     waiting: int = setting(256, low=1, high=1e5)
-    """Searches that may wait; further ones are refused."""
+    """Maximum number of queued searches; more are refused."""
     batch: int = setting(64, low=1, high=1024)
-    """Searches that are made together, at most."""
+    """Maximum number of searches that run as one batch."""
     deadline: float = setting(10.0, low=0.1, high=3600)
-    """Seconds after which a search that still waits is given up."""
+    """Seconds after which a queued search is dropped."""
     upload: float = setting(10.0, low=0.01, high=512)
-    """Largest image that may be uploaded, in MB."""
+    """Maximum size of an uploaded image, in MB."""

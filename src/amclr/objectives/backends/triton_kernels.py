@@ -34,7 +34,7 @@ LARGEST_HALF = 3e4
 
 
 @dataclass(frozen=True)
-class Tile:
+class TileShape:
     """What a program of `_log_sums` or `_gradients` works on at a time, and with how many warps and stages of loads.
 
     rows: its anchors. candidates: beside each other. depth: dimensions that are multiplied at a time; all of
@@ -66,21 +66,21 @@ class Tile:
         loads = 1 if self.whole else self.stages  # of the anchors
         return item * self.depth * (loads * self.rows + self.stages * self.candidates) + 1024
 
-    def within(self, dim: int) -> Tile:
+    def within(self, dim: int) -> TileShape:
         """Without the part that rows of so many dimensions leave empty."""
         most = max(16, triton.next_power_of_2(dim))
         return replace(self, depth=min(self.depth, most), width=min(self.width, most))
 
 
 SMALL = {
-    "half": (Tile(64, 64, 64, 4, 3), Tile(64, 64, 64, 4, 3, 128)),
-    "tf32": (Tile(64, 64, 32, 4, 3), Tile(64, 64, 32, 8, 3, 128)),
-    "ieee": (Tile(64, 64, 32, 8, 3), Tile(64, 64, 32, 8, 3, 128)),
+    "half": (TileShape(64, 64, 64, 4, 3), TileShape(64, 64, 64, 4, 3, 128)),
+    "tf32": (TileShape(64, 64, 32, 4, 3), TileShape(64, 64, 32, 8, 3, 128)),
+    "ieee": (TileShape(64, 64, 32, 8, 3), TileShape(64, 64, 32, 8, 3, 128)),
 }
 LARGE = {
-    "half": (Tile(128, 128, 64, 8, 3), Tile(128, 64, 64, 8, 3, 128)),
-    "tf32": (Tile(128, 128, 32, 8, 3), Tile(128, 64, 32, 8, 3, 128)),
-    "ieee": (Tile(128, 64, 16, 8, 3), Tile(64, 64, 32, 8, 3, 128)),
+    "half": (TileShape(128, 128, 64, 8, 3), TileShape(128, 64, 64, 8, 3, 128)),
+    "tf32": (TileShape(128, 128, 32, 8, 3), TileShape(128, 64, 32, 8, 3, 128)),
+    "ieee": (TileShape(128, 64, 16, 8, 3), TileShape(64, 64, 32, 8, 3, 128)),
 }
 """Tiles of the two passes by how products are formed: where programs are too few to fill the device, and from there.
 
@@ -88,8 +88,8 @@ Chosen by what the compiler reports for sm_90 (`python -m benchmarks.kernels`): 
 matrix units' instructions. They have not been timed.
 """
 WHOLE = {
-    256: (Tile(128, 64, 256, 8, 2, whole=True), Tile(64, 64, 256, 8, 2, 256, whole=True)),
-    512: (Tile(128, 32, 512, 8, 2, whole=True), Tile(64, 64, 512, 8, 2, 512, whole=True)),
+    256: (TileShape(128, 64, 256, 8, 2, whole=True), TileShape(64, 64, 256, 8, 2, 256, whole=True)),
+    512: (TileShape(128, 32, 512, 8, 2, whole=True), TileShape(64, 64, 512, 8, 2, 512, whole=True)),
 }
 """Tiles of half precision for rows of up to so many dimensions, where a program's warps can share the memory for it.
 
@@ -99,7 +99,7 @@ WHOLE_CAPABILITIES = (8, 9)
 """NVIDIA's from A100 to H200. On later ones the weights take shared memory too, which those tiles leave none for."""
 
 
-def tile_pairs(kind: str, dim: int, whole: bool) -> list[tuple[Tile, Tile]]:
+def tile_pairs(kind: str, dim: int, whole: bool) -> list[tuple[TileShape, TileShape]]:
     """The tiles of both passes that there are for rows of so many dimensions, smaller first; `whole`: `WHOLE` too."""
     pairs = [SMALL[kind], LARGE[kind]]
     if kind == "half" and whole:
@@ -107,7 +107,7 @@ def tile_pairs(kind: str, dim: int, whole: bool) -> list[tuple[Tile, Tile]]:
     return [(first.within(dim), second.within(dim)) for first, second in pairs]
 
 
-def tiles(kind: str, dim: int, rows: int, terms: int, views: int, device: torch.device) -> tuple[Tile, Tile]:
+def tiles(kind: str, dim: int, rows: int, terms: int, views: int, device: torch.device) -> tuple[TileShape, TileShape]:
     """The tiles of both passes, for `rows` anchors of each of `terms` terms, and of each of `views` views."""
     return _chosen(kind, dim, rows, terms, views, *_limits(device))
 
@@ -115,7 +115,7 @@ def tiles(kind: str, dim: int, rows: int, terms: int, views: int, device: torch.
 @cache
 def _chosen(
     kind: str, dim: int, rows: int, terms: int, views: int, processors: int, shared: int, whole: bool
-) -> tuple[Tile, Tile]:
+) -> tuple[TileShape, TileShape]:
     found = []
     for choices, groups in zip(zip(*tile_pairs(kind, dim, whole), strict=True), (terms, views), strict=True):
         best, *larger = choices

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from amclr.config.checks import flat
 from amclr.config.recipes import RECIPES
-from amclr.config.schema import Config, SourceConfig, flat
+from amclr.config.schema import Config, SourceConfig
 from amclr.data import manifest as manifests
 from amclr.objectives import METHODS
 from tests.conftest import paint

@@ -26,7 +26,8 @@ from amclr import cli
 from amclr.compare import report
 from amclr.compare import runner as compare
 from amclr.compare.runner import Comparison, Outcome, against, plan, read, sign_flip
-from amclr.config.schema import Config, flat
+from amclr.config.checks import flat
+from amclr.config.schema import Config
 from amclr.data import manifest as manifests
 from amclr.data.images import decode as images
 from amclr.evaluation.evaluator import evaluate_run

@@ -1,49 +1,33 @@
-"""Settings read back from a file: what does not exist or is of another type is named."""
+"""What the fields of the settings carry."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
-from typing import Any
+import subprocess
+import sys
+from math import inf, nan
 
 import pytest
 
-from amclr.config.schema import Config, LossConfig, ScenesConfig, ViewsConfig, from_dict, problems
+from amclr.config.schema import Bounds
 
 
 @pytest.mark.parametrize(
-    ("values", "message"),
+    ("bounds", "inside", "outside", "message"),
     [
-        ({"epochs": "many"}, "epochs must be int, got 'many'"),
-        ({"epochs": True}, "epochs must be int, got True"),
-        ({"epochs": 2.5}, "epochs must be int, got 2.5"),
-        ({"wandb": 1}, "wandb must be bool, got 1"),
-        ({"data": None}, "data must be str, got None"),
-        ({"loss": {"gamma": "0.5"}}, "gamma must be float, got '0.5'"),
-        ({"loss": {"temperature": "low"}}, "temperature must be"),
-        ({"loss": {"pairs": "both"}}, "pairs must be .*'aligned'.*got 'both'"),
-        ({"views": {"image": 3}}, "image must be .*got 3"),
-        ({"precision": "64"}, "precision must be .*'32-true'"),
-        ({"loss": 3}, "LossConfig must be a mapping of settings, got 3"),
-        ({1: 2}, "Config has no setting 1"),
-        ([1], r"Config must be a mapping of settings, got \[1\]"),
+        (Bounds(low=8, high=4096), (8, 4096), (7, 4097, nan), "lie between 8 and 4096"),
+        (Bounds(low=0), (0, 1e30), (-1e-9, inf, nan), "be at least 0"),
+        (Bounds(above=0), (1e-9,), (0, inf, nan), "be greater than 0"),
+        (Bounds(above=0, high=1), (1e-9, 1), (0, 1.1, nan), "be greater than 0 and at most 1"),
+        (Bounds(low=0, below=1), (0, 0.999), (-1, 1, nan), "be at least 0 and less than 1"),
     ],
 )
-def test_values_of_another_type_are_named(values: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        from_dict(values)
+def test_bounds(bounds: Bounds, inside: tuple[float, ...], outside: tuple[float, ...], message: str) -> None:
+    assert all(value in bounds for value in inside) and not any(value in bounds for value in outside)
+    assert str(bounds) == message
 
 
-def test_whole_numbers_do_for_fractions_and_nothing_for_optional_ones() -> None:
-    read = from_dict({"loss": {"gamma": 1, "temperature": None, "pairs": None}, "checkpoint_minutes": 5})
-    assert read == Config(loss=LossConfig(gamma=1, temperature=None, pairs=None), checkpoint_minutes=5)
-
-
-def test_a_list_of_transforms_is_kept_as_it_is() -> None:
-    entries = [{"RandomResizedCrop": {"size": 64, "scale": [0.5, 1.0]}}, "RandomHorizontalFlip"]
-    config = replace(Config(), views=ViewsConfig(image=entries))
-    assert from_dict(asdict(config)) == config
-
-
-def test_out_of_range_settings_are_all_named() -> None:
-    wrong = problems(replace(Config(), epochs=0, scenes=ScenesConfig(test=-1)))
-    assert [w.split()[0] for w in wrong] == ["--epochs", "--scenes.test"]
+def test_settings_import_neither_torch_nor_numpy() -> None:
+    code = (
+        "import sys, amclr.config.checks, amclr.config.recipes; sys.exit(bool({'torch', 'numpy'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

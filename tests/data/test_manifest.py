@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from amclr.config.schema import Config, SourceConfig, problems
+from amclr.config.checks import problems
+from amclr.config.schema import Config, SourceConfig
 from amclr.data import manifest as manifests
 from amclr.data.images.decode import BadImage, read_image, scan
 from amclr.data.sources import tables

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from amclr.config.schema import Config, ScenesConfig, problems
+from amclr.config.checks import problems
+from amclr.config.schema import Config, ScenesConfig
 from amclr.data import manifest, scenes
 from amclr.data.scenes import KINDS, Scene, Thing, describe, ranked_kinds, render, sample_scenes, write_scenes
 from amclr.utils.errors import UserError

@@ -20,7 +20,8 @@ from timm.layers import convert_sync_batchnorm
 from transformers import AutoModel, BertConfig
 
 import amclr
-from amclr.config.schema import Config, ModelConfig, OptimConfig, problems
+from amclr.config.checks import problems
+from amclr.config.schema import Config, ModelConfig, OptimConfig
 from amclr.evaluation.evaluator import evaluate_run, report
 from amclr.models import averaging, packaged
 from amclr.models.averaging import Averaging
@@ -155,7 +156,7 @@ def test_a_random_start_is_nothing_to_go_back_to(folder: Path) -> None:
     with pytest.raises(UserError, match="--wise 0.5 mixes with .* random, or frozen: give --init_from RUN"):
         train(config_for(folder, wise=0.5), progress=False)
     assert problems(Config(wise=1.5, ema=1.0)) == [
-        "--ema must lie between 0 and 1, got 1", "--wise must lie between 0 and 1, got 1.5",
+        "--ema must be at least 0 and less than 1, got 1", "--wise must lie between 0 and 1, got 1.5",
     ]  # fmt: skip
 
 
@@ -475,7 +476,7 @@ def test_frozen_norms_over_several_processes(published: ModelConfig) -> None:
 
 def test_frozen_norms_want_a_pretrained_tower(tmp_path: Path) -> None:
     (wrong,) = problems(Config(model=replace(TINY, freeze_norms=True)))
-    assert "this image tower begins at random: give --model.freeze_norms false" in wrong
+    assert "this image tower starts from random weights: give --model.freeze_norms false" in wrong
     assert problems(Config(model=ModelConfig(image_tower="resnet10t", image_pretrained=False, freeze_norms=True)))
     assert not problems(Config(model=ModelConfig(image_tower="resnet10t", freeze_norms=True)))
     assert not problems(Config(model=replace(TINY, freeze_norms=True), init_from=str(tmp_path)))

@@ -15,7 +15,8 @@ from PIL import Image
 from transformers import AutoModel, BertConfig, BertModel, DistilBertConfig
 
 import amclr
-from amclr.config.schema import Config, LossConfig, ModelConfig, OptimConfig, problems
+from amclr.config.checks import problems
+from amclr.config.schema import Config, LossConfig, ModelConfig, OptimConfig
 from amclr.models import packaged
 from amclr.models.dual_encoder import DualEncoder, build_tokenizer, train_tokenizer
 from amclr.objectives import build

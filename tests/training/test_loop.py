@@ -22,16 +22,9 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import amclr
-from amclr.config.schema import (
-    Config,
-    LossConfig,
-    ModelConfig,
-    OptimConfig,
-    SourceConfig,
-    ViewsConfig,
-    from_dict,
-    problems,
-)
+from amclr.config.checks import from_dict, problems
+from amclr.config.recipes import RECIPES
+from amclr.config.schema import Config, LossConfig, ModelConfig, OptimConfig, SourceConfig, ViewsConfig
 from amclr.data import manifest as manifests
 from amclr.data.batches import BatchPlan, ImageBatches
 from amclr.data.images.decode import ImageStore
@@ -889,7 +882,7 @@ def test_word_noise_where_a_image_has_one_caption(tmp_path: Path) -> None:
         ({"batch_size": 1, "epochs": -1}, "--epochs .*; --batch_size must lie between 2"),
         ({"batch_size": 64}, "32 training images are fewer than one batch of 64"),
         ({"optim": OptimConfig(name="adamx")}, "unknown optimiser '--optim.name adamx'"),
-        ({"loss": LossConfig(gamma=0.0)}, r"gamma must lie in \(0, 1\]"),
+        ({"loss": LossConfig(gamma=0.0)}, "--loss.gamma must be greater than 0 and at most 1, got 0"),
         ({"loss": LossConfig(estimator="reference"), "objective": "clip"}, "'reference' needs a global objective"),
         ({"model": ModelConfig(image_tower="resnet5000")}, "cannot load image tower"),
     ],
@@ -927,5 +920,5 @@ def test_config_round_trip() -> None:
     with pytest.raises(ValueError, match="LossConfig has no setting gama"):
         from_dict({"loss": {"gama": 1}})
     assert problems(Config()) == []
-    for recipe in amclr.config.recipes.RECIPES.values():
+    for recipe in RECIPES.values():
         assert problems(recipe()) == []

@@ -151,7 +151,8 @@ def _compare(arguments: list[str]) -> int:
 
 
 def _evaluate(arguments: list[str]) -> int:
-    from amclr.config.schema import SourceConfig, from_dict
+    from amclr.config.checks import from_dict
+    from amclr.config.schema import SourceConfig
 
     parser = _parser("evaluate")
     parser.add_argument("run", type=str, nargs="?", default="", help="run folder")
@@ -227,7 +228,8 @@ def _export(arguments: list[str]) -> int:
 
 
 def _paraphrase(arguments: list[str]) -> int:
-    from amclr.config.schema import ParaphraseConfig, SourceConfig, from_dict
+    from amclr.config.checks import from_dict
+    from amclr.config.schema import ParaphraseConfig, SourceConfig
 
     parser = _parser("paraphrase")
     parser.add_argument("data", type=str, help="data set: a folder of captioned images")
@@ -258,7 +260,8 @@ def _inspect(arguments: list[str]) -> int:
 
 
 def _index(arguments: list[str]) -> int:
-    from amclr.config.schema import SourceConfig, from_dict
+    from amclr.config.checks import from_dict
+    from amclr.config.schema import SourceConfig
 
     parser = _parser("index")
     _add_model_and_images(parser)
@@ -316,7 +319,8 @@ def _search(arguments: list[str]) -> int:
 
 
 def _serve(arguments: list[str]) -> int:
-    from amclr.config.schema import ServeConfig, from_dict
+    from amclr.config.checks import from_dict
+    from amclr.config.schema import ServeConfig
 
     parser = _parser("serve")
     parser.add_argument("index", type=str, help="folder that `amclr index` made")
@@ -330,7 +334,8 @@ def _serve(arguments: list[str]) -> int:
 
 
 def _label(arguments: list[str]) -> int:
-    from amclr.config.schema import SourceConfig, from_dict
+    from amclr.config.checks import from_dict
+    from amclr.config.schema import SourceConfig
 
     parser = _parser("label")
     _add_model_and_images(parser)
@@ -387,8 +392,9 @@ def _configure(command: str, arguments: list[str], run: str = "") -> Config:
     """The recipe's settings, or those of a run folder, overlaid by a YAML file (--config) and the options given."""
     from dataclasses import asdict
 
+    from amclr.config.checks import flat, from_dict
     from amclr.config.recipes import RECIPES
-    from amclr.config.schema import Config, flat, from_dict
+    from amclr.config.schema import Config
 
     name, rest = _take(arguments, "--recipe")
     data = _peek(rest, "--data")

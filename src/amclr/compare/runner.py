@@ -33,8 +33,9 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from amclr.compare import report
+from amclr.config.checks import fixed_differences, flat, from_dict, problems
 from amclr.config.recipes import RECIPES
-from amclr.config.schema import Config, fixed_differences, flat, from_dict, problems
+from amclr.config.schema import Config
 from amclr.data import manifest as manifests
 from amclr.data.batches import BatchPlan
 from amclr.data.images.views import policies, title

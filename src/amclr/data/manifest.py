@@ -22,7 +22,8 @@ from unicodedata import normalize
 import yaml
 from tqdm import tqdm
 
-from amclr.config.schema import Config, SourceConfig, fold_of, from_dict
+from amclr.config.checks import fold_of, from_dict
+from amclr.config.schema import Config, SourceConfig
 from amclr.data import scenes
 from amclr.data.images.decode import Location, Verdict, scan
 from amclr.data.sources import columnar, remote, tables

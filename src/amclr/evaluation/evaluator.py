@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from amclr.config.schema import Config, SourceConfig, problems
+from amclr.config.checks import problems
+from amclr.config.schema import Config, SourceConfig
 from amclr.data import manifest as manifests
 from amclr.data.images import duplicates
 from amclr.data.images.decode import BadImage, ImageSource, ImageStore, Location, scan

@@ -21,7 +21,8 @@ from safetensors.torch import load_file, save_file
 from timm.models._hub import save_config_for_hf  # what its save_for_hf uses, without the weights
 from transformers import AutoTokenizer
 
-from amclr.config.schema import ModelConfig, from_dict
+from amclr.config.checks import from_dict
+from amclr.config.schema import ModelConfig
 from amclr.models import packaged
 from amclr.utils.errors import UserError, first_line
 

@@ -21,7 +21,8 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
-from amclr.config.schema import Config, ModelConfig, ParaphraseConfig, SourceConfig, paraphrase_problems
+from amclr.config.checks import problems
+from amclr.config.schema import Config, ModelConfig, ParaphraseConfig, SourceConfig
 from amclr.data import manifest as manifests
 from amclr.data.text.store import FOLDER, REASONS, Entry, Filters, Version, choose
 from amclr.data.text.wording import RULES, reword
@@ -170,7 +171,7 @@ def paraphrase(config: ParaphraseConfig, data: str, source: SourceConfig | None 
 
     Raises UserError for a data set, model or folder that cannot be used, saying what would do.
     """
-    if found := paraphrase_problems(config):
+    if found := problems(config):
         raise UserError("; ".join(found))
     if data == "scenes":
         raise UserError(

@@ -28,7 +28,8 @@ from typing import Any
 import torch
 import yaml
 
-from amclr.config.schema import Config, ModelConfig, from_dict
+from amclr.config.checks import from_dict
+from amclr.config.schema import Config, ModelConfig
 from amclr.models.averaging import kept_weights
 from amclr.models.dual_encoder import DualEncoder, build_tokenizer
 from amclr.models.hub import is_export

@@ -18,7 +18,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from amclr.config.schema import ServeConfig, serve_problems
+from amclr.config.checks import problems
+from amclr.config.schema import ServeConfig
 from amclr.utils.errors import UserError, require
 
 CONNECTIONS = 512
@@ -31,8 +32,8 @@ def serve(folder: Path, config: ServeConfig) -> None:
     """Serve an index until Ctrl-C or SIGTERM. Raises UserError, saying what to type, where that is not possible."""
     require("amclr serve", "serve", "gradio", "fastapi", "uvicorn", "prometheus_client", "python_multipart")
     config = replace(config, token=config.token or os.environ.get("AMCLR_TOKEN", ""))
-    if problems := serve_problems(config):
-        raise UserError("; ".join(problems))
+    if wrong := problems(config):
+        raise UserError("; ".join(wrong))
     bound = listen(config)
     try:
         from amclr.serve.service import Service

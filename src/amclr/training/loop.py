@@ -24,7 +24,8 @@ from torch.profiler import record_function
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from amclr.config.schema import Config, fixed_differences, problems
+from amclr.config.checks import fixed_differences, problems
+from amclr.config.schema import Config
 from amclr.data import manifest as manifests
 from amclr.data.batches import Batch, BatchPlan, ImageBatches
 from amclr.data.images.decode import ImageStore
@@ -86,7 +87,7 @@ def train(
 ) -> Run:  # fmt: skip
     """Train a dual encoder and leave a run folder; the Python form of `amclr train`.
 
-    resume: a run folder to go on with, under its own settings; with a config, those of `config.MAY_CHANGE`
+    resume: a run folder to go on with, under its own settings; with a config, those that are `resumable`
     may differ in it. changed_data: go on even where samples were added or removed since; the others keep
     their estimates. profile: leave a trace of some steps under profile/ in the run folder. Started by
     torchrun or SLURM, the processes share every batch. Raises UserError for what the user can put right,

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from amclr.config.schema import Config, fixed_differences, from_dict
+from amclr.config.checks import fixed_differences, from_dict
+from amclr.config.schema import Config
 from amclr.data.batches import Batch, BatchPlan
 from amclr.data.manifest import Manifest
 from amclr.data.sources.rows import Reject, append_rejects

@@ -8,7 +8,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from amclr.config.schema import Config, SourceConfig, ViewsConfig, problems
+from amclr.config.checks import problems
+from amclr.config.schema import Config, SourceConfig, ViewsConfig
 from amclr.data.text.views import TextPolicy, noisy_words
 
 CAPTIONS = ["one", "two", "three"]

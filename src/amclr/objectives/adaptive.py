@@ -49,7 +49,7 @@ class AdaptiveGamma(nn.Module):
         return torch.where(self.steps > 0, gain, 1.0).clamp(self.least, 1.0)
 
     def expect(self, rows: list[int], log_u: Tensor) -> tuple[Tensor, Tensor]:
-        """Estimates moved by the drift, (t, N), and gamma, (t, 1), of the terms `rows`. log_u: (t, N), -inf if unseen."""
+        """Estimates moved by the drift, (t, N), and gamma, (t, 1), of terms `rows`. log_u: (t, N), -inf if unseen."""
         drift, gamma = (x[rows, None].to(log_u.dtype) for x in (self.drift, self.gamma()))
         return log_u + drift, gamma
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -135,7 +136,7 @@ def agree(
     rows: int, device: torch.device, together: bool, width: int, dtype: torch.dtype, training: bool, gradient: bool,
     diagnose: bool, labels: Labels, queued: int,
 ) -> World:  # fmt: skip
-    """The processes of a batch of which this one holds `rows`. Raises ValueError on all where they do not do the same."""
+    """The processes of a batch of which this one holds `rows`. Raises ValueError on all if they disagree."""
     groups = sum(1 << VIEWS.index(v) for v in labels.groups)
     values = (width, DTYPES.index(dtype), training, gradient, diagnose, groups, queued)
     return World.of(rows, device, together, dict(zip(COMPARED, values, strict=True)) if together else {})
@@ -146,6 +147,25 @@ def refuse(device: torch.device) -> None:
     if processes() > 1:
         with suppress(ValueError):
             World.of(-1, device, True, dict.fromkeys(COMPARED, 0))
+
+
+class Scaled(torch.autograd.Function):
+    """The identity, with its gradient times a factor."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient * ctx.factor, None
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Where autocast is on, a context without it; entering one costs as much as several small operations."""
+    on = torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if on else nullcontext()
 
 
 def _require_labels(name: str, labels: object, batch: int) -> None:

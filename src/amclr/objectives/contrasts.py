@@ -45,7 +45,12 @@ class ClosedForm(Contrast):
     """A contrast of which loss and gradient follow from log g alone, so that similarity blocks need not be held."""
 
     def losses(
-        self, log_g: Tensor, log_n: float | Tensor, tau: float | Tensor, rho: float, estimate: Callable[[Tensor], Tensor]
+        self,
+        log_g: Tensor,
+        log_n: float | Tensor,
+        tau: float | Tensor,
+        rho: float,
+        estimate: Callable[[Tensor], Tensor],
     ) -> tuple[Tensor, Tensor]:
         """The loss of each anchor and the log of its denominator, log u, both (T, N). log_n: log |N_i|."""
         raise NotImplementedError
@@ -64,7 +69,7 @@ class ClosedForm(Contrast):
 
 
 class Global(ClosedForm):
-    """F_i = tau (log u_i + rho), with u_i the running estimate of the inner mean over all other samples of the data set.
+    """F_i = tau (log u_i + rho), with u_i the running estimate of the inner mean over all other samples.
 
     SogCLR: Yuan et al. 2022, arXiv 2202.12387, eq. 4. rho: Qiu et al. 2023, arXiv 2305.11965, eq. 5.
     """
@@ -73,9 +78,14 @@ class Global(ClosedForm):
     has_estimates = True
 
     def losses(
-        self, log_g: Tensor, log_n: float | Tensor, tau: float | Tensor, rho: float, estimate: Callable[[Tensor], Tensor]
+        self,
+        log_g: Tensor,
+        log_n: float | Tensor,
+        tau: float | Tensor,
+        rho: float,
+        estimate: Callable[[Tensor], Tensor],
     ) -> tuple[Tensor, Tensor]:
-        """tau (log u + rho), and the updated estimate log u."""
+        """Tau (log u + rho), and the updated estimate log u."""
         log_u = estimate(log_g)
         return tau * (log_u + rho if rho else log_u), log_u
 
@@ -99,7 +109,12 @@ class CrossEntropy(ClosedForm):
     """
 
     def losses(
-        self, log_g: Tensor, log_n: float | Tensor, tau: float | Tensor, rho: float, estimate: Callable[[Tensor], Tensor]
+        self,
+        log_g: Tensor,
+        log_n: float | Tensor,
+        tau: float | Tensor,
+        rho: float,
+        estimate: Callable[[Tensor], Tensor],
     ) -> tuple[Tensor, Tensor]:
         """log(1 + |N| g), and this less log |N|: the denominator contains the positive."""
         values = softplus(log_g + log_n)
@@ -134,7 +149,7 @@ class Sigmoid(Contrast):
     """
 
     has_anchors = False
-    learned = {"bias": -10.0}
+    learned: ClassVar[Mapping[str, float]] = {"bias": -10.0}
 
     def anchor_losses(
         self, similarities: Sequence[Tensor], negatives: Tensor, tau: Tensor, learned: Mapping[str, Tensor]

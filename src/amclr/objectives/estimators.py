@@ -9,10 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from amclr.config.schema import LossConfig
 from amclr.objectives.adaptive import AdaptiveGamma
 from amclr.objectives.layout import Layout
 from amclr.objectives.methods import Term, modality
@@ -87,9 +89,9 @@ class Anchors:
 
 
 class TermTables:
-    """The tables of an objective, read and written by the layouts' terms. A table has a column per term of its modality.
+    """The tables of an objective, read and written by terms. A table has a column per term of its modality.
 
-    tables: by name, such as `log_u_image`: what it holds and the modality of the anchors.
+    tables: by name, such as `log_u_image`: what it holds, and the modality of the anchors.
     """
 
     def __init__(self, terms: Sequence[Term], tables: Mapping[str, Table]) -> None:
@@ -127,6 +129,23 @@ class TermTables:
         if anchors.labels.shared:
             return mean_by_id(anchors.labels.distinct_ids[0], values, some, log)
         return torch.cat([mean_by_id(ids[of], values[part], some, log) for part, of, _, _ in self.sides(wave)])
+
+
+def make_tables(
+    terms: Sequence[Term], settings: LossConfig, num_samples: Mapping[str, int], folder: Path | None
+) -> dict[str, Table]:
+    """The tables of a global objective: a row per sample, a column per term of its modality, or one for all."""
+    fills = {"log_u": -math.inf}
+    if settings.temperature_mode == "individual":
+        fills |= {"tau": settings.temperature or 1.0, "tau_velocity": 0.0}
+    modalities = [modality(t.anchor) for t in terms]
+    tables = {}
+    for of in sorted(set(modalities)):
+        for what, fill in fills.items():
+            one = what == "log_u" and not ESTIMATORS[settings.estimator].columns_per_term
+            columns = 1 if one else modalities.count(of)
+            tables[f"{what}_{of}"] = Table(num_samples[of], columns, fill, settings.storage, folder)
+    return tables
 
 
 class PerTermEstimator:

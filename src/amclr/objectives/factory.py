@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
+from amclr.config.checks import problems
 from amclr.config.schema import LossConfig
 from amclr.objectives.backends import BACKENDS
 from amclr.objectives.contrasts import CONTRASTS
@@ -66,13 +66,13 @@ def build(
             raise ValueError(f"unknown setting '{setting}': {did_you_mean(setting, known)}")
     for kind, weight in (weights or {}).items():
         _choose("weights", kind, KINDS)
-        _require(0 <= weight < math.inf, f"weights[{kind!r}] must not be negative or infinite", weight)
-    overrides |= {f"{kind}_weight": weight for kind, weight in (weights or {}).items()}
+        overrides[f"{kind}_weight"] = weight
     settings = method.resolved(replace(settings or LossConfig(), **overrides))
     _choose("backend", backend, BACKENDS)
     _check(name, method, settings)
     if settings.storage == "auto":
-        settings = replace(settings, storage=_storage(method, settings, sum(samples.values())))
+        storage: Any = _storage(method, settings, sum(samples.values()))
+        settings = replace(settings, storage=storage)
     return Objective(
         name, method, samples, settings, validate=validate, distributed=distributed, averaged=averaged,
         folder=Path(folder) if folder else None, backend=backend,
@@ -108,28 +108,23 @@ def _check(name: str, method: Method, s: LossConfig) -> None:
     """Raise ValueError for settings out of range, or that do not go together."""
     contrast = CONTRASTS[method.contrast]
     assert s.temperature is not None and s.cyclic_weight is not None
-    hints = get_type_hints(LossConfig)
-    for choice in ("gamma_schedule", "temperature_mode", "estimator", "storage", "matmul_dtype"):
-        _choose(choice, getattr(s, choice), _choices(hints[choice]))
+    for setting, hint in get_type_hints(LossConfig).items():
+        choices = tuple(c for part in get_args(hint) for c in (get_args(part) or (part,)) if isinstance(c, str))
+        if choices and getattr(s, setting) is not None:
+            _choose(setting, getattr(s, setting), choices)
+    if not isinstance(s.queue, int):
+        raise ValueError(f"queue must be a whole number, 0 for none, got {s.queue!r}")
+    if wrong := problems(s, prefix=""):
+        raise ValueError("; ".join(wrong))
     bounds = s.temperature_min, s.temperature_max
-    _require(0 < bounds[0] <= bounds[1] < math.inf, "bounds must be 0 < temperature_min <= temperature_max", bounds)
-    _require(s.temperature > 0 and math.isfinite(s.temperature), "temperature must be positive", s.temperature)
-    if s.temperature_mode != "fixed":
-        inside = bounds[0] <= s.temperature <= bounds[1]
-        _require(inside, f"temperature must lie in [temperature_min, temperature_max] = {bounds}", s.temperature)
-    _require(0 < s.gamma <= 1, "gamma must lie in (0, 1]", s.gamma)
-    _require(0 <= s.temperature_momentum < 1, "temperature_momentum must lie in [0, 1)", s.temperature_momentum)
-    _require(s.temperature_lr > 0, "temperature_lr must be positive", s.temperature_lr)
-    _require(math.isfinite(s.rho) and s.rho >= 0, "rho must not be negative", s.rho)
-    for weight in ("cyclic_weight", *(f"{kind}_weight" for kind in KINDS)):
-        _require(0 <= getattr(s, weight) < math.inf, f"{weight} must not be negative or infinite", getattr(s, weight))
-    _require(isinstance(s.queue, int) and s.queue >= 0, "queue must be a whole number, 0 for none", s.queue)
+    if bounds[0] > bounds[1]:
+        raise ValueError(f"temperature_min must not exceed temperature_max, got {bounds}")
+    if s.temperature_mode != "fixed" and not bounds[0] <= s.temperature <= bounds[1]:
+        raise ValueError(f"temperature must lie in [temperature_min, temperature_max] = {bounds}, got {s.temperature}")
     if method.pairs == "none":
         for setting in ("cyclic_weight", "pairs"):
             if value := getattr(s, setting):
                 raise ValueError(f"'{name}' aligns no image-text pairs: leave out {setting}={value!r}")
-    if s.pairs is not None:
-        _choose("pairs", s.pairs, _choices(hints["pairs"]))
     if not contrast.has_estimates:
         if s.temperature_mode == "individual":
             raise ValueError(
@@ -146,16 +141,6 @@ def _check(name: str, method: Method, s: LossConfig) -> None:
     if not method.terms(s):
         weights = {kind: getattr(s, f"{kind}_weight") for kind in KINDS}
         raise ValueError(f"weights {weights} leave '{name}' without a term")
-
-
-def _choices(hint: Any) -> tuple[str, ...]:
-    """The strings of a Literal, optional or not."""
-    return tuple(c for part in get_args(hint) for c in (get_args(part) or (part,)) if isinstance(c, str))
-
-
-def _require(holds: bool, what: str, got: object) -> None:
-    if not holds:
-        raise ValueError(f"{what}, got {got!r}")
 
 
 def _choose(what: str, got: object, among: tuple[str, ...]) -> None:

@@ -6,8 +6,8 @@ Blocks of the same row and column views make one grid, so that AmCLR's four bloc
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 from amclr.objectives.methods import Term, modality
 
@@ -29,8 +29,9 @@ class Layout:
         return len(self.rows), len(self.columns)
 
 
-def layouts(terms: Sequence[Term], views: Sequence[str], joined: bool) -> list[Layout]:
-    """Terms as grids over `views` (their stacking order). joined: all image-text pairs as one grid where they fill it."""
+@cache
+def layouts(terms: tuple[Term, ...], views: tuple[str, ...], joined: bool) -> tuple[Layout, ...]:
+    """Terms as grids over `views`, in stacking order. joined: all image-text pairs as one grid if they fill it."""
     by_views = {(t.anchor, t.candidate): t for t in terms}
     images, texts = ([v for v in views if modality(v) == of] for of in ("image", "text"))
     cross = [(i, t) for i in images for t in texts if (i, t) in by_views]
@@ -41,11 +42,11 @@ def layouts(terms: Sequence[Term], views: Sequence[str], joined: bool) -> list[L
         grids = [(images, texts)] if joined else [([i], texts) for i in images]
     grids += [([v[0]], [v[1]]) for v in (images, texts) if len(v) == 2 and tuple(v) in by_views]
     place = {view: k for k, view in enumerate(views)}
-    return [
+    return tuple(
         Layout(
             range(place[rows[0]], place[rows[-1]] + 1),
             range(place[columns[0]], place[columns[-1]] + 1),
             (*(by_views[r, c] for r in rows for c in columns), *(by_views[c, r] for r in rows for c in columns)),
         )
         for rows, columns in grids
-    ]
+    )

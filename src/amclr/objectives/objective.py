@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
 from functools import reduce
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from amclr.config.schema import LossConfig
-from amclr.distributed.world import World, processes
+from amclr.distributed.world import processes
 from amclr.objectives import backends, diagnostics
 from amclr.objectives.adaptive import AdaptiveGamma
-from amclr.objectives.batch import HALVES, Checks, agree, refuse
+from amclr.objectives.batch import HALVES, Checks, Scaled, agree, refuse, without_autocast
 from amclr.objectives.contrasts import CONTRASTS, ClosedForm, cyclic_penalty
-from amclr.objectives.estimators import ESTIMATORS, IndividualTemperatures, TermTables
-from amclr.objectives.methods import PAIRS, VIEWS, Method, modality
+from amclr.objectives.estimators import ESTIMATORS, IndividualTemperatures, TermTables, make_tables
+from amclr.objectives.methods import PAIRS, VIEWS, Method
 from amclr.objectives.queue import Queue
+from amclr.objectives.state import Overwritten, remapped
 from amclr.objectives.step import Call, Parts, autograd, closed_form
 from amclr.objectives.tables import Table
 
@@ -28,8 +27,8 @@ from amclr.objectives.tables import Table
 class Objective(nn.Module):
     """A contrastive objective over views of paired samples. Make one with `amclr.objectives.build`.
 
-    Call it with a dict view -> (B, D) of unit rows and the sample ids; it returns the scalar loss and a dict of detached
-    scalars. In training mode a call updates the estimators; in evaluation mode it does not. Arithmetic is in float32
+    Call it with a dict view -> (B, D) of unit rows and the sample ids. It returns the scalar loss and a dict of
+    detached scalars. In training mode a call updates the estimators; in evaluation mode it does not. Arithmetic is in float32
     (float64 if the views are float64), whatever autocast says. `state_dict()` carries the estimators, so it belongs in
     a checkpoint.
 
@@ -59,7 +58,7 @@ class Objective(nn.Module):
         self.required_views = tuple(dict.fromkeys(v for t in self.terms for v in (t.anchor, t.candidate, *t.also)))
         self.gamma = settings.gamma
         self.diagnose, self.remember = False, False
-        self._overwritten: _Overwritten | None = None
+        self._overwritten: Overwritten | None = None
 
         contrast = CONTRASTS[method.contrast]
         if settings.temperature_mode == "learnable":
@@ -67,7 +66,11 @@ class Objective(nn.Module):
             self.log_temperature = nn.Parameter(torch.tensor(math.log(settings.temperature or 1.0)))
         for parameter, start in contrast.learned.items():
             self.register_parameter(parameter, nn.Parameter(torch.tensor(start)))
-        tables = TermTables(self.terms, self._make_tables(folder) if contrast.has_estimates else {})
+        tables = TermTables(
+            self.terms, make_tables(self.terms, settings, num_samples, folder) if contrast.has_estimates else {}
+        )
+        for table_name, table in tables.tables.items():
+            self.add_module(table_name, table)
         views = tuple(v for v in VIEWS if v in self.required_views)
         self.queue = Queue(settings.queue, views) if settings.queue else None
         self.adaptive: AdaptiveGamma | None = None
@@ -86,21 +89,6 @@ class Objective(nn.Module):
         self.by_autograd = not isinstance(contrast, ClosedForm) or any(t.also for t in self.terms)
         if settings.gamma_schedule == "cosine":
             self.start_epoch(0, 1)
-
-    def _make_tables(self, folder: Path | None) -> dict[str, Table]:
-        """Register the tables, one per modality of anchors, with a column per term, or one for all."""
-        settings, tables = self.settings, {}
-        fills = {"log_u": -math.inf}
-        if settings.temperature_mode == "individual":
-            fills |= {"tau": settings.temperature or 1.0, "tau_velocity": 0.0}
-        modalities = [modality(t.anchor) for t in self.terms]
-        for of in sorted(set(modalities)):
-            for what, fill in fills.items():
-                one = what == "log_u" and not ESTIMATORS[settings.estimator].columns_per_term
-                columns = 1 if one else modalities.count(of)
-                tables[f"{what}_{of}"] = Table(self.num_samples[of], columns, fill, settings.storage, folder)
-                self.add_module(f"{what}_{of}", tables[f"{what}_{of}"])
-        return tables
 
     # -- schedule ---------------------------------------------------------------------------------
 
@@ -171,14 +159,15 @@ class Objective(nn.Module):
             raise ValueError("a batch of 1 has no negatives: pass at least 2 samples")
         labels = labels.gather(world, device)
         if self.remember:
-            self._overwritten = _Overwritten(self, labels.ids)
+            self._overwritten = Overwritten(self.tables, self.adaptive, self.queue, labels)
         exact = torch.promote_types(torch.float32, dtype)
-        with _without_autocast(device):
+        with without_autocast(device):
             inputs = used if self._takes_halves(used, dtype) else [v.to(exact) for v in used]
             if self.averaged and not world.alone:
-                inputs = [_Scaled.apply(x, float(len(world.sizes))) for x in inputs]
+                inputs = [Scaled.apply(x, float(len(world.sizes))) for x in inputs]
             call = Call(
-                inputs, labels, labels.positives(device), world, dtype, self.gamma, self.training, self.diagnose, gradient
+                inputs, labels, labels.positives(device), world, dtype, self.gamma, self.training, self.diagnose,
+                gradient,
             )  # fmt: skip
             if self.by_autograd:
                 learned = {name: self.get_parameter(name) for name in self.parts.contrast.learned}
@@ -223,7 +212,7 @@ class Objective(nn.Module):
     def undo(self) -> None:
         """Restore what the last call overwrote in tables and queue, if it was remembered; once."""
         if self._overwritten:
-            self._overwritten.restore(self)
+            self._overwritten.restore()
         self.commit()
 
     def commit(self) -> None:
@@ -257,14 +246,7 @@ class Objective(nn.Module):
 
         rows: (num_samples,) int64: sample i takes row `rows[i]` of the state's tables; of -1 it starts afresh.
         """
-        known = rows >= 0
-        remapped = dict(state)
-        for name, table in self.tables.items():
-            key = f"{name}.values"
-            values = table.values.detach().cpu().clone()
-            values[known] = state[key].cpu()[rows[known]]
-            remapped[key] = values
-        self.load_state_dict(remapped)
+        self.load_state_dict(remapped(self.tables, state, rows))
         if self.queue is not None:
             self.queue.clear()  # its ids are those of the other samples
 
@@ -290,7 +272,7 @@ class Objective(nn.Module):
         tau: float | Tensor | None = self.settings.temperature
         if self.settings.temperature_mode != "fixed":
             tau = self.temperature if self.settings.temperature_mode == "learnable" else None
-        with _without_autocast(first.device):
+        with without_autocast(first.device):
             return diagnostics.estimator_error(
                 self.terms, self.parts.tables, views, labels, probe.to(first.device),
                 chunk or max(1, (1 << 26) // len(first)), tau,
@@ -305,43 +287,3 @@ class Objective(nn.Module):
             + (f", consistency penalties at {settings.cyclic_weight:g}" if settings.cyclic_weight else "")
             + (f", a queue of {self.queue.size}" if self.queue is not None else "")
         )
-
-
-class _Overwritten:
-    """What a call is about to overwrite in an objective's tables and queue."""
-
-    def __init__(self, objective: Objective, ids: Mapping[str, Tensor]) -> None:
-        self.rows = []
-        for name, table in objective.tables.items():
-            i = ids[name.rpartition("_")[2]]
-            self.rows.append((table, i, table.read(i, 0, table.values.shape[1], table.values)))
-        adaptive, queue = objective.adaptive, objective.queue
-        self.statistics = {k: b.clone() for k, b in adaptive.state_dict().items()} if adaptive else {}
-        self.queue = None if queue is None else queue.state
-
-    def restore(self, objective: Objective) -> None:
-        for table, ids, values in self.rows:
-            table.write(ids, 0, table.values.shape[1], values)
-        if objective.adaptive:
-            objective.adaptive.load_state_dict(self.statistics)
-        if objective.queue is not None and self.queue is not None:
-            objective.queue.state = self.queue
-
-
-class _Scaled(torch.autograd.Function):
-    """The identity, with its gradient times a factor."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
-        ctx.factor = factor
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient * ctx.factor, None
-
-
-def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """Where autocast is on, a context without it; entering one costs as much as several small operations."""
-    on = torch.is_autocast_enabled(device.type)
-    return torch.autocast(device.type, enabled=False) if on else nullcontext()

@@ -600,14 +600,9 @@ def duplicates(samples: Sequence[Sample], manifest: Manifest, config: Config) ->
 
 def build_objective(config: Config, samples: int) -> Objective:
     """The objective that the settings name. Raises UserError naming what is wrong with them."""
-    c = config.loss
     try:
         return build(
-            config.objective, samples, temperature=c.temperature, gamma=c.gamma, gamma_schedule=c.gamma_schedule,
-            temperature_mode=c.temperature_mode, temperature_lr=c.temperature_lr, rho=c.rho, pairs=c.pairs,
-            weights={"cross": c.cross_weight, "image": c.image_weight, "text": c.text_weight},
-            cyclic_weight=c.cyclic_weight, queue=c.queue, estimator=c.estimator, storage=c.storage,
-            folder=manifests.cache_folder(config) / "tables", matmul_dtype=c.matmul_dtype, averaged=True,
+            config.objective, samples, config.loss, folder=manifests.cache_folder(config) / "tables", averaged=True,
             validate=False,  # embeddings made here are unit rows, and ids are the plan's own
         )  # fmt: skip
     except ValueError as error:

@@ -63,7 +63,7 @@ class BlockInputs:
 
 
 class SimilarityBlocks(Protocol):
-    """The similarity blocks of a step, which are never held whole. Made from `BlockInputs`; called without gradients."""
+    """The similarity blocks of a step, never held whole. Made from `BlockInputs`; called without gradients."""
 
     def log_sums(self) -> tuple[Tensor, Tensor]:
         """Log of the sum over the negatives of exp(s / tau), and s_ii, of this process's anchors: (T, M) each."""

@@ -248,9 +248,8 @@ class Grid:
     ) -> tuple[Tensor, Tensor | None] | None:
         """Add the gradients to d_rows (R, M, D) and d_columns (C, N, D), None unless `both`.
 
-        a (R, C, M), b (R, C, N): added to the exponents (in base 2) of row and column anchors; -inf where an anchor has
-        no weight. positive_weights (R, C, M): R_i + C_i. fresh: whether d_rows and d_columns are uninitialised, and to be
-        overwritten. With `weighted_sums`, returns sum_j w_ij s_ij of the row anchors and sum_i v_ij s_ij of the column
+        a (R, C, M), b (R, C, N): added to the exponents (in base 2) of row and column anchors; -inf where an anchor
+        has no weight. positive_weights (R, C, M): R_i + C_i. fresh: whether d_rows and d_columns are uninitialised. With `weighted_sums`, returns sum_j w_ij s_ij of the row anchors and sum_i v_ij s_ij of the column
         anchors, shaped like a and b.
         """
         sums = (torch.zeros_like(a), torch.zeros_like(b) if self.both else None) if weighted_sums else None
@@ -367,7 +366,9 @@ class TorchBlocks:
                 tau_rows, tau_columns = taus[forth].view(shape), taus[back].view(shape)
             rows, columns = every[_slice(layout.rows)], every[_slice(layout.columns)]
             if self.alone:
-                grid = Grid(rows, columns, positives, shared, tau_rows, tau_columns, 0, True, workspace, number, concurrent)
+                grid = Grid(
+                    rows, columns, positives, shared, tau_rows, tau_columns, 0, True, workspace, number, concurrent
+                )
                 self.grids.append([(grid, layout.rows)])
                 continue
             # Each process computes the rows of its own anchors, in both directions.

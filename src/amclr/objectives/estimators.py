@@ -208,13 +208,11 @@ ESTIMATORS: Mapping[str, type[PerTermEstimator]] = {"per-term": PerTermEstimator
 
 
 class IndividualTemperatures:
-    """A temperature per sample and term, learned by momentum on d F_i / d tau_i (Qiu et al. 2023, algorithm 1).
+    """A temperature per sample and term, learned by momentum on d F_i / d tau_i (Qiu et al. 2023, algorithm 1)."""
 
-    bounds: tau_min, tau_max. lr: step size. momentum: of the gradient, beta.
-    """
-
-    def __init__(self, tables: TermTables, bounds: tuple[float, float], lr: float, momentum: float) -> None:
-        self.tables, self.bounds, self.lr, self.momentum = tables, bounds, lr, momentum
+    def __init__(self, tables: TermTables, settings: LossConfig) -> None:
+        self.tables, self.bounds = tables, (settings.temperature_min, settings.temperature_max)
+        self.lr, self.momentum = settings.temperature_lr, settings.temperature_momentum
 
     def read(self, wave: Sequence[Layout], labels: Labels, like: Tensor) -> Tensor:
         """The temperatures of the terms of a wave and the samples of a batch, (T, N)."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 from amclr.config.schema import LossConfig
 from amclr.objectives.contrasts import CONTRASTS
@@ -91,11 +91,13 @@ class Method:
 
     def resolved(self, settings: LossConfig) -> LossConfig:
         """Settings with the method's own values for empty ones."""
-        empty: dict[str, Any] = {
-            "temperature": float(self.default_temperature), "temperature_mode": self.temperature,
-            "cyclic_weight": self.cyclic,
-        }  # fmt: skip
-        return replace(settings, **{name: value for name, value in empty.items() if getattr(settings, name) is None})
+        temperature = self.default_temperature if settings.temperature is None else settings.temperature
+        return replace(
+            settings,
+            temperature=float(temperature),
+            temperature_mode=settings.temperature_mode or self.temperature,
+            cyclic_weight=self.cyclic if settings.cyclic_weight is None else settings.cyclic_weight,
+        )
 
     def _intra_terms(self, of: str) -> list[Term]:
         if of not in self.intra:

@@ -12,15 +12,15 @@ from torch import Tensor, nn
 
 from amclr.config.schema import LossConfig
 from amclr.distributed.world import processes
-from amclr.objectives import backends, diagnostics
+from amclr.objectives import diagnostics
 from amclr.objectives.adaptive import AdaptiveGamma
-from amclr.objectives.batch import HALVES, Checks, Scaled, agree, refuse, without_autocast
-from amclr.objectives.contrasts import CONTRASTS, ClosedForm, cyclic_penalty
+from amclr.objectives.batch import Checks, Scaled, agree, refuse, without_autocast
+from amclr.objectives.contrasts import CONTRASTS
 from amclr.objectives.estimators import ESTIMATORS, IndividualTemperatures, TermTables, make_tables
 from amclr.objectives.methods import PAIRS, VIEWS, Method
 from amclr.objectives.queue import Queue
 from amclr.objectives.state import Overwritten, remapped
-from amclr.objectives.step import Call, Parts, autograd, closed_form
+from amclr.objectives.step import Call, Parts, loss_and_metrics
 from amclr.objectives.tables import Table
 
 
@@ -28,9 +28,9 @@ class Objective(nn.Module):
     """A contrastive objective over views of paired samples. Make one with `amclr.objectives.build`.
 
     Call it with a dict view -> (B, D) of unit rows and the sample ids. It returns the scalar loss and a dict of
-    detached scalars. In training mode a call updates the estimators; in evaluation mode it does not. Arithmetic is in float32
-    (float64 if the views are float64), whatever autocast says. `state_dict()` carries the estimators, so it belongs in
-    a checkpoint.
+    detached scalars. In training mode a call updates the estimators; in evaluation mode it does not. Arithmetic is in
+    float32 (float64 if the views are float64), whatever autocast says. `state_dict()` carries the estimators, so it
+    belongs in a checkpoint.
 
     Several rows with the same id are positives of each other, never negatives, and give their sample one averaged
     update. Rows of different samples that show the same (a copied image, a caption of two images) are made positives by
@@ -76,17 +76,13 @@ class Objective(nn.Module):
         self.adaptive: AdaptiveGamma | None = None
         if settings.gamma_schedule == "adaptive" and contrast.has_estimates:
             self.adaptive = AdaptiveGamma(len(self.terms), settings.gamma)
-        temperatures = None
-        if settings.temperature_mode == "individual":
-            bounds = settings.temperature_min, settings.temperature_max
-            temperatures = IndividualTemperatures(
-                tables, bounds, settings.temperature_lr, settings.temperature_momentum
-            )  # fmt: skip
+        temperatures = IndividualTemperatures(tables, settings) if settings.temperature_mode == "individual" else None
+        checks = Checks(name, self.required_views, num_samples, validate)
+        estimator = ESTIMATORS[settings.estimator](tables, self.terms, self.adaptive)
         self.parts = Parts(
-            self.terms, views, contrast, settings, Checks(name, self.required_views, num_samples, validate), tables,
-            ESTIMATORS[settings.estimator](tables, self.terms, self.adaptive), temperatures, self.queue, backend,
+            self.terms, views, self.pairs, contrast, settings, checks, tables, estimator, temperatures, self.queue,
+            backend,
         )  # fmt: skip
-        self.by_autograd = not isinstance(contrast, ClosedForm) or any(t.also for t in self.terms)
         if settings.gamma_schedule == "cosine":
             self.start_epoch(0, 1)
 
@@ -149,7 +145,7 @@ class Objective(nn.Module):
         gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (*used, *self.parameters()))
         world = agree(
             len(used[0]), device, together, used[0].shape[1], dtype, self.training, gradient, self.diagnose, labels,
-            0 if self.queue is None else self._check_queue(used[0].shape[1]),
+            0 if self.queue is None else self.queue.check(used[0].shape[1]),
         )  # fmt: skip
         if self.training and self.settings.temperature_mode == "learnable":
             with torch.no_grad():
@@ -160,54 +156,16 @@ class Objective(nn.Module):
         labels = labels.gather(world, device)
         if self.remember:
             self._overwritten = Overwritten(self.tables, self.adaptive, self.queue, labels)
-        exact = torch.promote_types(torch.float32, dtype)
         with without_autocast(device):
-            inputs = used if self._takes_halves(used, dtype) else [v.to(exact) for v in used]
+            if not self.parts.takes_halves(used, dtype, self.diagnose, self.averaged and together):
+                used = [v.to(torch.promote_types(torch.float32, dtype)) for v in used]
             if self.averaged and not world.alone:
-                inputs = [Scaled.apply(x, float(len(world.sizes))) for x in inputs]
+                used = [Scaled.apply(x, float(len(world.sizes))) for x in used]
             call = Call(
-                inputs, labels, labels.positives(device), world, dtype, self.gamma, self.training, self.diagnose,
-                gradient,
+                used, labels, labels.positives(device), world, dtype, self.gamma, self.training, self.diagnose, gradient
             )  # fmt: skip
-            if self.by_autograd:
-                learned = {name: self.get_parameter(name) for name in self.parts.contrast.learned}
-                loss, metrics = autograd(self.parts, call, self.temperature, learned)
-            else:
-                tau = self.temperature if self.settings.temperature_mode == "learnable" else None
-                loss, metrics = closed_form(self.parts, call, tau)
-            if self.settings.cyclic_weight:
-                gathered = {v: world.gather_rows(x.to(exact)) for v, x in zip(self.parts.views, inputs, strict=True)}
-                parts = [cyclic_penalty(gathered[i], gathered[t]) for i, t in self.pairs]
-                penalty = self.settings.cyclic_weight * torch.stack(parts).mean()
-                loss, metrics["loss_cyclic"] = loss + penalty, penalty.detach()
-        # In storage of its own: whoever divides the loss in place must not change what is logged.
-        logged = metrics.pop("loss", None)
-        if logged is None or self.settings.cyclic_weight:
-            logged = loss.detach().clone()
-        return loss, {"loss": logged, **metrics}
-
-    def _check_queue(self, width: int) -> int:
-        """How many samples are queued. Raises ValueError if their dimensions are others."""
-        assert self.queue is not None
-        if len(self.queue) and self.queue.rows.shape[2] != width:
-            raise ValueError(
-                f"views have {width} dimensions, and those of the batches before had {self.queue.rows.shape[2]}: "
-                "build a new objective, or objective.queue.clear()"
-            )
-        return len(self.queue)
-
-    def _takes_halves(self, views: list[Tensor], dtype: torch.dtype) -> bool:
-        """Whether views in half precision go to the Triton kernels as they are, without a copy in float32."""
-        return (
-            not self.by_autograd
-            and dtype in HALVES
-            and self.settings.matmul_dtype in ("auto", str(dtype).removeprefix("torch."))
-            and all(v.dtype == dtype for v in views)
-            # What is to be multiplied by the number of processes would first be rounded to float16.
-            and not (dtype == torch.float16 and self.averaged and self.distributed and processes() > 1)
-            and backends.uses_triton(self.parts.backend, views[0])
-            and self.parts.is_fused_on(views[0].device, self.diagnose)
-        )
+            learned = {name: self.get_parameter(name) for name in self.parts.contrast.learned}
+            return loss_and_metrics(self.parts, call, self.temperature, learned)
 
     def undo(self) -> None:
         """Restore what the last call overwrote in tables and queue, if it was remembered; once."""

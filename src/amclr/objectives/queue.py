@@ -48,6 +48,15 @@ class Queue(nn.Module):
     def __len__(self) -> int:
         return self.ids.shape[1]
 
+    def check(self, width: int) -> int:
+        """How many samples are queued. Raises ValueError if their dimensions are not `width`."""
+        if len(self) and self.rows.shape[2] != width:
+            raise ValueError(
+                f"views have {width} dimensions, and those of the batches before had {self.rows.shape[2]}: "
+                "build a new objective, or objective.queue.clear()"
+            )
+        return len(self)
+
     def push(self, every: Sequence[Tensor], labels: Labels) -> None:
         """Add a whole batch, V views (N, D) and its labels on the same device, and drop the oldest samples.
 

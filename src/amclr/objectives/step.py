@@ -31,7 +31,7 @@ from amclr.objectives import backends, diagnostics
 from amclr.objectives.adaptive import log_noise
 from amclr.objectives.backends.base import BlockInputs, Workspace
 from amclr.objectives.batch import HALVES, Checks
-from amclr.objectives.contrasts import ClosedForm, Contrast
+from amclr.objectives.contrasts import ClosedForm, Contrast, cyclic_penalty
 from amclr.objectives.estimators import Anchors, IndividualTemperatures, PerTermEstimator, TermTables
 from amclr.objectives.layout import Layout, layouts
 from amclr.objectives.methods import Term
@@ -51,6 +51,7 @@ class Parts:
 
     terms: tuple[Term, ...]
     views: tuple[str, ...]
+    pairs: tuple[tuple[str, str], ...]
     contrast: Contrast
     settings: LossConfig
     checks: Checks
@@ -76,6 +77,26 @@ class Parts:
     def places(self, terms: Sequence[Term]) -> list[tuple[int, int]]:
         """Indices of the anchor and the candidate view of terms."""
         return [(self.views.index(t.anchor), self.views.index(t.candidate)) for t in terms]
+
+    @property
+    def by_autograd(self) -> bool:
+        """Whether the terms have no closed form."""
+        return not isinstance(self.contrast, ClosedForm) or any(t.also for t in self.terms)
+
+    def takes_halves(self, views: Sequence[Tensor], dtype: torch.dtype, diagnose: bool, multiplied: bool) -> bool:
+        """Whether views in half precision go to the Triton kernels as they are, without a copy in float32.
+
+        multiplied: their gradients are multiplied by the number of processes, for which float16 has no room.
+        """
+        return (
+            not self.by_autograd
+            and dtype in HALVES
+            and self.settings.matmul_dtype in ("auto", str(dtype).removeprefix("torch."))
+            and all(v.dtype == dtype for v in views)
+            and not (dtype == torch.float16 and multiplied)
+            and backends.uses_triton(self.backend, views[0])
+            and self.is_fused_on(views[0].device, diagnose)
+        )
 
     def is_fused_on(self, device: torch.device, diagnose: bool) -> bool:
         """Whether the numbers per anchor of a step can stay in the Triton kernels, from first to last."""
@@ -104,8 +125,29 @@ class Call:
     wants_gradient: bool
 
 
-def closed_form(parts: Parts, call: Call, tau: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss of the terms, and metrics. tau: a learned temperature, with its graph."""
+def loss_and_metrics(
+    parts: Parts, call: Call, tau: Tensor, learned: Mapping[str, Tensor]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of a batch and its metrics. tau: the temperature, with its graph. learned: the contrast's parameters."""
+    if parts.by_autograd:
+        loss, metrics = _autograd(parts, call, tau, learned)
+    else:
+        loss, metrics = _closed_form(parts, call, tau if parts.settings.temperature_mode == "learnable" else None)
+    if weight := parts.settings.cyclic_weight:
+        exact = torch.promote_types(torch.float32, call.dtype)
+        views = {v: call.world.gather_rows(x.to(exact)) for v, x in zip(parts.views, call.views, strict=True)}
+        penalties = [cyclic_penalty(views[image], views[text]) for image, text in parts.pairs]
+        penalty = weight * torch.stack(penalties).mean()
+        loss, metrics["loss_cyclic"] = loss + penalty, penalty.detach()
+    # In storage of its own: whoever divides the loss in place must not change what is logged.
+    logged = metrics.pop("loss", None)
+    if logged is None or weight:
+        logged = loss.detach().clone()
+    return loss, {"loss": logged, **metrics}
+
+
+def _closed_form(parts: Parts, call: Call, tau: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+    """The terms in closed form. tau: a learned temperature."""
     metrics: dict[str, Tensor] = {}
 
     def compute() -> Result:
@@ -118,10 +160,8 @@ def closed_form(parts: Parts, call: Call, tau: Tensor | None) -> tuple[Tensor, d
     return loss, metrics
 
 
-def autograd(
-    parts: Parts, call: Call, tau: Tensor, learned: Mapping[str, Tensor]
-) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
-    """Loss of terms without a closed form, and metrics; every process works on the whole batch."""
+def _autograd(parts: Parts, call: Call, tau: Tensor, learned: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Terms without a closed form; every process works on the whole batch."""
     views = {v: call.world.gather_rows(x) for v, x in zip(parts.views, call.views, strict=True)}
     mask = call.positives.mask(slice(None), slice(None))
     if mask is None:

@@ -249,8 +249,9 @@ class Grid:
         """Add the gradients to d_rows (R, M, D) and d_columns (C, N, D), None unless `both`.
 
         a (R, C, M), b (R, C, N): added to the exponents (in base 2) of row and column anchors; -inf where an anchor
-        has no weight. positive_weights (R, C, M): R_i + C_i. fresh: whether d_rows and d_columns are uninitialised. With `weighted_sums`, returns sum_j w_ij s_ij of the row anchors and sum_i v_ij s_ij of the column
-        anchors, shaped like a and b.
+        has no weight. positive_weights (R, C, M): R_i + C_i. fresh: whether d_rows and d_columns are uninitialised.
+        With `weighted_sums`, returns sum_j w_ij s_ij of the row anchors and sum_i v_ij s_ij of the column anchors,
+        shaped like a and b.
         """
         sums = (torch.zeros_like(a), torch.zeros_like(b) if self.both else None) if weighted_sums else None
         for tile, g in self._weights(a, b, sums):

@@ -73,7 +73,7 @@ def test_settings_from_a_file_and_on_top_of_it(main: Command, folder: Path, tmp_
     (tmp_path / "mine.yaml").write_text(f"data: {folder}\nepochs: 1\nbatch_size: 8\nloss:\n  temperature: 0.2\n")
     done = main("train", "--config", "mine.yaml", *SMALL[:-6], "--loss.gamma", "0.5", "--out", "run")
     assert done.returncode == 0, done.stderr[-2000:]
-    config = package.run.Run.open(tmp_path / "run").config
+    config = package.Run.open(tmp_path / "run").config
     assert (config.epochs, config.loss.temperature, config.loss.gamma, config.model.image_size) == (1, 0.2, 0.5, 32)
     # A run's own config.yaml repeats it.
     again = main("train", "--config", "run/config.yaml", "--out", "again")
@@ -161,7 +161,7 @@ def test_prompts_and_class_names_from_files(main: Command, folder: Path, tmp_pat
     found = json.loads((tmp_path / "run" / "evaluations" / "zeroshot-classes.json").read_text())
     assert found["zeroshot_images"] == 32 and found["zeroshot_top1"] > 70
     files = {k: str(tmp_path / v) for k, v in files.items()} | {"classnames": str(tmp_path / "turned.tsv")}
-    turned = package.measure.evaluate_run(tmp_path / "run", retrieval=False, progress=False, **files)
+    turned = package.evaluation.evaluator.evaluate_run(tmp_path / "run", retrieval=False, progress=False, **files)
     assert turned["zeroshot_top1"] < 30
 
 
@@ -225,7 +225,7 @@ def test_commands_say_which_extra_they_need(tmp_path: Path) -> None:
 @needs_real_data
 def test_flickr8k_with_frozen_encoders(amclr: Command, tmp_path: Path) -> None:
     """One command on real captioned images, then zero-shot on CIFAR-10. One view and half the epochs of the recipe."""
-    if not package.pretrained.available():
+    if not package.models.packaged.available():
         pytest.skip("needs pip install 'amclr[pretrained]'")
     options = ("--objective", "sogclr", "--epochs", "4", "--views.cached", "1", "--out", "run")
     done = amclr("train", "--data", REAL / "flickr8k", *options, timeout=1400)
@@ -244,7 +244,7 @@ def test_flickr8k_with_frozen_encoders(amclr: Command, tmp_path: Path) -> None:
 @needs_real_data
 def test_flickr8k_end_to_end(amclr: Command, tmp_path: Path) -> None:
     """Both pretrained towers trained on a part of the images: it runs, and it learns."""
-    if not package.pretrained.available():
+    if not package.models.packaged.available():
         pytest.skip("needs pip install 'amclr[pretrained]'")
     source, part = REAL / "flickr8k", tmp_path / "part"
     (part / "Images").mkdir(parents=True)
@@ -317,4 +317,4 @@ def test_views_may_be_a_list_of_transforms(main: Command, folder: Path, tmp_path
     (tmp_path / "views.yaml").write_text(f"views:\n  image:\n  - {crop}\n  - ColorJiter: {{brightness: 0.4}}\n")
     done = main("train", "--data", folder, "--recipe", "scratch", "--config", "views.yaml")
     assert done.returncode == 1
-    assert done.stderr == "amclr: image views: unknown transform 'ColorJiter': did you mean ColorJitter?\n"
+    assert done.stderr == "amclr: image views: unknown transform 'ColorJiter': did you mean 'ColorJitter'?\n"

@@ -378,7 +378,7 @@ def test_a_signal_keeps_what_was_embedded(saved: Path, tmp_path: Path) -> None:
     _, told = process.communicate(timeout=60)
     if process.returncode == 0:
         pytest.skip("it had ended before the signal came")
-    assert process.returncode == 130 and "the same command goes on" in told, told
+    assert process.returncode == 130 and "rerun the same command to resume" in told, told
     made(saved, photos, tmp_path / "index")
     rows, embedded, *_ = counts()
     assert rows == 400 and embedded <= 384

@@ -108,7 +108,7 @@ def _train(arguments: list[str]) -> int:
         config = _configure("train", arguments, resume)
     import json
 
-    from amclr.evaluation import evaluator as measure
+    from amclr.evaluation.tables import format_results
     from amclr.training import loop as engine
 
     try:
@@ -117,7 +117,7 @@ def _train(arguments: list[str]) -> int:
         return _fail(str(stopped), stopped.code)
     if not run.speaks:
         return 0
-    print(measure.report(json.loads((run.folder / "results.json").read_text())))
+    print(format_results(json.loads((run.folder / "results.json").read_text())))
     print(f"\nrun folder: {run.folder}  (curves.png, gallery.png, results.json)")
     print(f"use it:     amclr evaluate {run.folder} --zeroshot CLASS_FOLDERS, or amclr.load('{run.folder}') in Python")
     return 0
@@ -201,9 +201,10 @@ def _evaluate(arguments: list[str]) -> int:
         values["wise"] = [-1.0]
     if not all(0 <= share <= 1 for share in values["wise"]):
         raise UserError(f"--wise must be numbers between 0 and 1 with commas, as 0,0.5,1, got '{asked}'")
-    from amclr.evaluation import evaluator as measure
+    from amclr.evaluation.run import evaluate_run
+    from amclr.evaluation.tables import format_results
 
-    print(measure.report(measure.evaluate_run(**values)))
+    print(format_results(evaluate_run(**values)))
     return 0
 
 
@@ -251,9 +252,9 @@ def _inspect(arguments: list[str]) -> int:
     listing, arguments = _take(arguments, "--list")
     scan_all, arguments = _flag(arguments, "--scan")
     config = _configure("inspect", arguments)
-    from amclr.evaluation import evaluator as measure
+    from amclr.inspection.dataset import inspect
 
-    print(measure.inspect(config, Path(out or "contact-sheet.png"), scan_all, Path(listing) if listing else None))
+    print(inspect(config, Path(out or "contact-sheet.png"), scan_all, Path(listing) if listing else None))
     return 0
 
 

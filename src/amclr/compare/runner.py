@@ -43,8 +43,9 @@ from amclr.data.text.store import Rewording
 from amclr.distributed.jobs import Call, Lost, side_by_side
 from amclr.distributed.signals import ending
 from amclr.evaluation.classes import ClassSet, read_classes, short_names
-from amclr.evaluation.evaluator import measure_classes, measure_run_paraphrased
 from amclr.evaluation.metrics import RECALLS
+from amclr.evaluation.run import measure_run_paraphrased
+from amclr.evaluation.zeroshot import measure_classes
 from amclr.objectives import METHODS
 from amclr.runs.folder import Run, load
 from amclr.training.loop import Stopped, build_objective, train

@@ -136,18 +136,22 @@ def _compare(arguments: list[str]) -> int:
         "--jobs", type=int, default=1, help="so many runs at a time, each with a GPU, or its part of the cores"
     )
     options = _parse(parser, arguments)
-    from amclr.compare import runner as compare
+    from amclr.compare import compare
     from amclr.training import loop as engine
 
     try:
-        found = compare.compare(
+        comparison = compare(
             Path(options.file), data=options.data, seeds=options.seeds, out=options.out, zeroshot=options.zeroshot,
             jobs=options.jobs,
         )  # fmt: skip
     except engine.Stopped as stopped:
         return _fail(str(stopped), stopped.code)
-    print(f"{found.table}\nreport: {found.folder / 'report.html'}  (table.md, table.csv, results.json, figures)")
-    return _fail(f"{found.failed} of {found.runs} runs failed: the table says why", 1) if found.failed else 0
+    print(
+        f"{comparison.table}\nreport: {comparison.folder / 'report.html'}  (table.md, table.csv, results.json, figures)"
+    )
+    if not comparison.failed:
+        return 0
+    return _fail(f"{comparison.failed} of {comparison.runs} runs failed: the table says why", 1)
 
 
 def _evaluate(arguments: list[str]) -> int:

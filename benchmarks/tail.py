@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from amclr.compare.report import with_spread
-from amclr.compare.runner import spread
+from amclr.compare.statistics import spread
+from amclr.compare.tables import with_spread
 from amclr.data import manifest
 from amclr.data.scenes import ranked_kinds
 from amclr.data.sources import tables

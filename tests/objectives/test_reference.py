@@ -45,7 +45,9 @@ def test_objectives_equal_their_definition(name: str, settings: str) -> None:
         objective.zero_grad()
         loss.backward()
         learned = objective.settings.temperature_mode == "learnable"
-        log_tau = objective.log_temperature.detach().clone() if learned else torch.tensor(0.2, dtype=torch.float64).log()
+        log_tau = (
+            objective.log_temperature.detach().clone() if learned else torch.tensor(0.2, dtype=torch.float64).log()
+        )
         log_tau.requires_grad_()
         bias = torch.tensor(-10.0, dtype=torch.float64, requires_grad=True)
         expected = reference_loss(

@@ -28,7 +28,7 @@ from amclr.config.schema import Config, ParaphraseConfig, SourceConfig
 from amclr.data import manifest as manifests
 from amclr.data.text import store as stores
 from amclr.data.text.wording import changed, words
-from amclr.evaluation import evaluator as measure
+from amclr.inspection.dataset import inspect
 from amclr.models import packaged
 from amclr.paraphrase.generate import Encoder, ModelParaphraser, RuleParaphraser, paraphrase
 from amclr.utils.errors import UserError
@@ -547,5 +547,5 @@ def test_the_command(main: Command, tmp_path: Path) -> None:
     assert "captions     2 different ones, 2 new" in done.stdout and "caption/s" in done.stderr
     store = stores.read_store(data / "paraphrases")
     assert all(changed("A dog runs on the beach .", p) is None for p in store.of("A dog runs on the beach ."))
-    told = measure.inspect(Config(data=str(data)), tmp_path / "sheet.png", progress=False)
+    told = inspect(Config(data=str(data)), tmp_path / "sheet.png", progress=False)
     assert f"paraphrases  of 1 captions, from {store.path}" in told

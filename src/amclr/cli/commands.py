@@ -48,7 +48,7 @@ def train(
     """
     if changed_data and not resume:
         raise UserError("--changed_data belongs to --resume RUN: give it too")
-    from amclr.evaluation import evaluator
+    from amclr.evaluation.tables import format_results
     from amclr.training import loop
 
     try:
@@ -56,7 +56,7 @@ def train(
     except loop.Stopped as stopped:
         return fail(str(stopped), stopped.code)
     if run.speaks:
-        print(evaluator.report(json.loads((run.folder / "results.json").read_text())))
+        print(format_results(json.loads((run.folder / "results.json").read_text())))
         print(f"\nrun folder: {run.folder}  (curves.png, gallery.png, results.json)")
         print(f"use it:     amclr evaluate {run.folder} --zeroshot CLASS_FOLDERS")
         print(f"            amclr.load('{run.folder}') in Python")
@@ -120,13 +120,14 @@ def evaluate(
         shares = [-1.0]
     if not all(0 <= share <= 1 for share in shares):
         raise UserError(f"--wise must be numbers between 0 and 1 with commas, as 0,0.5,1, got '{wise}'")
-    from amclr.evaluation import evaluator
+    from amclr.evaluation.run import evaluate_run
+    from amclr.evaluation.tables import format_results
 
-    results = evaluator.evaluate_run(
+    results = evaluate_run(
         run, data=data, source=source, split=split, captions=captions, folds=folds, paraphrased=paraphrased,
         zeroshot=zeroshot, classnames=classnames, templates=templates, retrieval=retrieval, wise=shares,
     )  # fmt: skip
-    print(evaluator.report(results))
+    print(format_results(results))
 
 
 def export(run: Path, *, to: str = "", out: str = "", precision: str = "fp32", data: str = "") -> None:
@@ -174,9 +175,9 @@ def inspect(
         list (FILE.jsonl): Write every sample: its id, where its image is, captions, paraphrases.
         scan: Decode every image, however many there are. If interrupted, rerun the same command to resume.
     """
-    from amclr.evaluation import evaluator
+    from amclr import inspection
 
-    print(evaluator.inspect(settings, sheet, scan, list))
+    print(inspection.inspect(settings, sheet, scan, list))
 
 
 def index(

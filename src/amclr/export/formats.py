@@ -27,7 +27,7 @@ from transformers import BertConfig
 from amclr.config.schema import Config, SourceConfig
 from amclr.data import manifest as manifests
 from amclr.data.images.decode import BadImage, Location
-from amclr.evaluation.evaluator import measured_on
+from amclr.evaluation.run import evaluation_config
 from amclr.models.dual_encoder import SMALL_TOWER, DualEncoder
 from amclr.objectives.methods import METHODS
 from amclr.runs.folder import Run
@@ -118,7 +118,7 @@ def export(
     if home.exists() and (not home.is_dir() or any(home.iterdir())):
         raise UserError(f"'{home}' is in use: choose another --out, or remove it")
     model = opened.load_model()
-    images, captions = pairs_of(model, measured_on(opened.config, data, SourceConfig()), progress)
+    images, captions = pairs_of(model, evaluation_config(opened.config, data, SourceConfig()), progress)
     with _beside(home) as folder:
         form.write(model, folder, temperature_of(opened), precision)
         exported = form.load(folder)

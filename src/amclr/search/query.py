@@ -23,9 +23,9 @@ from amclr.data.images.decode import BadImage, ImageSource, read_image
 from amclr.data.images.duplicates import alone_unnumbered, as_rows, joined, largest, near_duplicates
 from amclr.data.sources.rows import printable
 from amclr.data.sources.tables import read_lines
-from amclr.evaluation import metrics as evaluate
+from amclr.evaluation import metrics
 from amclr.evaluation.classes import read_prompts
-from amclr.evaluation.evaluator import draw_look_alikes
+from amclr.inspection.sheets import draw_look_alikes
 from amclr.models.dual_encoder import DualEncoder
 from amclr.runs.folder import load
 from amclr.search.index import CHUNK, Index, read_samples
@@ -213,7 +213,7 @@ def label(
         raise UserError(f"--top must be 1 to {min(AT_ONCE, len(names))}, got {top}")
     samples = read_samples(data, source, cache, progress)
     model = load(Path(run) / "model" if (Path(run) / "index.json").is_file() else run)
-    rows = evaluate.class_embeddings(model, names, read_prompts(templates)[0])
+    rows = metrics.class_embeddings(model, names, read_prompts(templates)[0])
     counts = dict.fromkeys(names, 0)
     with written(out) as binary, tqdm(total=len(samples), desc="Labels", unit="image", disable=not progress) as bar:
         binary.write(_csv([["image", *_columns(top), "fault"]]).encode())

@@ -44,7 +44,11 @@ from amclr.distributed.signals import (
 from amclr.distributed.watchdog import Team
 from amclr.distributed.world import average_statistics, process
 from amclr.evaluation.classes import read_classes
-from amclr.evaluation.evaluator import Evaluator, Monitor, draw_gallery, measure_classes, model_reads_images
+from amclr.evaluation.embedding import model_reads_images
+from amclr.evaluation.evaluator import Evaluator
+from amclr.evaluation.gallery import draw_gallery
+from amclr.evaluation.monitor import Monitor
+from amclr.evaluation.zeroshot import measure_classes
 from amclr.models.averaging import Averaging, kept_weights
 from amclr.models.features import FeatureBatches
 from amclr.objectives import Objective, backward_in_chunks, build
@@ -561,7 +565,7 @@ def prepare(
     else:
         store = ImageStore(places, config.model.image_size)
         batches = FeatureBatches(model, samples, store, plan, views, config, cache, progress, same)
-    evaluator = Evaluator(model, held_out, config, cache, progress, again=True)
+    evaluator = Evaluator(model, held_out, config, cache, progress, repeated=True)
     monitor = Monitor.of_run(model, run, config, progress) if config.monitor else None
     undo = Undo(model, objective)
     return Training(
@@ -626,7 +630,7 @@ def finish(t: Training, progress: bool) -> None:
     images, texts = t.evaluator.embeddings()
     if not t.team.first_rank:
         return
-    results = {"split": "val", "best_step": round(best["step"] * t.stretch(best)), **t.evaluator.figures(images, texts)}
+    results = {"split": "val", "best_step": round(best["step"] * t.stretch(best)), **t.evaluator.measure(images, texts)}
     if t.manifest.zeroshot:
         # Where the model is spread over the processes, the others would have to take part.
         alone = t.run.load_model().to(t.fabric.device) if t.config.strategy == "fsdp" else t.model
@@ -653,5 +657,5 @@ def kept_random_state() -> Iterator[None]:
 def _recall_line(epoch: int, epochs: int, recalls: dict[str, float]) -> str:
     return (
         f"epoch {epoch}/{epochs}: text retrieval {recalls['txt_r_mean']:.1f}, "
-        f"image retrieval {recalls['img_r_mean']:.1f}, mean {recalls['r_mean']:.1f}{Monitor.told(recalls)}"
+        f"image retrieval {recalls['img_r_mean']:.1f}, mean {recalls['r_mean']:.1f}{Monitor.summary(recalls)}"
     )

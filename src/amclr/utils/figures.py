@@ -71,7 +71,7 @@ def curves(rows: Sequence[dict[str, Any]], file: Path, title: str, chance: float
         plt.close(figure)
 
 
-def wise(rows: Sequence[dict[str, Any]], file: Path, title: str) -> None:
+def interpolation(rows: Sequence[dict[str, Any]], file: Path, title: str) -> None:
     """Draw measures along the line from the weights at the start to the trained ones (WiSE-FT).
 
     rows: `wise` and r_mean, zeroshot_top1 or both, in percent. With both, a second panel sets one

@@ -13,7 +13,7 @@ from amclr.data import manifest as manifests
 from amclr.data.images.decode import Location
 from amclr.data.text import store as stores
 from amclr.data.text.store import Entry, Filters, Store, Version, attach, choose, find_store, read_store
-from amclr.evaluation import evaluator as measure
+from amclr.inspection.dataset import inspect
 from amclr.utils.errors import UserError
 
 SETTINGS = {"model": "rules", "k": 2}
@@ -200,7 +200,7 @@ def test_paraphrases_join_captions_by_their_text(folder: Path, tmp_path: Path) -
         handle.write("bad row\n")
     found = manifests.load(config, tmp_path)
     assert [str(r) for r in found.rejects] == ["mine.csv:5: row has 1 columns: expected 2"]
-    told = measure.inspect(config, tmp_path / "sheet.png", progress=False)
+    told = inspect(config, tmp_path / "sheet.png", progress=False)
     assert f"paraphrases  of 2 captions, from {mine}" in told and "mine.csv:5: row has 1 columns" in told
     mine.write_text("caption,paraphrase\n" + "bad row\n" * 50)
     with pytest.raises(UserError, match="50 of 130 rows cannot be used, over the limit of 2.0%"):

@@ -39,7 +39,7 @@ from amclr.data import manifest as manifests
 from amclr.data.batches import BatchPlan
 from amclr.data.images.views import policies, title
 from amclr.data.sources.rows import printable
-from amclr.data.text.store import Rewording
+from amclr.data.text.rewording import Rewording
 from amclr.distributed.jobs import Call, Lost, side_by_side
 from amclr.distributed.signals import ending
 from amclr.evaluation.classes import ClassSet, read_classes, short_names

@@ -22,11 +22,13 @@ from torch import Tensor
 from amclr.config.schema import Config, SourceConfig, problems
 from amclr.data import manifest as manifests
 from amclr.data.images import duplicates
-from amclr.data.images.decode import BadImage, ImageSource, ImageStore, Location, scan
+from amclr.data.images.decode import BadImage, ImageSource, Location
+from amclr.data.images.scan import scan
+from amclr.data.images.store import ImageStore
 from amclr.data.images.views import policies, title, whole
 from amclr.data.manifest import Manifest, Sample
 from amclr.data.sources.rows import Reject, printable, write_rejects
-from amclr.data.text.store import Rewording
+from amclr.data.text.rewording import Rewording
 from amclr.data.text.views import TextPolicy
 from amclr.distributed.world import World, process, processes, share_of
 from amclr.evaluation import metrics as evaluate
@@ -81,7 +83,7 @@ class Evaluator:
         self.images: Sequence[ImageSource] = places
         decoded: list[Tensor | None] = []
         if again:
-            store = ImageStore.as_set(places, config, cache, progress)
+            store = ImageStore.from_config(places, config, cache, progress)
             if store.kept != "none":
                 decoded = [_or_none(store, i) for i in range(len(store))]
                 self.images = [d for d in decoded if d is not None]
@@ -669,8 +671,8 @@ def inspect(
     lengths = np.array([len(c.split()) for c in captions])
     per_image = Counter(len(s.captions) for s in samples)
     store = ImageStore([s.image for s in samples], config.model.image_size)
-    looks = [manifest.looks.get(s.image) for s in samples]
-    groups = duplicates.image_groups(looks) if any(looks) else None
+    hashes = [manifest.perceptual_hashes.get(s.image) for s in samples]
+    groups = duplicates.image_groups(hashes) if any(hashes) else None
     words = Counter(w for c in captions for w in re.findall(r"\w+", c.lower()))
     counts = np.array(sorted(words.values(), reverse=True) or [0])
     commonest = int(np.searchsorted(np.cumsum(counts), counts.sum() / 2)) + 1

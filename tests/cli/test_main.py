@@ -20,8 +20,8 @@ import amclr as package
 from amclr.evaluation.run import evaluate_run
 from amclr.runs.folder import Run
 from tests.conftest import COLOURS, REAL, SMALL, Command, needs_real_data, paint
+from tests.data.encoded import bomb
 from tests.data.formats import items_of, write_parquet, write_tars
-from tests.data.test_manifest import bomb
 from tests.training.test_loop import assert_same_run
 
 

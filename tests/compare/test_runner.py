@@ -25,13 +25,15 @@ from PIL import Image, ImageColor
 from amclr import cli
 from amclr.compare import report
 from amclr.compare import runner as compare
-from amclr.compare.runner import Comparison, Outcome, against, plan, read, sign_flip
+from amclr.compare.runner import Comparison, Outcome, against, plan
+from amclr.compare.statistics import sign_flip
 from amclr.config.checks import flat
 from amclr.config.schema import Config
 from amclr.data import manifest as manifests
-from amclr.data.images import decode as images
-from amclr.evaluation.evaluator import evaluate_run
+from amclr.data.images import scan, store
+from amclr.evaluation.run import evaluate_run
 from amclr.models.features import caption_features, image_features
+from amclr.runs.checkpoints import read
 from amclr.runs.folder import Run, begin
 from amclr.training import loop as engine
 from amclr.training.loop import Stopped
@@ -483,10 +485,11 @@ def test_runs_that_want_the_same_at_once(folder: Path, own_cache: Path, tmp_path
     def work(rank: int) -> None:
         model.text_tower.forward = counted("captions", model.text_tower.forward)
         model.image_tower.forward = counted("images", model.image_tower.forward)
-        images.read_image = counted("decoded", images.read_image)
+        for module in (scan, store):
+            module.read_image = counted("decoded", module.read_image)
         samples = manifests.prepare(config, own_cache, False).split("train")
-        store = images.ImageStore([s.image for s in samples], 32, progress=False)
-        made = image_features(model, samples, "weak", 2, config, own_cache, store, False)
+        decoded = store.ImageStore([s.image for s in samples], 32, progress=False)
+        made = image_features(model, samples, "weak", 2, config, own_cache, decoded, False)
         rows = caption_features(model, texts, own_cache, False)
         assert made.readable().all() and len(rows) == 300
 

@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 
 from amclr.config.schema import ModelConfig, ScenesConfig
-from amclr.data import scenes
+from amclr.data.scenes import dataset as scenes
 from amclr.models.dual_encoder import DualEncoder, build_tokenizer
 from amclr.search import index as indices
 from amclr.search.index import Index, Lists, Row, build, searcher, write_part

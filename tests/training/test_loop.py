@@ -27,9 +27,9 @@ from amclr.config.recipes import RECIPES
 from amclr.config.schema import Config, LossConfig, ModelConfig, OptimConfig, SourceConfig, ViewsConfig
 from amclr.data import manifest as manifests
 from amclr.data.batches import BatchPlan, ImageBatches
-from amclr.data.images.decode import ImageStore
+from amclr.data.images.store import ImageStore
 from amclr.data.images.views import policy
-from amclr.data.text.store import Entry, Version
+from amclr.data.text.version import ParaphrasedCaption, Version
 from amclr.evaluation.evaluator import Evaluator
 from amclr.evaluation.run import evaluate_run
 from amclr.evaluation.tables import format_results
@@ -823,7 +823,7 @@ def test_a_run_keeps_the_paraphrases_that_it_began_with(folder: Path) -> None:
     made = []
     for seed in (0, 1):
         version = Version(folder / "paraphrases", {"model": "rules", "k": 1, "seed": seed})
-        version.append([Entry("a red patch number 8", (f"patch {seed}",))])
+        version.append([ParaphrasedCaption("a red patch number 8", (f"patch {seed}",))])
         version.finish()
         made.append(version)
         train(frozen(folder, f"with{seed}"), progress=False)

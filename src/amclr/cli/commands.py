@@ -175,9 +175,9 @@ def inspect(
         list (FILE.jsonl): Write every sample: its id, where its image is, captions, paraphrases.
         scan: Decode every image, however many there are. If interrupted, rerun the same command to resume.
     """
-    from amclr import inspection
+    from amclr.inspection import dataset
 
-    print(inspection.inspect(settings, sheet, scan, list))
+    print(dataset.inspect(settings, sheet, scan, list))
 
 
 def index(

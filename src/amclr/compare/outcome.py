@@ -15,7 +15,7 @@ from amclr.compare.experiment import Experiment
 from amclr.compare.measures import PARAPHRASED, RETRIEVAL, ZEROSHOT, RetrievalHits, by_image
 from amclr.compare.plan import Cell, passes_per_step
 from amclr.config.schema import Config
-from amclr.data.text.store import Rewording
+from amclr.data.text.rewording import Rewording
 from amclr.evaluation.classes import ClassSet, read_classes, short_names
 from amclr.evaluation.run import measure_run_paraphrased
 from amclr.evaluation.zeroshot import measure_classes

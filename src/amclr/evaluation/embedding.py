@@ -12,7 +12,8 @@ from torch import Tensor
 
 from amclr.config.schema import Config
 from amclr.data import manifest as manifests
-from amclr.data.images.decode import BadImage, ImageStore
+from amclr.data.images.decode import BadImage
+from amclr.data.images.store import ImageStore
 from amclr.data.manifest import Sample
 from amclr.models.dual_encoder import DualEncoder
 from amclr.models.features import caption_features, image_features

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from amclr.config.schema import Config
-from amclr.data.images.decode import BadImage, ImageSource, ImageStore, scan
+from amclr.data.images.decode import BadImage, ImageSource
+from amclr.data.images.scan import scan
+from amclr.data.images.store import ImageStore
 from amclr.data.manifest import Sample
 from amclr.data.sources.rows import Reject
 from amclr.distributed.world import World, process, processes, share_of
@@ -56,7 +58,7 @@ class Evaluator:
         self.images: Sequence[ImageSource] = sources
         decoded: list[Tensor | None] = []
         if repeated:
-            store = ImageStore.as_set(sources, config, cache, progress)
+            store = ImageStore.from_config(sources, config, cache, progress)
             if store.kept != "none":
                 decoded = [image_or_none(store.__getitem__, i) for i in range(len(store))]
                 self.images = [image for image in decoded if image is not None]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from amclr.config.schema import Config
-from amclr.data.text.store import Rewording
+from amclr.data.text.rewording import Rewording
 from amclr.evaluation import metrics
 from amclr.evaluation.embedding import CachedEncoder, text_digest
 from amclr.evaluation.evaluator import Evaluator

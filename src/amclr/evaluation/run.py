@@ -12,7 +12,7 @@ import torch
 
 from amclr.config.schema import Config, SourceConfig
 from amclr.data import manifest as manifests
-from amclr.data.text.store import Rewording
+from amclr.data.text.rewording import Rewording
 from amclr.evaluation.classes import ClassSet, read_classes, short_names
 from amclr.evaluation.evaluator import Evaluator
 from amclr.evaluation.gallery import draw_gallery

@@ -10,7 +10,8 @@ import numpy as np
 
 from amclr.config.schema import Config
 from amclr.data import manifest as manifests
-from amclr.data.images.decode import Location, scan
+from amclr.data.images.decode import Location
+from amclr.data.images.scan import scan
 from amclr.data.manifest import Sample
 from amclr.evaluation import metrics
 from amclr.evaluation.classes import ClassSet

@@ -12,7 +12,7 @@ from amclr.config.checks import problems
 from amclr.config.schema import Config
 from amclr.data import manifest as manifests
 from amclr.data.images import duplicates
-from amclr.data.images.decode import ImageStore
+from amclr.data.images.store import ImageStore
 from amclr.data.images.views import policies
 from amclr.data.manifest import Manifest
 from amclr.data.sources.rows import printable, write_rejects
@@ -49,7 +49,7 @@ def inspect(
     lenient = replace(config, source=replace(config.source, max_bad=1.0, duplicates="positives"))
     manifest = manifests.prepare(lenient, manifests.cache_folder(config), progress, scan_all)
     samples = manifest.samples
-    hashes = [manifest.looks.get(s.image) for s in samples]
+    hashes = [manifest.perceptual_hashes.get(s.image) for s in samples]
     groups = duplicates.image_groups(hashes) if any(hashes) else None
     statistics = CaptionStatistics.of(config, [c for s in samples for c in s.captions])
     lines = [

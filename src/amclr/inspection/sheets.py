@@ -11,7 +11,7 @@ from torch import Tensor
 
 from amclr.config.schema import Config
 from amclr.data import manifest as manifests
-from amclr.data.images.decode import ImageStore
+from amclr.data.images.store import ImageStore
 from amclr.data.images.views import policies, title, whole
 from amclr.data.manifest import Manifest
 from amclr.data.sources.rows import printable

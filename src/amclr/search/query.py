@@ -21,8 +21,8 @@ from tqdm import tqdm
 from amclr.config.schema import SourceConfig
 from amclr.data.images.decode import BadImage, ImageSource, read_image
 from amclr.data.images.duplicates import alone_unnumbered, as_rows, joined, largest, near_duplicates
+from amclr.data.sources.folders import read_lines
 from amclr.data.sources.rows import printable
-from amclr.data.sources.tables import read_lines
 from amclr.evaluation import metrics
 from amclr.evaluation.classes import read_prompts
 from amclr.inspection.sheets import draw_look_alikes

@@ -28,8 +28,8 @@ from amclr.config.checks import fixed_differences, problems
 from amclr.config.schema import Config
 from amclr.data import manifest as manifests
 from amclr.data.batches import Batch, BatchPlan, ImageBatches
-from amclr.data.images.decode import ImageStore
 from amclr.data.images.duplicates import Duplicates
+from amclr.data.images.store import ImageStore
 from amclr.data.images.views import policies
 from amclr.data.manifest import Manifest, Sample
 from amclr.data.sources.rows import append_rejects, write_rejects
@@ -558,7 +558,7 @@ def prepare(
     same = duplicates(samples, manifest, config)
     batches: Dataset[Batch]
     if model_reads_images(model):
-        store = ImageStore.as_set(places, config, cache, progress)
+        store = ImageStore.from_config(places, config, cache, progress)
         on_gpu = config.views.where == "auto" and fabric.device.type == "cuda"
         edited = not (on_gpu or config.views.where == "device")
         batches = ImageBatches(samples, store, plan, views, model.tokenize, config, same, edited)
@@ -598,8 +598,8 @@ def duplicates(samples: Sequence[Sample], manifest: Manifest, config: Config) ->
     what = config.source.duplicates
     if what == "negatives":
         return Duplicates()
-    looks = [manifest.looks.get(s.image) for s in samples]
-    return Duplicates.find([s.texts for s in samples], looks if what == "positives" and any(looks) else None)
+    hashes = [manifest.perceptual_hashes.get(s.image) for s in samples]
+    return Duplicates.find([s.texts for s in samples], hashes if what == "positives" and any(hashes) else None)
 
 
 def build_objective(config: Config, samples: int) -> Objective:

@@ -276,14 +276,14 @@ def _index(arguments: list[str]) -> int:
     parser.add_class_arguments(SourceConfig, "source", skip=_OF_TRAINING)
     values = _parse(parser, arguments).as_dict()
     values["source"] = from_dict(values["source"], SourceConfig)
-    from amclr.search import index
+    from amclr.search import builder
 
     try:
-        built = index.build(**values)
+        result = builder.build(**values)
     except KeyboardInterrupt:
         return _fail("stopped, with every part kept that was done; the same command goes on", 130)
-    if built:  # of several processes the first alone has something to tell
-        print(index.report(built))
+    if result:  # of several processes the first alone has something to tell
+        print(builder.report(result))
     return 0
 
 
@@ -304,13 +304,13 @@ def _search(arguments: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print JSON, and draw nothing")
     parser.add_argument("--sheet", type=str, default="search.png", metavar="FILE", help="contact sheet; '' draws none")
     values = _parse(parser, arguments).as_dict()
-    from amclr.search import query as search
+    from amclr.search import query
 
     as_json, sheet = values.pop("json"), values.pop("sheet")
-    index, hits = search.search(Path(values.pop("index")), **values)
-    print(search.as_json(hits) if as_json else search.table(hits))
+    index, hits = query.search(Path(values.pop("index")), **values)
+    print(query.to_json(hits) if as_json else query.format_table(hits))
     if sheet and not as_json:
-        search.draw(index, hits, Path(sheet), search.told(values["query"], values["image"]))
+        query.draw_hits(index, hits, Path(sheet), query.title(values["query"], values["image"]))
         print(f"\ncontact sheet: {sheet}")
     return 0
 
@@ -347,9 +347,9 @@ def _label(arguments: list[str]) -> int:
     parser.add_class_arguments(SourceConfig, "source", skip=_OF_TRAINING)
     values = _parse(parser, arguments).as_dict()
     values["out"], values["source"] = Path(values["out"]), from_dict(values["source"], SourceConfig)
-    from amclr.search import query as search
+    from amclr.search import label
 
-    counts = search.label(**values)
+    counts = label(**values)
     print("\n".join(f"{n:8d}  {name}" for name, n in sorted(counts.items(), key=lambda c: -c[1])[:20]))
     print(f"\nlabels: {values['out']}")
     return 0
@@ -365,11 +365,11 @@ def _dedup(arguments: list[str]) -> int:
         help="join what the model finds so much alike, 0.9 say; empty: the same images, saved anew or resized",
     )  # fmt: skip
     values = _parse(parser, arguments)
-    from amclr.search import query as search
+    from amclr.search.near_duplicates import dedup, draw_groups
 
-    index, groups = search.dedup(Path(values.index), Path(values.out), values.threshold)
+    index, groups = dedup(Path(values.index), Path(values.out), values.threshold)
     print(f"{sum(map(len, groups))} of {len(index)} images, in {len(groups)} groups, look the same: {values.out}")
-    if values.sheet and search.draw_groups(index, groups, Path(values.sheet)):
+    if values.sheet and draw_groups(index, groups, Path(values.sheet)):
         print(f"the largest groups: {values.sheet}")
     return 0
 

@@ -194,7 +194,7 @@ def index(
         approximate: Search only part of the images. Empty: from 200,000 images.
         cache (FOLDER): Folder for what is kept between runs.
     """
-    from amclr.search import index as builder
+    from amclr.search import builder
 
     built = builder.build(
         run, data, out=out, source=source, thumbnails=thumbnails, approximate=approximate, cache=cache
@@ -220,12 +220,12 @@ def search(
         json: Print JSON, and write no contact sheet.
         sheet (FILE): Contact sheet to write; '' writes none.
     """
-    from amclr.search import query as engine
+    from amclr.search import query as queries
 
-    opened, hits = engine.search(index, query, image, k, threshold, only, image_share)
-    print(engine.as_json(hits) if json else engine.table(hits))
+    opened, hits = queries.search(index, query, image, k, threshold, only, image_share)
+    print(queries.to_json(hits) if json else queries.format_table(hits))
     if sheet and not json:
-        engine.draw(opened, hits, Path(sheet), engine.told(query, image))
+        queries.draw_hits(opened, hits, Path(sheet), queries.title(query, image))
         print(f"\ncontact sheet: {sheet}")
 
 
@@ -255,9 +255,9 @@ def label(
         templates (FILE|NAME): Prompts, as for `amclr evaluate`: amclr, simple, openai, or a file with {} for the class.
         cache (FOLDER): Folder for what is kept between runs.
     """
-    from amclr.search import query
+    from amclr.search import label as write_labels
 
-    counts = query.label(run, data, classes, out, templates, top, source, cache)
+    counts = write_labels(run, data, classes, out, templates, top, source, cache)
     print("\n".join(f"{n:8d}  {name}" for name, n in sorted(counts.items(), key=lambda c: -c[1])[:20]))
     print(f"\nlabels: {out}")
 
@@ -274,11 +274,11 @@ def dedup(
         threshold (COSINE): Group images whose embeddings have this similarity, such as 0.9. Empty: only the same image,
             saved again or resized.
     """
-    from amclr.search import query
+    from amclr.search import near_duplicates
 
-    opened, groups = query.dedup(index, out, threshold)
+    opened, groups = near_duplicates.dedup(index, out, threshold)
     print(f"{sum(map(len, groups))} of {len(opened)} images, in {len(groups)} groups, look the same: {out}")
-    if sheet and query.draw_groups(opened, groups, Path(sheet)):
+    if sheet and near_duplicates.draw_groups(opened, groups, Path(sheet)):
         print(f"the largest groups: {sheet}")
 
 

@@ -19,7 +19,6 @@ import torch
 from filelock import FileLock, Timeout
 from torch.nn import functional as F
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from amclr.config.checks import problems
 from amclr.config.schema import Config, ModelConfig, ParaphraseConfig, SourceConfig
@@ -69,6 +68,8 @@ class ModelParaphraser:
     """Candidates sampled from a seq2seq or causal transformers model."""
 
     def __init__(self, config: ParaphraseConfig, device: torch.device) -> None:
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+
         self.config, self.device = config, device
         where: dict[str, Any] = {"revision": config.revision, "trust_remote_code": False}
         try:

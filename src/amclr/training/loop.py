@@ -18,9 +18,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import torch.distributed as dist
-from timm.layers import convert_sync_batchnorm
 from torch import Tensor
-from torch.profiler import record_function
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -433,7 +431,7 @@ def backward(t: Training, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
     if 0 < size < largest:
         # As many parts on each process, since all wait for each other in the passes through a model they share.
         parts = batch.chunks(size, 0 if t.team.size == 1 else min(smallest, -(-largest // size)))
-        with record_function("amclr: forward and backward"):
+        with torch.profiler.record_function("amclr: forward and backward"):
             made = backward_in_chunks(
                 lambda part: embed(t.wrapped, part.to(device)), parts, t.objective, batch.ids.to(device),
                 groups=batch.groups, model=t.model, backward=t.fabric.backward,
@@ -441,14 +439,14 @@ def backward(t: Training, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
             )  # fmt: skip
         t.lap("forward and backward", "optimiser")
         return made
-    with record_function("amclr: forward"):
+    with torch.profiler.record_function("amclr: forward"):
         batch = batch.to(device)
         views = embed(t.wrapped, batch)
     t.lap("forward", "objective")
-    with record_function("amclr: objective"):
+    with torch.profiler.record_function("amclr: objective"):
         loss, metrics = t.objective(views, batch.ids, batch.groups)
     t.lap("objective", "backward")
-    with record_function("amclr: backward"):
+    with torch.profiler.record_function("amclr: backward"):
         t.fabric.backward(loss)
     t.lap("backward", "optimiser")
     return loss, metrics
@@ -579,6 +577,8 @@ def together(t: Training) -> Training:
     if t.config.sync_batchnorm and t.team.size > 1:
         if t.fabric.device.type != "cuda":
             raise UserError("--sync_batchnorm is for GPUs: leave it out")
+        from timm.layers import convert_sync_batchnorm
+
         convert_sync_batchnorm(t.model)
     t.wrapped = t.fabric.setup_module(t.model)
     t.averaging = Averaging(t.model, t.config)

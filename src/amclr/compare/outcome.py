@@ -88,8 +88,8 @@ def collect(cell: Cell, seed: int, extras: Extras, progress: bool) -> Outcome:
     _add_zeroshot(outcome, run, extras.classes, model, progress)
     if extras.rewording:
         arrays = _paraphrase_hits(run, extras.rewording, queries, model, progress)
-        for name, measure in PARAPHRASED.items():
-            shares = by_image(measure.per_caption(arrays), arrays["image_of_text"], hits.images)
+        for name, paraphrased in PARAPHRASED.items():
+            shares = by_image(paraphrased.per_caption(arrays), arrays["image_of_text"], hits.images)
             outcome.add(name, shares, str(arrays["queries"]))
     samples = json.loads((run.folder / "samples.json").read_text(encoding="utf-8"))
     outcome.trained_on = f"{samples['training images']}, sha256 {samples['sha256 of their names'][:12]}"
@@ -130,7 +130,7 @@ def _paraphrase_hits(
 
 
 def _budget(config: Config, rows: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """What a run took. Seconds are those of the loop: with the evaluations in it, without features computed before it."""
+    """What a run took. Seconds are those of the loop with its evaluations, without features computed beforehand."""
     logged, seconds = _logged_seconds(rows)
     steps = max((row["step"] for row in rows if row["kind"] == "eval"), default=logged[-1])
     images, captions = passes_per_step(config)

@@ -37,8 +37,8 @@ class Experiment:
     seeds: tuple[int, ...] = (0, 1, 2)
     """A list of seeds, or how many."""
     folds: int = 0
-    """Cross-validation: the training images are cut into this many parts, and the runs of a seed hold one of them out to
-    validate on; 0 for none."""
+    """Cross-validation: the training images are cut into this many parts, and the runs of a seed hold one of them out
+    to validate on; 0 for none."""
     fold_of: dict[int, int] = field(default_factory=dict)
     """The fold, from 1 on, of each seed in the file: the seeds take the folds in turn."""
     baseline: str = ""
@@ -47,8 +47,8 @@ class Experiment:
     """steps: all variants have the epochs that are set. passes: variants that encode fewer views per step have more
     epochs, so that all end with the same number of encoder passes."""
     cut: dict[str, float] = field(default_factory=dict)
-    """Empty, or `behind` and `after`: after `after` seeds, a variant more than `behind` points of mean recall behind the
-    best one at its point of the grid is not run with the remaining seeds."""
+    """Empty, or `behind` and `after`: after `after` seeds, a variant more than `behind` points of mean recall behind
+    the best one at its point of the grid is not run with the remaining seeds."""
     zeroshot: tuple[str, ...] = ()
     """Folders of images by class."""
     classnames: str = ""

@@ -76,14 +76,14 @@ RETRIEVAL = {
 """Means of R@1, R@5 and R@10, and R@1. The keys are those of results.json."""
 
 PARAPHRASED = {
-    "paraphrased img_r_mean": ParaphraseMeasure("image retrieval, paraphrased", lambda found: found["paraphrased"] @ MEAN),
+    "paraphrased img_r_mean": ParaphraseMeasure("image retrieval, paraphrased", lambda a: a["paraphrased"] @ MEAN),
     "paraphrased drop": ParaphraseMeasure(
-        "drop, paraphrased", lambda found: (found["as_is"] - found["paraphrased"]) @ MEAN, in_table=False
+        "drop, paraphrased", lambda a: (a["as_is"] - a["paraphrased"]) @ MEAN, in_table=False
     ),
     "paraphrased overlap": ParaphraseMeasure(
-        "overlap at 10, paraphrased", lambda found: found["overlap"], in_table=False
+        "overlap at 10, paraphrased", lambda a: a["overlap"], in_table=False
     ),
-    "paraphrased rbo": ParaphraseMeasure("RBO, paraphrased", lambda found: found["rbo"]),
+    "paraphrased rbo": ParaphraseMeasure("RBO, paraphrased", lambda a: a["rbo"]),
 }  # fmt: skip
 """Image retrieval by paraphrased captions, and how much the images agree that a caption and its paraphrase find."""
 

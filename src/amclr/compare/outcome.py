@@ -130,7 +130,7 @@ def _paraphrase_hits(
 
 
 def _budget(config: Config, rows: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """What a run took. Seconds are those of the loop: with the evaluations in it, without features computed before it."""
+    """What a run took. Seconds are those of the loop with its evaluations, without features computed beforehand."""
     logged, seconds = _logged_seconds(rows)
     steps = max((row["step"] for row in rows if row["kind"] == "eval"), default=logged[-1])
     images, captions = passes_per_step(config)

@@ -19,8 +19,8 @@ def captions(results: Mapping[str, Any]) -> dict[str, str]:
     values = f"mean and standard deviation over the {over}, and every {over[:-1]}."
     if results["experiment"]["folds"]:
         values = (
-            "mean, standard deviation and every run. From each value, the mean of all variants on the same fold and seed "
-            "is subtracted, and the overall mean added."
+            "mean, standard deviation and every run. From each value, the mean of all variants on the same fold and "
+            "seed is subtracted, and the overall mean added."
         )
     return {
         "retrieval.png": f"Retrieval: {values}", "zeroshot.png": f"Zero-shot accuracy: {values}",
@@ -79,8 +79,8 @@ def _panels(
 def without_fold_means(results: Mapping[str, Any], row: Mapping[str, Any], measure: str) -> list[float]:
     """A measure of a row's runs, less the mean of all variants on the same fold and seed, plus the overall mean.
 
-    What remains is what the variants are compared by (the normalisation of Cousineau 2005). Runs are left out if another
-    variant at this point of the grid has no run on their fold.
+    What remains is what the variants are compared by (the normalisation of Cousineau 2005). Runs are left out if
+    another variant at this point of the grid has no run on their fold.
     """
     same_point = [other for other in results["rows"] if other["grid"] == row["grid"]]
     by_seed: dict[int, list[float]] = {}
@@ -92,7 +92,7 @@ def without_fold_means(results: Mapping[str, Any], row: Mapping[str, Any], measu
 
 
 def _draw_learning_curves(results: Mapping[str, Any], file: Path) -> bool:
-    """Draw the mean recall of the evaluations, a panel for each point of the grid; False if there is nothing to draw."""
+    """Draw the mean recall of the evaluations, a panel per point of the grid; False if there is nothing to draw."""
     legend, rows = ", ".join(results["experiment"]["grid"]), results["rows"]
     # If variants at one point of the grid have different numbers of epochs, curves are comparable by passes only.
     by_epoch = len({(_group(row), row["epochs"]) for row in rows}) == len({_group(row) for row in rows})

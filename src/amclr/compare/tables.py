@@ -59,8 +59,8 @@ def _test_cells(row: Mapping[str, Any], baseline: str) -> list[str]:
 
 EQUAL_COST = "At equal cost: mean recall"
 EQUAL_COST_NOTE = (
-    "The best evaluation of each run up to a cost that all runs at its point of the grid reached. Schedules are those of "
-    "the whole runs: a run that was planned to end there would have lowered its learning rate by then."
+    "The best evaluation of each run up to a cost that all runs at its point of the grid reached. Schedules are those "
+    "of the whole runs: a run that was planned to end there would have lowered its learning rate by then."
 )
 
 
@@ -112,8 +112,8 @@ def notes(results: Mapping[str, Any]) -> list[str]:
     lines = [_views_note(results), _retrieval_note(results), *_test_notes(results, fold_of)]
     if any(m in measures.PARAPHRASED for m in results["measures"]):
         lines.append(
-            f"Paraphrased by {paraphrases}: queries are the paraphrases of the captions that have one. RBO: rank-biased "
-            "overlap (p = 0.9) of the images that a caption and its paraphrase find, in percent."
+            f"Paraphrased by {paraphrases}: queries are the paraphrases of the captions that have one. RBO: "
+            "rank-biased overlap (p = 0.9) of the images that a caption and its paraphrase find, in percent."
         )
     if zeroshot := results.get("zeroshot"):
         lines.append("Zero-shot: " + "; ".join(f"{label}: {about}" for label, about in zeroshot.items()) + ".")
@@ -154,16 +154,16 @@ def _retrieval_note(results: Mapping[str, Any]) -> str:
     held_out = "held-out fold" if results["experiment"]["folds"] else "validation split"
     chance = f" (chance {results['chance']:.1f})" if results["chance"] is not None else ""
     note = (
-        f"Retrieval is the mean of R@1, R@5 and R@10 on the {held_out}, of the epoch with the best mean{chance}; all in "
-        f"percent, mean ± standard deviation over the {replicates(results)}. Passes: views of images and captions "
+        f"Retrieval is the mean of R@1, R@5 and R@10 on the {held_out}, of the epoch with the best mean{chance}; all "
+        f"in percent, mean ± standard deviation over the {replicates(results)}. Passes: views of images and captions "
         "through a tower, or through its head if the tower is frozen. Seconds: the training loop with its evaluations."
     )
     at_once = sorted({run["at a time"] for row in results["rows"] for run in row["runs"]})
     if at_once in ([], [1]):
         return note
     return (
-        f"{note} Up to {' or '.join(map(str, at_once))} runs at a time: do not compare seconds with those of runs that "
-        "ran alone."
+        f"{note} Runs were trained {' or '.join(map(str, at_once))} at a time: do not compare their seconds with those "
+        "of runs that ran alone."
     )
 
 

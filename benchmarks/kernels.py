@@ -3,7 +3,7 @@
     python -m benchmarks.kernels [--capability 90] [--kinds half,tf32,ieee] [--dims 256,512] [--matches 1]  without one
     python -m benchmarks.kernels --time 1024,4096,32768 [--kinds half]                          on a GPU
 
-The first compiles both passes of the closed form, with every tile that `amclr.objectives.kernels` may choose,
+The first compiles both passes of the closed form, with every tile that `amclr.objectives.backends.triton_kernels` may choose,
 to machine code, and counts in it: registers of a thread and bytes of its stack (what did not fit in them), memory
 that a program's warps share, instructions of the matrix units (HGMMA since sm_90, HMMA before), multiply-adds without
 them (FFMA), and exponentials. The second runs each tile in turn (AmCLR, temperature 0.05) and says what it takes,
@@ -29,9 +29,12 @@ from benchmarks.objectives import Step, machine, median_times, print_header, pri
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from amclr.objectives import build, kernels
-from amclr.objectives.blocks import Positives
-from amclr.objectives.kernels import Tile
+from amclr.objectives import build
+from amclr.objectives.backends import BlockInputs
+from amclr.objectives.backends import triton_kernels as kernels
+from amclr.objectives.backends.triton_kernels import TileShape
+from amclr.objectives.layout import layouts
+from amclr.objectives.positives import Positives
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 KINDS = {"half": ("*bf16", torch.bfloat16, "bfloat16"), "tf32": ("*fp32", torch.float32, "tf32"),
@@ -76,19 +79,19 @@ def report(made: Any) -> dict[str, int]:
     return {**found, "shared": made.metadata.shared, **counts}
 
 
-def every_tile(kind: str, dim: int, whole: bool) -> Iterator[tuple[int, Tile]]:
+def every_tile(kind: str, dim: int, whole: bool) -> Iterator[tuple[int, TileShape]]:
     """The tiles that may be chosen for a kind of product and rows of so many dimensions: (pass, tile)."""
     for position, tiles in enumerate(zip(*kernels.tile_pairs(kind, dim, whole), strict=True)):
         yield from ((position, tile) for tile in dict.fromkeys(tiles))
 
 
-def described(tile: Tile) -> str:
+def described(tile: TileShape) -> str:
     """A tile in a few characters."""
     width = f" x {tile.width}" if tile.width else ""
     return f"{tile.rows} x {tile.candidates} x {tile.depth}{width}{', whole' * tile.whole}"
 
 
-def products(position: int, tile: Tile, dim: int) -> float:
+def products(position: int, tile: TileShape, dim: int) -> float:
     """Matrix products (B x D by D x B, or alike) of a pass of AmCLR, whose least are 4 and 12 by tiles formed twice."""
     return 8.0 if position == 0 else 8.0 * math.ceil(dim / tile.width) + 8.0
 
@@ -120,15 +123,17 @@ class Passes:
         _, dtype, as_products = KINDS[kind]
         objective = build("amclr", size)
         views = views_of(size, dim, device, dtype)
-        self.blocks = kernels.TritonBlocks(
-            [views[v].detach() for v in objective._stacked], slice(0, size), objective._layouts_of[True], 0.05,
-            Positives.of([torch.arange(size, device=device)], torch.device(device)), as_products, 2 / objective.gamma,
-        )  # fmt: skip
+        names = objective.parts.views
+        positives = Positives.of([torch.arange(size, device=device)], torch.device(device))
+        self.blocks = kernels.TritonBlocks(BlockInputs(
+            [views[v].detach() for v in names], slice(0, size), layouts(objective.terms, names, True), 0.05, positives,
+            as_products, 2 / objective.gamma,
+        ))  # fmt: skip
         self.chosen = self.blocks.tiles
         self.offsets, self.own = torch.full((2, 8, size), 40.0, device=device)
         self.gradient = torch.empty(4, size, dim, device=device, dtype=self.blocks.z.dtype)
 
-    def run(self, position: int, tile: Tile) -> None:
+    def run(self, position: int, tile: TileShape) -> None:
         """A pass, once."""
         self.blocks.tiles = (tile, tile)
         if position:
@@ -144,7 +149,7 @@ def time_all(sizes: list[int], kinds: list[str], dims: list[int], seconds: float
     for kind, dim, size in itertools.product(kinds, dims, sizes):
         passes = Passes(kind, size, dim, device)
         whole = device == "cpu" or kernels._limits(passes.blocks.z.device)[2]
-        steps: tuple[dict[Tile, Step], dict[Tile, Step]] = {}, {}
+        steps: tuple[dict[TileShape, Step], dict[TileShape, Step]] = {}, {}
         for position, tile in every_tile(kind, dim, whole):
             try:
                 passes.run(position, tile)

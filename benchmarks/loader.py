@@ -37,7 +37,8 @@ from torchvision.transforms import v2
 
 from amclr.config.schema import Config, ModelConfig, ViewsConfig
 from amclr.data.batches import BatchPlan, ImageBatches
-from amclr.data.images.decode import ImageStore, Location
+from amclr.data.images.decode import Location
+from amclr.data.images.store import ImageStore
 from amclr.data.images.views import POLICIES, Drawn, boxes, policy
 from amclr.data.manifest import Sample, load
 

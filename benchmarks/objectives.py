@@ -71,11 +71,11 @@ def straightforward(name: str, views: dict[str, torch.Tensor], tau: float, cycli
             table[k, ids] = u
             w = e / u[:, None]
             loss = loss + ((w * d * (1 - eye)).sum(1) / (batch - 1)).mean()
-        for image, text in built.pairs if built.cyclic_weight else ():
+        for image, text in built.pairs if built.settings.cyclic_weight else ():
             x, y = views[image].float(), views[text].float()
             s = x @ y.T
             inconsistency = (x @ x.T - y @ y.T).square().mean() + (s - s.T).square().mean()
-            loss = loss + built.cyclic_weight * batch / len(built.pairs) * inconsistency
+            loss = loss + (built.settings.cyclic_weight or 0) * batch / len(built.pairs) * inconsistency
         backward(loss, views)
 
     return step

@@ -70,19 +70,20 @@ def timed(search: Any, asked: np.ndarray) -> tuple[np.ndarray, float, float]:
 
 def make_index(folder: Path, rows: int, lists: bool, out: Any) -> None:
     """Ours, from vectors to files."""
-    from amclr.search.index import FORMAT, Lists, Row, write_part
+    from amclr.search.inverted_lists import InvertedLists
+    from amclr.search.parts import FORMAT, IndexedImage, write_part
 
     base = memory("VmRSS")
     (folder / "parts").mkdir(parents=True, exist_ok=True)
     began, at, parts = time.perf_counter(), 0, []
     for block in blocks(rows):
-        some = [Row(f"{at + k:08d}.jpg", "", 0, -1, "", (), b"") for k in range(len(block))]
+        some = [IndexedImage(f"{at + k:08d}.jpg", "", 0, -1, "", (), b"") for k in range(len(block))]
         parts.append(vars(write_part(folder, block, some, [b""] * len(block), "made")))
         at += len(block)
     about: dict[str, Any] = {"amclr index": FORMAT, "data": "", "dim": DIM, "model": "made", "parts": parts}
     if lists:
         vectors = np.concatenate(list(blocks(rows)))
-        about["lists"] = Lists.make(vectors, queries(rows)[::2], progress=True).write(folder / "lists")
+        about["lists"] = InvertedLists.train(vectors, queries(rows)[::2], progress=True).write(folder / "lists")
     (folder / "index.json").write_text(json.dumps(about))
     out.put(
         {

@@ -53,7 +53,7 @@ def photograph(seed: int, size: tuple[int, int]) -> bytes:
 
 def make_index(model: str, rows: int, folder: Path) -> None:
     from amclr import load
-    from amclr.search.index import FORMAT, PART, Row, write_part
+    from amclr.search.parts import FORMAT, PART_ROWS, IndexedImage, write_part
 
     encoder = load(model)
     encoder.save_pretrained(folder / "model")
@@ -61,13 +61,15 @@ def make_index(model: str, rows: int, folder: Path) -> None:
     said = texts(CENTRES, 0)
     centres = encoder.encode_text(said).numpy()
     draw, parts, shown = np.random.default_rng(0), [], [photograph(k, (160, 120)) for k in range(50)]
-    for start in range(0, rows, PART):
-        numbers = np.arange(start, min(start + PART, rows))
+    for start in range(0, rows, PART_ROWS):
+        numbers = np.arange(start, min(start + PART_ROWS, rows))
         vectors = centres[numbers % CENTRES] + 0.5 / encoder.config.dim**0.5 * draw.normal(
             size=(len(numbers), encoder.config.dim)
         )
         vectors = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
-        known = [Row(f"{n:07d}.jpg", f"{n:07d}.jpg", 0, -1, "", (said[n % CENTRES],), b"") for n in numbers.tolist()]
+        known = [
+            IndexedImage(f"{n:07d}.jpg", f"{n:07d}.jpg", 0, -1, "", (said[n % CENTRES],), b"") for n in numbers.tolist()
+        ]
         parts.append(vars(write_part(folder, vectors, known, [shown[n % 50] for n in numbers], "made")))
     about = {"amclr index": FORMAT, "data": "", "dim": encoder.config.dim, "model": "made", "parts": parts}
     (folder / "index.json").write_text(json.dumps(about))

@@ -16,11 +16,11 @@ from pathlib import Path
 
 import numpy as np
 
-from amclr.compare.report import with_spread
-from amclr.compare.runner import spread
+from amclr.compare.statistics import spread
+from amclr.compare.tables import with_spread
 from amclr.data import manifest
-from amclr.data.scenes import ranked_kinds
-from amclr.data.sources import tables
+from amclr.data.scenes.scene import ranked_kinds
+from amclr.data.sources import folders
 from amclr.runs.folder import Run
 from amclr.utils.errors import UserError
 from amclr.utils.files import read_arrays
@@ -37,10 +37,10 @@ def by_group(folder: Path) -> dict[str, tuple[float, int, int]]:
     hits = read_arrays(folder / "queries-zeroshot.npz")
     if root is None or hits is None:
         raise UserError(f"'{folder}' has no zero-shot results: the run is not finished, or --scenes.zeroshot was 0")
-    paths, _, _ = tables.class_folders(root)
+    paths, _, _ = folders.class_folders(root)
     kinds = [f"{colour}_{shape}" for colour, shape in ranked_kinds(config.scenes.seed)]
     rank = np.array([kinds.index(p.parent.name) for p in paths])
-    shown = dict(line.split("\t") for line in tables.read_lines(root / "shown.tsv"))
+    shown = dict(line.split("\t") for line in folders.read_lines(root / "shown.tsv"))
     counts = np.array([int(shown[k]) for k in kinds])
     found = {}
     for name, group in GROUPS.items():

@@ -17,10 +17,11 @@ import torch
 from PIL import Image
 
 import amclr as package
+from amclr.evaluation.run import evaluate_run
 from amclr.runs.folder import Run
 from tests.conftest import COLOURS, REAL, SMALL, Command, needs_real_data, paint
+from tests.data.encoded import bomb
 from tests.data.formats import items_of, write_parquet, write_tars
-from tests.data.test_manifest import bomb
 from tests.training.test_loop import assert_same_run
 
 
@@ -60,7 +61,7 @@ def test_train_evaluate_inspect(amclr: Command, main: Command, folder: Path, tmp
     assert saved["zeroshot_rejects"] == 2 and saved["images"] == 32
     assert (tmp_path / "out/run/evaluations/patches-train.png").is_file()
     looked = amclr("inspect", "--data", folder)
-    assert "images     40, train 32, val 8" in looked.stdout and "captions     80: 40 images with 2" in looked.stdout
+    assert "images       40, train 32, val 8" in looked.stdout and "captions     80: 40 images with 2" in looked.stdout
     with Image.open(tmp_path / "contact-sheet.png") as sheet:
         assert min(sheet.size) > 400
     again = main("train", "--data", folder, *SMALL, "--out", "out/run")
@@ -161,7 +162,7 @@ def test_prompts_and_class_names_from_files(main: Command, folder: Path, tmp_pat
     found = json.loads((tmp_path / "run" / "evaluations" / "zeroshot-classes.json").read_text())
     assert found["zeroshot_images"] == 32 and found["zeroshot_top1"] > 70
     files = {k: str(tmp_path / v) for k, v in files.items()} | {"classnames": str(tmp_path / "turned.tsv")}
-    turned = package.evaluation.evaluator.evaluate_run(tmp_path / "run", retrieval=False, progress=False, **files)
+    turned = evaluate_run(tmp_path / "run", retrieval=False, progress=False, **files)
     assert turned["zeroshot_top1"] < 30
 
 
@@ -304,7 +305,7 @@ def test_datasets_of_the_hub_by_name(
     write_parquet(tmp_path / "set", items_of(folder))
     done = main("inspect", "--data", f"hf:{tmp_path / 'set'}")
     assert done.returncode == 0, done.stderr
-    assert "(Hugging Face dataset)" in done.stdout and "images     40, train 32, val 8" in done.stdout
+    assert "(Hugging Face dataset)" in done.stdout and "images       40, train 32, val 8" in done.stdout
     done = main("inspect", "--data", "hf:nobody/such-a-set")
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "cannot load the dataset 'nobody/such-a-set'" in done.stderr and "save_to_disk(FOLDER)" in done.stderr

@@ -18,9 +18,9 @@ import torch
 import yaml
 from transformers import AutoModel, DistilBertConfig
 
-from amclr.compare import runner as compare
-from amclr.compare.runner import plan, read
-from amclr.data.scenes import ranked_kinds
+from amclr.compare.experiment import read_experiment
+from amclr.compare.plan import plan
+from amclr.data.scenes.scene import ranked_kinds
 from amclr.models.dual_encoder import train_tokenizer
 from amclr.utils.files import read_arrays
 from tests.conftest import COLOURS, Command, paint
@@ -30,8 +30,8 @@ ROOT = Path(__file__).parents[2]
 
 def test_the_papers_setting(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """As arXiv 2412.07979 gives it, in every run."""
-    monkeypatch.setattr(compare, "_check_data", lambda _: None)
-    cells = plan(read(ROOT / "experiments" / "paper.yaml"), tmp_path)
+    monkeypatch.setattr("amclr.compare.plan._images_per_epoch", lambda _: None)
+    cells = plan(read_experiment(ROOT / "experiments" / "paper.yaml"), tmp_path)
     configs = [c for cell in cells for c in cell.configs.values()]
     assert Counter((c.objective, c.optim.name) for c in configs) == {
         (o, n): 3 for o in ("sogclr", "isogclr", "amclr", "xamclr") for n in ("adamw", "adamp")

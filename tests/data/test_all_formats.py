@@ -12,7 +12,7 @@ import torch
 from amclr.config.schema import Config, LossConfig, ModelConfig, OptimConfig, ViewsConfig
 from amclr.data import manifest as manifests
 from amclr.data.batches import BatchPlan, ImageBatches
-from amclr.data.images.decode import ImageStore
+from amclr.data.images.store import ImageStore
 from amclr.data.manifest import Manifest
 from amclr.training import loop as engine
 from tests.conftest import REAL, make_folder, needs_real_data

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from amclr.config.schema import Config, ModelConfig, SourceConfig, ViewsConfig
 from amclr.data import manifest as manifests
 from amclr.data.batches import Batch, BatchPlan, ImageBatches
-from amclr.data.images.decode import ImageStore
+from amclr.data.images.store import ImageStore
 from amclr.data.images.views import NamedPolicy, whole
 from amclr.utils.errors import UserError
 

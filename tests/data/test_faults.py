@@ -23,8 +23,8 @@ from amclr.data.manifest import Manifest
 from amclr.data.sources.tars import Damage, Member, members
 from amclr.utils.errors import UserError
 from tests.conftest import COLOURS, Command, paint
+from tests.data.encoded import bomb, encoded
 from tests.data.formats import Item, tar_of, write_parquet
-from tests.data.test_manifest import bomb, encoded
 
 
 def image(index: int) -> Image.Image:
@@ -225,8 +225,8 @@ def reasons(manifest: Manifest) -> dict[str, str]:
 def memory_of(code: str, *arguments: object) -> float:
     """Peak memory in MB of a fresh process that runs `code`, above that of one which only imports."""
     prelude = (
-        "import resource, sys\nfrom pathlib import Path\nfrom amclr.config import *\nimport datasets, pyarrow.parquet\n"
-        "from amclr.data import manifest as manifests\nfrom amclr.errors import UserError\n"
+        "import resource, sys\nfrom pathlib import Path\nfrom amclr.config.schema import *\nimport datasets, pyarrow.parquet\n"
+        "from amclr.data import manifest as manifests\nfrom amclr.utils.errors import UserError\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
     )
     ending = "\nprint((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)\n"
@@ -262,7 +262,7 @@ def test_names_that_reach_outside_open_nothing(tmp_path: Path, own_cache: Path) 
     told = " ".join(r.reason for r in found.rejects)
     assert told.count("leaves the folder") == 6 and told.count("is a URL") == 2
     assert all(len(str(r)) < 1200 and str(r).isprintable() for r in found.rejects)
-    with pytest.raises(UserError, match="would run a command: save what it prints"):
+    with pytest.raises(UserError, match="would run a command: save its output"):
         read("pipe:touch owned", own_cache)  # type: ignore[arg-type]
     # What the user names is opened: the folder above, on purpose.
     allowed = read(root, own_cache, images=str(tmp_path))

@@ -312,5 +312,5 @@ def test_a_collapsed_model_agrees_by_chance() -> None:
     ones = unit(torch.ones(400, 4))
     found = evaluate.agreement(ones[:5], ones[:5], ones)
     assert found["overlap"].max() < 0.3 and found["rbo"].max() < 0.3
-    with pytest.raises(ValueError, match="do not agree"):
+    with pytest.raises(ValueError, match="do not match"):
         evaluate.agreement(ones[:5], ones[:4], ones)

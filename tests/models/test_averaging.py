@@ -11,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import timm
 import torch
@@ -22,7 +21,8 @@ from transformers import AutoModel, BertConfig
 import amclr
 from amclr.config.checks import problems
 from amclr.config.schema import Config, ModelConfig, OptimConfig
-from amclr.evaluation.evaluator import evaluate_run, report
+from amclr.evaluation.run import evaluate_run
+from amclr.evaluation.tables import format_results
 from amclr.models import averaging, packaged
 from amclr.models.averaging import Averaging
 from amclr.models.dual_encoder import DualEncoder, build_tokenizer, train_tokenizer
@@ -229,7 +229,7 @@ def test_the_line_after_the_fact(folder: Path, published: ModelConfig, main: Com
     kept = train(tuned(folder, published, "kept", wise=0.6, ema=0.0, objective="clip"), progress=False)
     row = next(r for r in kept.metrics() if r["kind"] == "eval" and r["step"] == state["step"])
     assert rows[1]["r_mean"] == pytest.approx(row["r_mean"], abs=1e-3)
-    assert "image retr." in report({"wise": rows, "curves": "x.png"})
+    assert "image retr." in format_results({"wise": rows, "curves": "x.png"})
     wrong = main("evaluate", plain.folder, "--wise", "0,2")
     assert wrong.returncode == 1 and "--wise must be numbers between 0 and 1" in wrong.stderr
 
@@ -553,21 +553,3 @@ def test_the_monitor_decodes_once(image_lr: float, folder: Path, monkeypatch: py
     file.write_text(file.read_text().replace(f'"zeroshot_top1": {json.dumps(before)}}}', '"zeroshot_top1": 12.5}'))
     later = train(replace(run.config, epochs=3), resume=run.folder, progress=False)
     assert [r for r in later.metrics() if r["kind"] == "eval"][-1]["zeroshot_top1_start"] == 12.5
-
-
-def test_monitored_images_are_spread_over_the_classes(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    from amclr.evaluation import evaluator as measure
-
-    labels = [0] * 50 + [1] * 3 + [2] * 30
-    chosen = measure.evenly(labels, 24)
-    assert len(set(chosen)) == len(chosen) <= 24 and chosen == measure.evenly(labels, 24)
-    counts = np.bincount([labels[i] for i in chosen])
-    assert counts.tolist() == [10, 3, 10]
-    assert np.diff([i for i in chosen if labels[i] == 0]).tolist() == [5] * 9
-    assert measure.evenly(labels, 1000) == list(range(83))
-    assert [labels[i] for i in measure.evenly(labels, 2)] == [0, 1, 2]
-    monkeypatch.setattr(measure, "MONITORED", 8)
-    monitor = measure.Monitor(encoder(), classes(folder))
-    assert len(monitor.labels) + monitor.rejects == 8 and len(set(monitor.labels)) == 4
-    with pytest.raises(UserError, match="needs a folder with one folder per class"):
-        measure.Monitor(encoder(), folder / "nowhere")

@@ -17,9 +17,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 pytest.importorskip("triton", reason="Triton is not installed")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
-from amclr.objectives import build, kernels  # noqa: E402
-from amclr.objectives.blocks import Blocks, Positives  # noqa: E402
-from amclr.objectives.kernels import TritonBlocks  # noqa: E402
+from amclr.objectives import build  # noqa: E402
+from amclr.objectives.backends import BlockInputs  # noqa: E402
+from amclr.objectives.backends import triton_kernels as kernels  # noqa: E402
+from amclr.objectives.backends.torch_tiles import TorchBlocks  # noqa: E402
+from amclr.objectives.backends.triton_kernels import TritonBlocks  # noqa: E402
+from amclr.objectives.layout import layouts  # noqa: E402
+from amclr.objectives.positives import Positives  # noqa: E402
 
 VIEWS = ("image", "image_aug", "text", "text_aug")
 # Relative errors of the gradient, by the type of the features in the products.
@@ -138,18 +142,10 @@ def test_rows_of_one_process(mine: slice) -> None:
     objective = build("xamclr", 40)
     positives = Positives.of((ids,), ids.device)
     results = []
-    for blocks in (
-        Blocks([views[VIEWS.index(v)] for v in objective._stacked], mine, objective._layouts_of[False], 0.1, positives),
-        TritonBlocks(
-            [views[VIEWS.index(v)] for v in objective._stacked],
-            mine,
-            objective._layouts_of[False],
-            0.1,
-            positives,
-            "auto",
-            2.0,
-        ),
-    ):
+    grids = layouts(objective.terms, objective.parts.views, False)
+    every = [views[VIEWS.index(v)] for v in objective.parts.views]
+    for backend in (TorchBlocks, TritonBlocks):
+        blocks = backend(BlockInputs(every, mine, grids, 0.1, positives, "auto", 2.0))
         sums, positive = blocks.log_sums()
         offsets = torch.linspace(-2, 4, 12 * 40, device=DEVICE).view(12, 40)
         own = torch.linspace(0, 1, 12 * 40, device=DEVICE).view(12, 40)
@@ -312,13 +308,15 @@ def test_half_precision_views_are_not_copied_to_float32(temperature: str, monkey
     ],
 )
 def test_when_halves_are_taken_as_they_are(
-    dtype: torch.dtype, settings: dict[str, Any], count: int, expected: bool, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, settings: dict[str, Any], count: int, expected: bool
 ) -> None:
-    monkeypatch.setattr("amclr.objectives.objective.processes", lambda: count)
-    objective = build("amclr", 40, backend="triton", **settings).to(DEVICE)
-    views = draw(0, 8, 16, dtype)
-    assert objective._takes_halves(views, dtype) == expected
-    assert not objective._takes_halves(views | {"text": views["text"].float()}, torch.float32)
+    objective = build("amclr", 40, backend="triton", **{k: x for k, x in settings.items() if k != "averaged"}).to(
+        DEVICE
+    )
+    views, multiplied = draw(0, 8, 16, dtype), settings.get("averaged", False) and count > 1
+    assert objective.parts.takes_halves([*views.values()], dtype, False, multiplied) == expected
+    mixed = [*(views | {"text": views["text"].float()}).values()]
+    assert not objective.parts.takes_halves(mixed, torch.float32, False, False)
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
@@ -349,7 +347,7 @@ def test_a_step_in_a_cuda_graph() -> None:
 
 
 SMALL_KERNELS = """
-from amclr.objectives import kernels as k
+from amclr.objectives.backends import triton_kernels as k
 from benchmarks.kernels import compiled
 
 block = dict(IDS=2, BLOCK=k.BLOCK)

@@ -18,12 +18,13 @@ from torch._subclasses import FakeTensorMode
 from torch.nn import functional as F
 
 import amclr
-from amclr.objectives import METHODS, blocks, build
-from amclr.objectives import objective as objective_module
+from amclr.objectives import METHODS, build, positives
 from amclr.objectives import queue as queue_module
+from amclr.objectives import step as step_module
 from amclr.objectives.adaptive import log_noise
-from amclr.objectives.blocks import Positives
-from amclr.objectives.contrast import cyclic_penalty
+from amclr.objectives.backends import torch_tiles
+from amclr.objectives.contrasts import cyclic_penalty
+from amclr.objectives.positives import Positives
 from tests.objectives import oracle
 
 VIEWS = ("image", "image_aug", "text", "text_aug")
@@ -253,8 +254,8 @@ def test_how_a_block_is_walked_changes_nothing(
     for walk, settings_ in WALKS.items():
         with monkeypatch.context() as patch:
             for key, value in settings_.items():
-                patch.setattr(blocks, key, value)
-            patch.setattr(objective_module, "SMALL", 0 if "tiles" in walk else 1 << 30)
+                patch.setattr(torch_tiles, key, value)
+            patch.setattr(step_module, "SMALL", 0 if "tiles" in walk else 1 << 30)
             objective = build(name, 40, temperature=tau).double()
             objective.diagnose = walk == "rows of tiles"
             for step in range(2):
@@ -413,7 +414,7 @@ def test_individual_temperatures_settle_where_the_divergence_equals_rho() -> Non
     views = {k: torch.tensor(v) for k, v in draw_views(2, batch=10).items()}
     ids = torch.arange(10)
     objective = build("isogclr", 10, temperature=0.3, gamma=1.0, rho=0.4, temperature_lr=0.02,
-                      temperature_range=(0.01, 10.0)).double()  # fmt: skip
+                      temperature_min=0.01, temperature_max=10.0).double()  # fmt: skip
     for _ in range(1500):
         objective(views, ids)
     tau = objective.get_submodule("tau_image").values[:, 0]
@@ -599,7 +600,7 @@ def test_a_queue_in_evaluation_and_with_nan() -> None:
 @pytest.mark.parametrize("queue", [0, 9])
 def test_labels_may_be_on_the_cpu(groups: tuple[str, ...], ids_on: str, queue: int, monkeypatch: Any) -> None:
     """Beside views on a GPU, seen by tensors without values, which no GPU is needed for."""
-    monkeypatch.setattr(blocks, "_may_match", lambda labels: True)
+    monkeypatch.setattr(positives, "_may_repeat", lambda labels: True)
     with FakeTensorMode(allow_non_fake_inputs=True):
         objective = build("amclr", 30, queue=queue, backend="eager", validate=False, storage="device").to("cuda")
         for _ in range(2):
@@ -787,7 +788,9 @@ def test_estimator_error_is_that_of_an_exact_pass() -> None:
     for _ in range(4):
         individual(views, ids)
     before = individual.tau_image.values.clone()
-    individual.tau_lr = 0.0  # so that the estimates are those of the temperatures that stand in the table
+    individual.parts.temperatures.lr = (
+        0.0  # so that the estimates are those of the temperatures that stand in the table
+    )
     individual(views, ids)
     assert float(before.std()) > 0.001 and individual.estimator_error(views, ids, ids)["rms"] < 1e-5
 
@@ -1054,7 +1057,9 @@ def test_a_learned_temperature_moves_from_its_bounds(name: str) -> None:
     """Its gradient is finite and not zero at a bound, and where a step went beyond it, the next begins at it."""
     views, ids = tensors(draw_views(0), torch.float32), torch.arange(6)
     for tau in (0.01, 1.0):
-        objective = build(name, 6, temperature=tau, temperature_mode="learnable", temperature_range=(0.01, 1.0))
+        objective = build(
+            name, 6, temperature=tau, temperature_mode="learnable", temperature_min=0.01, temperature_max=1.0
+        )
         objective(views, ids)[0].backward()
         gradient = objective.log_temperature.grad
         assert gradient is not None and bool(torch.isfinite(gradient)) and float(gradient) != 0
@@ -1085,7 +1090,7 @@ def test_validation_in_inference_mode_comes_before_training() -> None:
 def test_copies_and_files_hold_no_tiles() -> None:
     objective, ids = build("amclr", 300, temperature=0.1), torch.arange(300)
     objective(tensors(draw_views(0, batch=300), torch.float32), ids)
-    assert objective._workspace.held and not copy.deepcopy(objective)._workspace.held
+    assert objective.parts.workspace.held and not copy.deepcopy(objective).parts.workspace.held
     assert len(pickle.dumps(objective)) < 100_000
 
 
@@ -1122,7 +1127,7 @@ def test_metrics_stay_when_the_loss_is_changed_in_place() -> None:
 
 def test_one_exponential_serves_a_trained_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """Positives far above all negatives, at a temperature where they must not set the scale of the exponents."""
-    monkeypatch.setattr(blocks.Grid, "_exact_sums", lambda *_: pytest.fail("done the long way"))
+    monkeypatch.setattr(torch_tiles.Grid, "_exact_sums", lambda *_: pytest.fail("done the long way"))
     base = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
     views = {v: F.normalize(base + 0.2 * torch.randn(64, 256), dim=-1) for v in VIEWS}
     loss, metrics = build("xamclr", 64, temperature=0.01)(views, torch.arange(64))
@@ -1170,7 +1175,7 @@ def test_bad_batches_are_named(change: Any, message: str) -> None:
     ("groups", "message"),
     [
         (torch.arange(6), "groups must be a dict of int64 tensors by view .* got torch.int64 of shape"),
-        ({"image": torch.arange(6)}, r"by view \(image, image_aug, text, text_aug\), got \['image'\]"),
+        ({"photo": torch.arange(6)}, r"by view \(image, image_aug, text, text_aug\), got \['photo'\]"),
         ({"text": torch.arange(5)}, r"groups\['text'\] must be an int64 tensor of shape \(6,\), got .* \(5,\)"),
         ({"image": torch.arange(6).float()}, r"groups\['image'\] must be an int64 tensor of shape"),
     ],
@@ -1204,10 +1209,10 @@ def test_value_checks_can_be_switched_off() -> None:
     ("name", "settings_", "message"),
     [
         ("sogcl", {}, "unknown objective 'sogcl': did you mean 'sogclr'"),
-        ("amclr", {"gamma": 0.0}, r"gamma must lie in \(0, 1\], got 0.0"),
-        ("amclr", {"temperature": -1}, "temperature must be positive"),
-        ("iamclr", {"temperature": 2.0}, "temperature must lie in temperature_range"),
-        ("amclr", {"temperature_range": (0.0, 1.0)}, "temperature_range must be 0 < low <= high"),
+        ("amclr", {"gamma": 0.0}, "gamma must be greater than 0 and at most 1, got 0"),
+        ("amclr", {"temperature": -1}, "temperature must be greater than 0"),
+        ("iamclr", {"temperature": 2.0}, "temperature must lie in .temperature_min, temperature_max."),
+        ("amclr", {"temperature_min": 0.0}, "temperature_min must be greater than 0"),
         ("simclr", {"cyclic_weight": 0.1}, "'simclr' aligns no image-text pairs: leave out cyclic_weight=0.1"),
         (
             "amclr",
@@ -1222,7 +1227,7 @@ def test_value_checks_can_be_switched_off() -> None:
         ("amclr", {"pairs": "none"}, "pairs must be one of first, aligned, all"),
         ("amclr", {"weights": {"intra": 1}}, "weights must be one of cross, image, text"),
         ("amclr", {"weights": {"cross": 0}}, "leave 'amclr' without a term"),
-        ("amclr", {"queue": -1}, "queue must be a whole number, 0 for none, got -1"),
+        ("amclr", {"queue": -1}, "queue must lie between 0 and 1e.06, got -1"),
         ("amclr", {"queue": 2.5}, "queue must be a whole number, 0 for none, got 2.5"),
         ("siglip", {"queue": 9}, "'siglip' has no anchors to contrast with a queue: leave out queue=9"),
         ("simclr", {"queue": 9}, "'simclr' has no anchors to contrast with a queue"),
@@ -1230,7 +1235,7 @@ def test_value_checks_can_be_switched_off() -> None:
         ("amclr", {"storage": "tape"}, "storage must be one of auto, device, host, disk"),
         ("amclr", {"matmul_dtype": "int8"}, "matmul_dtype must be one of auto, float32"),
         ("amclr", {"backend": "cuda"}, "backend must be one of auto, eager, triton"),
-        ("amclr", {"weights": {"cross": math.inf}}, r"weights\['cross'\] must not be negative or infinite"),
+        ("amclr", {"weights": {"cross": math.inf}}, "cross_weight must be at least 0, got inf"),
         ("amclr", {"num_samples": 1.5}, "num_samples must be a positive int"),
         ("amclr", {"num_samples": 0}, "num_samples must be a positive int"),
         ("amclr", {"num_samples": {"image": 3}}, "num_samples must be a positive int or a dict"),

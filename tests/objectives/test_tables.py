@@ -104,7 +104,9 @@ def test_automatic_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tables, "free_memory", lambda: 10_000)
     assert build("amclr", 100).log_u_image.storage == "device"  # 2 x 100 x 4 x 4 bytes
     assert build("amclr", 1000).log_u_image.storage == "disk"
-    assert build("clip", 10**9).temperature_mode == "learnable", "a mini-batch objective has no tables to find room for"
+    assert build("clip", 10**9).settings.temperature_mode == "learnable", (
+        "a mini-batch objective has no tables to find room for"
+    )
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: type("P", (), {"total_memory": 8_000}))
     assert [tables.choose_storage(size) for size in (1000, 4000, 9000)] == ["device", "host", "disk"]

@@ -26,9 +26,10 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, T
 from amclr import cli
 from amclr.config.schema import Config, ParaphraseConfig, SourceConfig
 from amclr.data import manifest as manifests
-from amclr.data.text import store as stores
+from amclr.data.text.store import read_store
+from amclr.data.text.version import Version
 from amclr.data.text.wording import changed, words
-from amclr.evaluation import evaluator as measure
+from amclr.inspection.dataset import inspect
 from amclr.models import packaged
 from amclr.paraphrase.generate import Encoder, ModelParaphraser, RuleParaphraser, paraphrase
 from amclr.utils.errors import UserError
@@ -149,7 +150,7 @@ def parts(store: Path) -> int:
 def test_a_seq2seq_model_fills_a_store_that_training_reads(seq2seq: Path, tmp_path: Path) -> None:
     data = captioned(tmp_path / "data")
     told = paraphrase(options(seq2seq), str(data))
-    found = stores.read_store(data / "paraphrases")
+    found = read_store(data / "paraphrases")
     captions = {c for s in manifests.load(Config(data=str(data)), tmp_path).samples for c in s.captions}
     assert set(found.texts) == captions and f"captions     {len(captions)} different ones" in told
     assert found.version.startswith(f"{seq2seq.name}-k2-") and str(found.path) in told
@@ -170,16 +171,16 @@ def test_what_is_drawn_follows_from_seed_and_settings(seq2seq: Path, tmp_path: P
     for out, others in (("a", {}), ("b", {}), ("c", {"seed": 1}), ("d", {"top_k": 5})):
         paraphrase(options(seq2seq, out=str(tmp_path / out), **others), str(data))
         torch.rand(3)  # what others draw in between makes no difference
-    texts = [stores.read_store(tmp_path / out).texts for out in "abcd"]
+    texts = [read_store(tmp_path / out).texts for out in "abcd"]
     assert bytes_of(tmp_path / "a") == bytes_of(tmp_path / "b")
     assert texts[0] != texts[2] and texts[0] != texts[3]
     both = tmp_path / "both"
     paraphrase(options(seq2seq, out=str(both)), str(data))
     paraphrase(options(seq2seq, out=str(both), seed=1), str(data))
     versions = sorted(p.name for p in both.iterdir() if p.is_dir())
-    assert len(versions) == 2 and stores.read_store(both).texts == texts[2]
+    assert len(versions) == 2 and read_store(both).texts == texts[2]
     first = next(v for v in versions if json.loads((both / v / "store.json").read_text())["settings"]["seed"] == 0)
-    assert stores.read_store(both / first).texts == texts[0]
+    assert read_store(both / first).texts == texts[0]
 
 
 def test_a_causal_model_gives_its_new_tokens_alone(causal: Path, tmp_path: Path) -> None:
@@ -197,7 +198,7 @@ def test_a_causal_model_gives_its_new_tokens_alone(causal: Path, tmp_path: Path)
                 ids = torch.cat([ids, made.model(ids).logits[:, -1:].argmax(-1)], 1)
         assert texts == [made.tokenizer.decode(ids[0, start:], skip_special_tokens=True).strip()] * 2
     told = paraphrase(options(causal, out=str(tmp_path / "out")), str(captioned(tmp_path / "data")))
-    assert "paraphrases  " in told and len(stores.read_store(tmp_path / "out").texts) > 20
+    assert "paraphrases  " in told and len(read_store(tmp_path / "out").texts) > 20
 
 
 def test_an_answer_ends_with_its_line_or_its_end_token(causal: Path) -> None:
@@ -308,7 +309,7 @@ def test_a_line_cut_anywhere_is_done_again(process: int, tmp_path: Path, monkeyp
     data = captioned(tmp_path / "data", 12)
     settings = options("rules", out=str(tmp_path / "store"))
     with monkeypatch.context() as patch:
-        patch.setattr(stores.Version, "finish", lambda self: {})
+        patch.setattr(Version, "finish", lambda self: {})
         paraphrase(settings, str(data))
     (part,) = (tmp_path / "store").glob("*/parts/*.jsonl")
     whole = part.read_bytes()
@@ -328,7 +329,7 @@ def test_new_captions_alone_are_paraphrased_later(
 ) -> None:
     data = captioned(tmp_path / "data")
     paraphrase(options(seq2seq), str(data))
-    before = stores.read_store(data / "paraphrases").texts
+    before = read_store(data / "paraphrases").texts
     with (data / "captions.txt").open("a") as handle:
         handle.write("0.png,the wet old dog plays over the street\n3.png,cat near water\n")
     asked: list[str] = []
@@ -336,7 +337,7 @@ def test_new_captions_alone_are_paraphrased_later(
     monkeypatch.setattr(ModelParaphraser, "__call__", lambda self, c, n: asked.extend(c) or real(self, c, n))
     told = paraphrase(options(seq2seq), str(data))
     assert asked == ["the wet old dog plays over the street", "cat near water"] and "2 new" in told
-    after = stores.read_store(data / "paraphrases").texts
+    after = read_store(data / "paraphrases").texts
     assert {c: after[c] for c in before} == dict(before) and len(after) == len(before) + 2
     paraphrase(options(seq2seq), str(data))
     assert len(asked) == 2
@@ -367,7 +368,7 @@ def test_captions_that_come_during_a_stop_keep_what_is_done(
     monkeypatch.setattr(ModelParaphraser, "__call__", lambda self, c, n: again.extend(c) or real(self, c, n))
     told = paraphrase(options(seq2seq), str(data))
     assert not set(again) & set(asked) and "8 of them done before a stop" in told
-    assert len(stores.read_store(data / "paraphrases").texts) == len(again) + 8
+    assert len(read_store(data / "paraphrases").texts) == len(again) + 8
 
 
 # -- processes ------------------------------------------------------------------------------------
@@ -437,7 +438,7 @@ def test_ctrl_c_says_how_to_go_on(
 
 def test_one_at_a_time(tmp_path: Path) -> None:
     data = captioned(tmp_path / "data")
-    version = stores.Version(data / "paraphrases", {"model": "rules", "k": 2})
+    version = Version(data / "paraphrases", {"model": "rules", "k": 2})
     from amclr.paraphrase.generate import _alone
 
     with _alone(version.folder), pytest.raises(UserError, match="another `amclr paraphrase` is at work in"):
@@ -464,7 +465,7 @@ def test_filters_reject_what_a_model_gets_wrong(tmp_path: Path, monkeypatch: pyt
         "amclr.paraphrase.generate.RuleParaphraser.__call__", lambda self, captions, count: [made for _ in captions]
     )
     told = paraphrase(options("rules", k=3, shortest=0.5, longest=2.0), str(data))
-    found = stores.read_store(data / "paraphrases")
+    found = read_store(data / "paraphrases")
     assert found.texts["Two dogs with a red ball on the left ."] == (made[7], made[11])
     report = json.loads((found.path / "report.json").read_text())
     expected = {"same": 2, "numbers": 1, "colours": 1, "negation": 1, "sides": 1, "short": 1, "unfinished": 1, "long": 1,
@@ -473,7 +474,7 @@ def test_filters_reject_what_a_model_gets_wrong(tmp_path: Path, monkeypatch: pyt
     assert "1 with 2" in told and "1 negation (other negation)" in told
     assert "pair of dogs" in (found.path / "sample.txt").read_text()
     told = paraphrase(options("rules", k=3, shortest=0.5, longest=2.0, keep_facts=False), str(data))
-    assert made[1] in stores.read_store(data / "paraphrases").texts["Two dogs with a red ball on the left ."]
+    assert made[1] in read_store(data / "paraphrases").texts["Two dogs with a red ball on the left ."]
 
 
 def test_far_meanings_are_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -487,7 +488,7 @@ def test_far_meanings_are_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (data / "captions.txt").write_text("image,caption\n0.png,A dog runs on the beach\n")
     monkeypatch.setattr("amclr.paraphrase.generate.RuleParaphraser.__call__", lambda *_: [[far, near]])
     told = paraphrase(options("rules", similarity=0.5), str(data))
-    assert stores.read_store(data / "paraphrases").texts == {"A dog runs on the beach": (near,)}
+    assert read_store(data / "paraphrases").texts == {"A dog runs on the beach": (near,)}
     assert "1 similarity" in told
 
 
@@ -545,7 +546,7 @@ def test_the_command(main: Command, tmp_path: Path) -> None:
     done = main("paraphrase", data, "--model", "rules", "--source.max_bad", "0.5")
     assert done.returncode == 0, done.stderr[-2000:]
     assert "captions     2 different ones, 2 new" in done.stdout and "caption/s" in done.stderr
-    store = stores.read_store(data / "paraphrases")
+    store = read_store(data / "paraphrases")
     assert all(changed("A dog runs on the beach .", p) is None for p in store.of("A dog runs on the beach ."))
-    told = measure.inspect(Config(data=str(data)), tmp_path / "sheet.png", progress=False)
+    told = inspect(Config(data=str(data)), tmp_path / "sheet.png", progress=False)
     assert f"paraphrases  of 1 captions, from {store.path}" in told

@@ -27,10 +27,13 @@ from amclr.config.recipes import RECIPES
 from amclr.config.schema import Config, LossConfig, ModelConfig, OptimConfig, SourceConfig, ViewsConfig
 from amclr.data import manifest as manifests
 from amclr.data.batches import BatchPlan, ImageBatches
-from amclr.data.images.decode import ImageStore
+from amclr.data.images.store import ImageStore
 from amclr.data.images.views import policy
-from amclr.data.text.store import Entry, Version
-from amclr.evaluation.evaluator import Evaluator, evaluate_run, inspect, report
+from amclr.data.text.version import ParaphrasedCaption, Version
+from amclr.evaluation.evaluator import Evaluator
+from amclr.evaluation.run import evaluate_run
+from amclr.evaluation.tables import format_results
+from amclr.inspection.dataset import inspect
 from amclr.models import features
 from amclr.models.dual_encoder import DualEncoder, ImageTower, build_tokenizer
 from amclr.models.features import FeatureBatches
@@ -387,7 +390,7 @@ def test_bad_images_that_nothing_looked_for_are_passed_over(
     assert "1 of 8 images to evaluate on cannot be decoded, and are left out; the first: " in capsys.readouterr().err
     measured = evaluate_run(run.folder, progress=False)
     assert measured["r_mean"] == pytest.approx(results["r_mean"], abs=1e-3) and measured["images"] == 7
-    assert "val split: 7 images, 14 captions, 1 left out" in report(measured)
+    assert "val split: 7 images, 14 captions, 1 left out" in format_results(measured)
     assert "contact sheet" in inspect(run.config, folder.parent / "sheet.png", progress=False)
     with pytest.raises(UserError, match="1 of 32 training images can no longer be read, over the limit of 2.0%"):
         train(make(folder, "strict", source=replace(source, max_bad=0.02), decoded=decoded), progress=False)
@@ -820,7 +823,7 @@ def test_a_run_keeps_the_paraphrases_that_it_began_with(folder: Path) -> None:
     made = []
     for seed in (0, 1):
         version = Version(folder / "paraphrases", {"model": "rules", "k": 1, "seed": seed})
-        version.append([Entry("a red patch number 8", (f"patch {seed}",))])
+        version.append([ParaphrasedCaption("a red patch number 8", (f"patch {seed}",))])
         version.finish()
         made.append(version)
         train(frozen(folder, f"with{seed}"), progress=False)

@@ -48,7 +48,7 @@ def train(
     """
     if changed_data and not resume:
         raise UserError("--changed_data belongs to --resume RUN: give it too")
-    from amclr.evaluation import evaluator
+    from amclr.evaluation.tables import format_results
     from amclr.training import loop
 
     try:
@@ -56,7 +56,7 @@ def train(
     except loop.Stopped as stopped:
         return fail(str(stopped), stopped.code)
     if run.speaks:
-        print(evaluator.report(json.loads((run.folder / "results.json").read_text())))
+        print(format_results(json.loads((run.folder / "results.json").read_text())))
         print(f"\nrun folder: {run.folder}  (curves.png, gallery.png, results.json)")
         print(f"use it:     amclr evaluate {run.folder} --zeroshot CLASS_FOLDERS")
         print(f"            amclr.load('{run.folder}') in Python")
@@ -120,13 +120,14 @@ def evaluate(
         shares = [-1.0]
     if not all(0 <= share <= 1 for share in shares):
         raise UserError(f"--wise must be numbers between 0 and 1 with commas, as 0,0.5,1, got '{wise}'")
-    from amclr.evaluation import evaluator
+    from amclr.evaluation.run import evaluate_run
+    from amclr.evaluation.tables import format_results
 
-    results = evaluator.evaluate_run(
+    results = evaluate_run(
         run, data=data, source=source, split=split, captions=captions, folds=folds, paraphrased=paraphrased,
         zeroshot=zeroshot, classnames=classnames, templates=templates, retrieval=retrieval, wise=shares,
     )  # fmt: skip
-    print(evaluator.report(results))
+    print(format_results(results))
 
 
 def export(run: Path, *, to: str = "", out: str = "", precision: str = "fp32", data: str = "") -> None:
@@ -174,9 +175,9 @@ def inspect(
         list (FILE.jsonl): Write every sample: its id, where its image is, captions, paraphrases.
         scan: Decode every image, however many there are. If interrupted, rerun the same command to resume.
     """
-    from amclr.evaluation import evaluator
+    from amclr.inspection import dataset
 
-    print(evaluator.inspect(settings, sheet, scan, list))
+    print(dataset.inspect(settings, sheet, scan, list))
 
 
 def index(
@@ -193,7 +194,7 @@ def index(
         approximate: Search only part of the images. Empty: from 200,000 images.
         cache (FOLDER): Folder for what is kept between runs.
     """
-    from amclr.search import index as builder
+    from amclr.search import builder
 
     built = builder.build(
         run, data, out=out, source=source, thumbnails=thumbnails, approximate=approximate, cache=cache
@@ -219,12 +220,12 @@ def search(
         json: Print JSON, and write no contact sheet.
         sheet (FILE): Contact sheet to write; '' writes none.
     """
-    from amclr.search import query as engine
+    from amclr.search import query as queries
 
-    opened, hits = engine.search(index, query, image, k, threshold, only, image_share)
-    print(engine.as_json(hits) if json else engine.table(hits))
+    opened, hits = queries.search(index, query, image, k, threshold, only, image_share)
+    print(queries.to_json(hits) if json else queries.format_table(hits))
     if sheet and not json:
-        engine.draw(opened, hits, Path(sheet), engine.told(query, image))
+        queries.draw_hits(opened, hits, Path(sheet), queries.title(query, image))
         print(f"\ncontact sheet: {sheet}")
 
 
@@ -254,9 +255,9 @@ def label(
         templates (FILE|NAME): Prompts, as for `amclr evaluate`: amclr, simple, openai, or a file with {} for the class.
         cache (FOLDER): Folder for what is kept between runs.
     """
-    from amclr.search import query
+    from amclr.search import label as write_labels
 
-    counts = query.label(run, data, classes, out, templates, top, source, cache)
+    counts = write_labels(run, data, classes, out, templates, top, source, cache)
     print("\n".join(f"{n:8d}  {name}" for name, n in sorted(counts.items(), key=lambda c: -c[1])[:20]))
     print(f"\nlabels: {out}")
 
@@ -273,11 +274,11 @@ def dedup(
         threshold (COSINE): Group images whose embeddings have this similarity, such as 0.9. Empty: only the same image,
             saved again or resized.
     """
-    from amclr.search import query
+    from amclr.search import near_duplicates
 
-    opened, groups = query.dedup(index, out, threshold)
+    opened, groups = near_duplicates.dedup(index, out, threshold)
     print(f"{sum(map(len, groups))} of {len(opened)} images, in {len(groups)} groups, look the same: {out}")
-    if sheet and query.draw_groups(opened, groups, Path(sheet)):
+    if sheet and near_duplicates.draw_groups(opened, groups, Path(sheet)):
         print(f"the largest groups: {sheet}")
 
 

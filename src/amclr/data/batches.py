@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from amclr.config.schema import Config
-from amclr.data.images.decode import BadImage, ImageStore
+from amclr.data.images.decode import BadImage
 from amclr.data.images.duplicates import Duplicates
 from amclr.data.images.edits import Edits
+from amclr.data.images.store import ImageStore
 from amclr.data.images.views import policies
 from amclr.data.manifest import Sample
 from amclr.data.text.views import TextPolicy

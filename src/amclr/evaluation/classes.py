@@ -17,7 +17,7 @@ from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
 
-from amclr.data.sources import tables
+from amclr.data.sources.folders import class_folders, names_file, read_lines
 from amclr.evaluation.metrics import TEMPLATES
 from amclr.utils.errors import UserError
 
@@ -93,10 +93,10 @@ def read_classes(root: Path, classnames: str = "", templates: str = "", known: b
             f"no class names file '{file}', nor names called so: give a file of FOLDER<tab>NAME lines, or one of "
             f"{', '.join(NAMES)}"
         )
-    paths, labels, names = tables.class_folders(root, file)
+    paths, labels, names = class_folders(root, file)
     folder_of = {label: path.relative_to(root).parts[0] for label, path in zip(labels, paths, strict=True)}
     folders = [folder_of[label] for label in range(len(names))]
-    own_names, own_prompts = file or tables.names_file(root), root / "templates.txt"
+    own_names, own_prompts = file or names_file(root), root / "templates.txt"
     asks_names = not (classnames or own_names)
     asks_prompts = not (templates or own_prompts.is_file())
     found = known_set(folders) if known and (asks_names or asks_prompts) else ""
@@ -108,7 +108,7 @@ def read_classes(root: Path, classnames: str = "", templates: str = "", known: b
     else:
         names_of = str(own_names.name) if own_names else "as its folders are called"
     if not asks_prompts and not templates:
-        prompts, prompts_of = tuple(tables.read_lines(own_prompts)), own_prompts.name
+        prompts, prompts_of = tuple(read_lines(own_prompts)), own_prompts.name
     else:
         prompts, prompts_of = read_prompts(templates or (found if usable else "amclr"))
     if not prompts or (bad := next((p for p in prompts if "{}" not in p), "")):
@@ -192,7 +192,7 @@ def read_prompts(name: str) -> tuple[tuple[str, ...], str]:
     if name in listed:
         return listed[name], f"{name}, by CLIP_benchmark"
     if Path(name).is_file():
-        return tuple(tables.read_lines(Path(name))), name
+        return tuple(read_lines(Path(name))), name
     others = ", ".join(n for n in sorted(listed) if n not in PROMPTS)
     raise UserError(
         f"no templates file '{name}', nor prompts called so: give a file with one prompt per line, {{}} for the class "

@@ -16,23 +16,25 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
-from transformers import BertConfig
 
 from amclr.config.schema import Config, SourceConfig
 from amclr.data import manifest as manifests
 from amclr.data.images.decode import BadImage, Location
-from amclr.evaluation.evaluator import measured_on
+from amclr.evaluation.run import evaluation_config
 from amclr.models.dual_encoder import SMALL_TOWER, DualEncoder
 from amclr.objectives.methods import METHODS
 from amclr.runs.folder import Run
 from amclr.utils.errors import UserError, first_line, require
 from amclr.utils.files import write_text, written
+
+if TYPE_CHECKING:
+    from transformers import BertConfig
 
 PAIRS = 256
 """Images of the run's own data, with a caption of each, on which an export is compared."""
@@ -118,7 +120,7 @@ def export(
     if home.exists() and (not home.is_dir() or any(home.iterdir())):
         raise UserError(f"'{home}' is in use: choose another --out, or remove it")
     model = opened.load_model()
-    images, captions = pairs_of(model, measured_on(opened.config, data, SourceConfig()), progress)
+    images, captions = pairs_of(model, evaluation_config(opened.config, data, SourceConfig()), progress)
     with _beside(home) as folder:
         form.write(model, folder, temperature_of(opened), precision)
         exported = form.load(folder)
@@ -403,6 +405,8 @@ def bert_of_distilbert(config: Any, state: dict[str, Tensor]) -> tuple[BertConfi
             key = key.replace(old, new)
         renamed[key] = value
     renamed["embeddings.token_type_embeddings.weight"] = torch.zeros(1, config.dim)
+    from transformers import BertConfig  # slow to import
+
     bert = BertConfig(
         vocab_size=config.vocab_size, hidden_size=config.dim, num_hidden_layers=config.n_layers,
         num_attention_heads=config.n_heads, intermediate_size=config.hidden_dim, hidden_act=config.activation,

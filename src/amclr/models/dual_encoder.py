@@ -8,17 +8,13 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import timm
 import torch
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _NormBase
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModel, AutoTokenizer, BertConfig, BertModel, PreTrainedTokenizerFast
-from transformers import logging as transformers_logging
 
 from amclr.config.schema import ModelConfig
 from amclr.data.images.decode import ImageSource, read_image
@@ -26,6 +22,9 @@ from amclr.data.images.views import whole
 from amclr.models import packaged
 from amclr.models.hub import OnHub
 from amclr.utils.errors import UserError, first_line
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
@@ -36,9 +35,6 @@ SMALL_TOWER: tuple[str, dict[str, Any]] = (
 
 # Fast tokenizers refuse to be forked after use in threads; batches are tokenised in worker processes.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# Their own progress bars and load reports say nothing that a user of ours can act on.
-transformers_logging.disable_progress_bar()
-transformers_logging.set_verbosity_error()
 
 
 class ImageTower(nn.Module):
@@ -418,6 +414,8 @@ def build_image_tower(config: ModelConfig, weights: bool = True) -> ImageTower:
 
     weights: false leaves pretrained weights out, where others are loaded afterwards.
     """
+    import timm  # slow to import
+
     name = config.image_tower
     load = config.image_pretrained and weights
     if name == "small":
@@ -457,8 +455,9 @@ def build_text_tower(config: ModelConfig, tokenizer: Any, weights: bool = True) 
 
     weights: false leaves pretrained weights out, where others are loaded afterwards.
     """
+    transformers = import_transformers()
     if config.text_tower == "small":
-        bert = BertConfig(
+        bert = transformers.BertConfig(
             vocab_size=len(tokenizer),
             hidden_size=192,
             num_hidden_layers=2,
@@ -467,13 +466,15 @@ def build_text_tower(config: ModelConfig, tokenizer: Any, weights: bool = True) 
             max_position_embeddings=max(64, config.max_tokens),
             pad_token_id=tokenizer.pad_token_id,
         )  # fmt: skip
-        return TextTower(BertModel(bert, add_pooling_layer=False), config.text_pooling)
+        return TextTower(transformers.BertModel(bert, add_pooling_layer=False), config.text_pooling)
     source = _text_source(config)
     try:
         if config.text_pretrained and weights:
-            trunk = AutoModel.from_pretrained(source, dtype=torch.float32)
+            trunk = transformers.AutoModel.from_pretrained(source, dtype=torch.float32)
         else:
-            trunk = AutoModel.from_config(AutoConfig.from_pretrained(source), dtype=torch.float32)
+            trunk = transformers.AutoModel.from_config(
+                transformers.AutoConfig.from_pretrained(source), dtype=torch.float32
+            )
     except Exception as error:
         raise _text_error(config, error) from None
     # A pooler that nothing of ours reads would only be trained on nothing.
@@ -488,11 +489,11 @@ def build_tokenizer(config: ModelConfig, captions: Sequence[str], folder: Path |
     `folder` holds the tokenizer of an earlier run; where it exists it is used.
     """
     if folder and folder.is_dir():
-        return PreTrainedTokenizerFast.from_pretrained(folder)
+        return import_transformers().PreTrainedTokenizerFast.from_pretrained(folder)
     if config.text_tower == "small":
         return train_tokenizer(captions)
     try:
-        return AutoTokenizer.from_pretrained(_text_source(config))
+        return import_transformers().AutoTokenizer.from_pretrained(_text_source(config))
     except Exception as error:
         raise _text_error(config, error) from None
 
@@ -503,6 +504,8 @@ def train_tokenizer(captions: Iterable[str], vocabulary: int = 8000) -> PreTrain
     Bytes, so that no script is unknown; and because training it is deterministic, which training
     WordPiece is not.
     """
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
     special = ["[PAD]", "[CLS]", "[SEP]"]
     inner = Tokenizer(models.BPE())
     inner.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
@@ -517,7 +520,18 @@ def train_tokenizer(captions: Iterable[str], vocabulary: int = 8000) -> PreTrain
     inner.train_from_iterator(captions, trainer)
     ids = [(t, inner.token_to_id(t)) for t in ("[CLS]", "[SEP]")]
     inner.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=ids)
-    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]")
+    return import_transformers().PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]"
+    )
+
+
+def import_transformers() -> Any:
+    """The transformers library, which is slow to import, without its own progress bars and load reports."""
+    import transformers
+
+    transformers.logging.disable_progress_bar()
+    transformers.logging.set_verbosity_error()
+    return transformers
 
 
 def _text_source(config: ModelConfig) -> str:

@@ -33,8 +33,9 @@ from tqdm import tqdm
 
 from amclr.config.schema import Config
 from amclr.data.batches import Batch, BatchPlan, draw_texts, drawn_by, split_views
-from amclr.data.images.decode import BadImage, ImageStore
+from amclr.data.images.decode import BadImage
 from amclr.data.images.duplicates import Duplicates
+from amclr.data.images.store import ImageStore
 from amclr.data.images.views import policy, title
 from amclr.data.manifest import Sample
 from amclr.data.text.views import TextPolicy

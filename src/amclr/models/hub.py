@@ -18,8 +18,6 @@ from typing import Any, Self
 from huggingface_hub import ModelCard, ModelHubMixin, snapshot_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from timm.models._hub import save_config_for_hf  # what its save_for_hf uses, without the weights
-from transformers import AutoTokenizer
 
 from amclr.config.checks import from_dict
 from amclr.config.schema import ModelConfig
@@ -41,6 +39,8 @@ class OnHub(ModelHubMixin):
         if model.has_adapters:
             raise ValueError("the model has adapters: call merge_adapters() first")
         if model.config.image_tower not in ("small", packaged.IMAGE_TOWER):
+            from timm.models._hub import save_config_for_hf  # what its save_for_hf uses, without the weights
+
             (save_directory / "image_tower").mkdir(exist_ok=True)
             save_config_for_hf(model.image_tower.trunk, str(save_directory / "image_tower" / CONFIG))
         if model.config.text_tower != "small":
@@ -71,6 +71,8 @@ class OnHub(ModelHubMixin):
     @classmethod
     def from_folder(cls, folder: Path) -> Self:
         """The model in a folder that `save_pretrained` wrote. Raises UserError, with the reason, where it has none."""
+        from transformers import AutoTokenizer  # slow to import
+
         try:
             told = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
             if not isinstance(told, dict) or "amclr" not in told:

@@ -1,4 +1,4 @@
-"""Which terms each objective has: the methods as rows of a table.
+"""Which terms each objective has: methods as rows of a table.
 
 A **view** is one rendering of a sample (`image`, `image_aug`, `text`, `text_aug`). A directed
 **term** contrasts an anchor view with a candidate view; a **method** is a list of terms, a contrast
@@ -11,9 +11,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from amclr.config.schema import LossConfig
+from amclr.objectives.contrasts import CONTRASTS
+
 VIEWS = ("image", "image_aug", "text", "text_aug")
 
-Contrast = Literal["batch", "sigmoid", "global"]
 Temperature = Literal["fixed", "learnable", "individual"]
 Pairs = Literal["none", "first", "aligned", "all"]
 
@@ -58,7 +60,8 @@ class Method:
     """One objective: which pairs are aligned, by which contrast, at which temperature."""
 
     summary: str
-    contrast: Contrast
+    contrast: str
+    """Its name in `amclr.objectives.contrasts.CONTRASTS`."""
     pairs: Pairs
     intra: tuple[str, ...] = ()
     """Modalities whose two views are aligned with each other."""
@@ -70,20 +73,31 @@ class Method:
     default_temperature: float = 0.01
     source: str = ""
 
-    def terms(self, pairs: Pairs | None = None, weights: Mapping[str, float] | None = None) -> tuple[Term, ...]:
-        """The directed terms, image anchors first, in the order of the public AmCLR code.
+    def terms(self, settings: LossConfig | None = None) -> tuple[Term, ...]:
+        """The directed terms, image anchors first, with the pairs and weights of the settings.
 
-        Global objectives sum their terms (SogCLR 2, AmCLR 8, xAmCLR 12). Mini-batch objectives
-        average theirs, so that CLIP is the mean of its two cross-entropies however many pairs it has.
+        Global objectives sum their terms (SogCLR 2, AmCLR 8, xAmCLR 12). Mini-batch objectives average theirs, so that
+        CLIP is the mean of its two cross-entropies however many pairs it has.
         """
-        weights = weights or {}
-        cross = PAIRS[pairs or self.pairs]
+        settings = settings or LossConfig()
+        weights = {"cross": settings.cross_weight, "image": settings.image_weight, "text": settings.text_weight}
+        cross = PAIRS[settings.pairs or self.pairs]
         terms = [Term(i, t) for i, t in cross] + self._intra_terms("image")
         terms += [Term(t, i) for i, t in cross] + self._intra_terms("text")
-        if self.contrast != "global":
+        if CONTRASTS[self.contrast].averages_terms:
             terms = [replace(t, weight=1 / len(terms)) for t in terms]
-        terms = [replace(t, weight=t.weight * float(weights.get(t.kind, 1.0))) for t in terms]
+        terms = [replace(t, weight=t.weight * float(weights[t.kind])) for t in terms]
         return tuple(t for t in terms if t.weight)
+
+    def resolved(self, settings: LossConfig) -> LossConfig:
+        """Settings with the method's own values for empty ones."""
+        temperature = self.default_temperature if settings.temperature is None else settings.temperature
+        return replace(
+            settings,
+            temperature=float(temperature),
+            temperature_mode=settings.temperature_mode or self.temperature,
+            cyclic_weight=self.cyclic if settings.cyclic_weight is None else settings.cyclic_weight,
+        )
 
     def _intra_terms(self, of: str) -> list[Term]:
         if of not in self.intra:

@@ -19,12 +19,13 @@ import torch
 from filelock import FileLock, Timeout
 from torch.nn import functional as F
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from amclr.config.checks import problems
 from amclr.config.schema import Config, ModelConfig, ParaphraseConfig, SourceConfig
 from amclr.data import manifest as manifests
-from amclr.data.text.store import FOLDER, REASONS, Entry, Filters, Version, choose
+from amclr.data.text.filters import REASONS, Filters, choose
+from amclr.data.text.store import FOLDER
+from amclr.data.text.version import ParaphrasedCaption, Version
 from amclr.data.text.wording import RULES, reword
 from amclr.distributed.world import Processes
 from amclr.models.dual_encoder import build_text_tower, build_tokenizer
@@ -67,6 +68,8 @@ class ModelParaphraser:
     """Candidates sampled from a seq2seq or causal transformers model."""
 
     def __init__(self, config: ParaphraseConfig, device: torch.device) -> None:
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+
         self.config, self.device = config, device
         where: dict[str, Any] = {"revision": config.revision, "trust_remote_code": False}
         try:
@@ -194,11 +197,11 @@ def paraphrase(config: ParaphraseConfig, data: str, source: SourceConfig | None 
     }  # fmt: skip
     version = Version(store, settings, processes.rank)
 
-    def entries(batch: list[str]) -> list[Entry]:
+    def entries(batch: list[str]) -> list[ParaphrasedCaption]:
         made = paraphraser(batch, candidates)
         similar = _similar(encoder, least, filters, batch, made) if encoder else None
         return [
-            Entry(c, tuple(kept), rejected)
+            ParaphrasedCaption(c, tuple(kept), rejected)
             for c, texts in zip(batch, made, strict=True)
             for kept, rejected in [
                 choose(c, texts, config.k, filters, lambda c, t: similar is None or (c, t) in similar)
@@ -219,8 +222,8 @@ def paraphrase(config: ParaphraseConfig, data: str, source: SourceConfig | None 
 
 
 def _work(
-    version: Version, batches: Sequence[list[str]], done: Mapping[str, Entry],
-    entries: Callable[[list[str]], list[Entry]], progress: bool,
+    version: Version, batches: Sequence[list[str]], done: Mapping[str, ParaphrasedCaption],
+    entries: Callable[[list[str]], list[ParaphrasedCaption]], progress: bool,
 ) -> None:  # fmt: skip
     captions = sum(map(len, batches))
     had = sum(c in done for batch in batches for c in batch)

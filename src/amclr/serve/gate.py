@@ -1,4 +1,4 @@
-"""What stands in front of the API and the page, an ASGI middleware: who is let in, how often, and with how much."""
+"""ASGI middleware in front of the API and the page: access, rate limits and size limits."""
 
 from __future__ import annotations
 
@@ -17,18 +17,17 @@ from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Re
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from amclr.config.schema import ServeConfig
-from amclr.serve.service import Metrics
+from amclr.serve.metrics import Metrics
 
-SMALL = 64 * 1024
-"""Bytes of a request that uploads no image."""
+MAX_SMALL_BODY = 64 * 1024
+"""Maximum bytes of a request without an image."""
 BODY_SECONDS = 60.0
-"""Time in which all of a request must have come."""
-PATH = 256
-"""Characters of a path."""
-SESSION = 64
-"""Characters of a page's name for itself, under which Gradio keeps its state."""
-CLIENTS = 10_000
-"""Addresses whose searches are counted at a time."""
+"""Time in which a request must arrive completely."""
+MAX_PATH = 256
+MAX_SESSION = 64
+"""Maximum characters of the session name that a page chooses for itself, a key of Gradio's state."""
+MAX_CLIENTS = 10_000
+"""Maximum clients that are rate-limited separately; beyond, the one seen longest ago is forgotten."""
 
 JOIN = "/gradio_api/queue/join"
 METHODS = {
@@ -38,19 +37,19 @@ METHODS = {
                      "/gradio_api/startup-events", "/gradio_api/queue/data"), ("GET", "HEAD")),
     JOIN: ("POST",),
 }  # fmt: skip
-"""Paths that there are, and their methods."""
+"""Allowed paths and their methods."""
 FOLDERS = {"/similar/": ("GET",), "/thumbnail/": ("GET",), "/gradio_api/heartbeat/": ("GET",),
            "/assets/": ("GET", "HEAD"), "/static/": ("GET", "HEAD")}  # fmt: skip
-QUERIES = ("/search", "/search/image", "/gradio_api/queue/data")
-"""Which of them take parameters in the URL."""
+TAKES_PARAMETERS = ("/search", "/search/image", "/gradio_api/queue/data")
+"""Paths that take parameters in the URL."""
 COSTLY = ("/search", "/search/image", "/similar/", "/login", JOIN)
-"""What counts as a search."""
+"""Paths that count as a search in rate limits."""
 
 HEADERS = {
     "x-content-type-options": "nosniff",
     "x-frame-options": "DENY",
     "referrer-policy": "no-referrer",
-    # The page's framework needs inline scripts and eval; nothing may come from, or go to, another place.
+    # The page's framework needs inline scripts and eval; nothing may be loaded from or sent to other hosts.
     "content-security-policy": "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; form-action 'self'; "
     "base-uri 'self'; frame-ancestors 'none'; object-src 'none'",
 }
@@ -59,20 +58,20 @@ HEADERS = {
 class Gate:
     """An ASGI application in front of another one.
 
-    It lets through the paths of the API and those of Gradio that the page needs: its other ones, which give out
-    files, take uploads or fetch URLs, are not there. `closing`, once set, ends what would stay open for ever.
-    events: how many the page has.
+    It passes on only the paths of the API and those of Gradio that the page needs; Gradio's other routes, which serve
+    files, take uploads or fetch URLs, do not exist behind it. Setting `closing` ends connections that would otherwise
+    stay open for ever. events: number of the page's event handlers.
     """
 
     def __init__(self, app: ASGIApp, config: ServeConfig, metrics: Metrics, events: int) -> None:
         self.app, self.config, self.metrics, self.events = app, config, metrics, events
         self.closing = asyncio.Event()
-        self.rates = Rates(config.rate, config.burst)
+        self.rates = RateLimiter(config.rate, config.burst)
         self._session = hmac.new(config.token.encode(), b"amclr session", hashlib.sha256).hexdigest()
-        self._cookie = f"amclr_{self._session[:8]}"  # cookies know no ports: another server's must not be in the way
+        self._cookie = f"amclr_{self._session[:8]}"  # cookies ignore ports, and another server's must not collide
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a request, or hand it on."""
+        """Refuse a request, or pass it on."""
         if scope["type"] == "lifespan":
             return await self.app(scope, receive, send)
         if scope["type"] != "http":
@@ -92,10 +91,10 @@ class Gate:
         try:
             refusal = self._refusal(scope)
             if refusal is None and scope["path"] == "/login":
-                refusal = await self._login(scope, _Limited(receive, SMALL))
+                refusal = await self._login(scope, _LimitedBody(receive, MAX_SMALL_BODY))
             if refusal is not None:
                 return await refusal(scope, receive, sending)
-            await self._hand_on(scope, receive, sending)
+            await self._pass_on(scope, receive, sending)
             route = getattr(scope.get("route"), "path", route)
         finally:
             self.metrics.requests.labels(route, str(status)).inc()
@@ -107,31 +106,31 @@ class Gate:
         client = scope["client"][0] if scope.get("client") else ""
         headers = dict(scope["headers"])
         if not self.config.token and not _is_local(headers.get(b"host", b"")):
-            # A page of another site must not reach this server under a name of its own (DNS rebinding).
-            return refused(421, "this server answers to localhost and 127.0.0.1 alone, unless it is given a --token")
+            # A page of another site must not reach this server under its own host name (DNS rebinding).
+            return error_response(421, "this server answers only to localhost and 127.0.0.1, unless it has a --token")
         methods = _methods(path)
         if not methods:
-            return refused(404, "there is nothing here: /docs says what there is")
+            return error_response(404, "not found: see /docs")
         if method not in methods:
-            return refused(405, f"use {' or '.join(methods)} here", {"allow": ", ".join(methods)})
+            return error_response(405, f"use {' or '.join(methods)} here", {"allow": ", ".join(methods)})
         if path.startswith(COSTLY) and (wait := self.rates.take(client)):
-            return self._too_often(wait)
-        if self.config.token and path not in ("/login", "/health") and not self._is_known(headers):
-            if not path.startswith(COSTLY) and (wait := self.rates.take(client)):  # so that nobody tries them all
-                return self._too_often(wait)
+            return self._rate_limited(wait)
+        if self.config.token and path not in ("/login", "/health") and not self._is_authorised(headers):
+            if not path.startswith(COSTLY) and (wait := self.rates.take(client)):  # against guessing tokens
+                return self._rate_limited(wait)
             self.metrics.refused.labels("token").inc()
             if path == "/" and method == "GET":
                 return HTMLResponse(_login_page(""), 401)
-            return refused(401, "a token is needed: send the header 'Authorization: Bearer TOKEN'",
+            return error_response(401, "a token is required: send the header 'Authorization: Bearer TOKEN'",
                            {"www-authenticate": "Bearer"})  # fmt: skip
         return None
 
-    def _too_often(self, wait: float) -> Response:
+    def _rate_limited(self, wait: float) -> Response:
         self.metrics.refused.labels("rate").inc()
         seconds = max(1, round(wait + 0.5))
-        return refused(429, f"too many searches: try again in {seconds} s", {"retry-after": str(seconds)})
+        return error_response(429, f"too many searches: try again in {seconds} s", {"retry-after": str(seconds)})
 
-    def _is_known(self, headers: dict[bytes, bytes]) -> bool:
+    def _is_authorised(self, headers: dict[bytes, bytes]) -> bool:
         kind, _, token = headers.get(b"authorization", b"").partition(b" ")
         if kind.lower() == b"bearer" and hmac.compare_digest(token.strip(), self.config.token.encode()):
             return True
@@ -145,59 +144,59 @@ class Gate:
         if scope["method"] != "POST" or not self.config.token:
             return RedirectResponse("./", 303)
         try:
-            body = await _whole(receive)
-        except _TooMuchError as error:
+            body = await _read_body(receive)
+        except _BodyError as error:
             return error.response
         token = parse_qs(body.decode("latin-1"), max_num_fields=4).get("token", [""])[0]
         if not hmac.compare_digest(token.encode(), self.config.token.encode()):
             self.metrics.refused.labels("token").inc()
-            return HTMLResponse(_login_page("That is not the token."), 401)
+            return HTMLResponse(_login_page("Wrong token."), 401)
         response = RedirectResponse("./", 303)
         secure = scope.get("scheme") == "https"
         response.set_cookie(self._cookie, self._session, httponly=True, samesite="strict", secure=secure)
         return response
 
-    async def _hand_on(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Hand a request on, its body bounded in length and time."""
+    async def _pass_on(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on, limiting the size and time of its body."""
         path, headers = scope["path"], dict(scope["headers"])
         upload = round(self.config.upload * 2**20)
-        # Base64, on the page's way, takes a third more.
-        most = {"/search/image": upload + SMALL, JOIN: upload * 4 // 3 + SMALL}.get(path, SMALL)
-        begun, limited = False, _Limited(receive, most)
+        # The page sends images in Base64, which takes a third more.
+        limit = MAX_SMALL_BODY + {"/search/image": upload, JOIN: upload * 4 // 3}.get(path, 0)
+        started, limited = False, _LimitedBody(receive, limit)
 
         async def sending(message: Message) -> None:
-            nonlocal begun
-            if limited.error is None or begun:
-                begun = True
+            nonlocal started
+            if limited.error is None or started:
+                started = True
                 await send(message)
 
         try:
             length = headers.get(b"content-length", b"0")
-            if not length.isdigit() or int(length) > most:
+            if not length.isdigit() or int(length) > limit:
                 limited.error = (
-                    _too_much(most) if length.isdigit() else _TooMuchError(400, "content-length is no number")
+                    _too_large(limit) if length.isdigit() else _BodyError(400, "content-length must be a number")
                 )
                 raise limited.error
             if path == JOIN:
-                body = await _whole(limited)
-                if fault := _fault(body, self.events):
-                    return await refused(422, fault)(scope, receive, send)
-                given: Message | None = {"type": "http.request", "body": body, "more_body": False}
+                body = await _read_body(limited)
+                if fault := _event_fault(body, self.events):
+                    return await error_response(422, fault)(scope, receive, send)
+                unread: Message | None = {"type": "http.request", "body": body, "more_body": False}
 
-                async def again() -> Message:
-                    nonlocal given
-                    message, given = given, None
+                async def replay() -> Message:
+                    nonlocal unread
+                    message, unread = unread, None
                     return message or await receive()
 
-                return await self.app(scope, again, send)
+                return await self.app(scope, replay, send)
             if path.startswith("/gradio_api/heartbeat/"):
                 return await self._until_closing(scope, receive, send)
-            if path in METHODS and path not in QUERIES:
-                scope["query_string"] = b""  # Gradio's pages have parameters that name files
+            if path in METHODS and path not in TAKES_PARAMETERS:
+                scope["query_string"] = b""  # parameters of Gradio's pages can name files
             await self.app(scope, limited, sending)
-        except _TooMuchError:
+        except _BodyError:
             pass
-        if limited.error and not begun:
+        if limited.error and not started:
             self.metrics.refused.labels("size").inc()
             await limited.error.response(scope, receive, send)
 
@@ -211,71 +210,71 @@ class Gate:
             await asyncio.gather(work, end, return_exceptions=True)
 
 
-class Rates:
-    """A token bucket for each client: `rate` a second, up to `burst` at once. A rate of 0 lets all through."""
+class RateLimiter:
+    """A token bucket per client: `rate` requests a second, `burst` at once. A rate of 0 disables it."""
 
     def __init__(self, rate: float, burst: int) -> None:
         self.rate, self.burst = rate, burst
         self._clients: OrderedDict[str, tuple[float, float]] = OrderedDict()
 
     def take(self, client: str) -> float:
-        """Take one from a client's bucket: 0 where there was one, or seconds until there will be."""
+        """Take a token from a client's bucket. Returns 0, or if it is empty the seconds to wait."""
         if not self.rate:
             return 0.0
         now = time.monotonic()
         key = _network(client)
-        left, then = self._clients.pop(key, (float(self.burst), now))
-        left = min(self.burst, left + (now - then) * self.rate)
-        wait = 0.0 if left >= 1 else (1 - left) / self.rate
-        self._clients[key] = (left - 1 if left >= 1 else left, now)
-        if len(self._clients) > CLIENTS:
+        tokens, last = self._clients.pop(key, (float(self.burst), now))
+        tokens = min(self.burst, tokens + (now - last) * self.rate)
+        wait = 0.0 if tokens >= 1 else (1 - tokens) / self.rate
+        self._clients[key] = (tokens - 1 if tokens >= 1 else tokens, now)
+        if len(self._clients) > MAX_CLIENTS:
             self._clients.popitem(last=False)
         return wait
 
 
-def refused(status: int, message: str, headers: dict[str, str] | None = None) -> JSONResponse:
-    """An error as all of them look: {"error": message}."""
+def error_response(status: int, message: str, headers: dict[str, str] | None = None) -> JSONResponse:
+    """The JSON of every error: {"error": message}."""
     return JSONResponse({"error": message}, status, headers)
 
 
-class _TooMuchError(Exception):
+class _BodyError(Exception):
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
-        # What has not been read of the body must not be taken for the next request.
-        self.response = refused(status, message, {"connection": "close"})
+        # The unread rest of the body must not be taken for the next request.
+        self.response = error_response(status, message, {"connection": "close"})
 
 
-def _too_much(most: int) -> _TooMuchError:
-    return _TooMuchError(413, f"the request is too large: at most {most / 2**20:.2g} MB are taken here")
+def _too_large(limit: int) -> _BodyError:
+    return _BodyError(413, f"the request is too large: at most {limit / 2**20:.2g} MB are accepted here")
 
 
-class _Limited:
-    """Receives a body of so many bytes, in so much time, and raises _TooMuchError beyond."""
+class _LimitedBody:
+    """Receives a body of at most `limit` bytes within `BODY_SECONDS`, and raises _BodyError beyond that."""
 
-    def __init__(self, receive: Receive, most: int) -> None:
-        self.receive, self.most = receive, most
-        self.until = time.monotonic() + BODY_SECONDS
-        self.had, self.more = 0, True
-        self.error: _TooMuchError | None = None
+    def __init__(self, receive: Receive, limit: int) -> None:
+        self.receive, self.limit = receive, limit
+        self.deadline = time.monotonic() + BODY_SECONDS
+        self.received, self.more = 0, True
+        self.error: _BodyError | None = None
 
     async def __call__(self) -> Message:
         if not self.more:
             return await self.receive()
         try:
-            async with asyncio.timeout(max(0.0, self.until - time.monotonic())):
+            async with asyncio.timeout(max(0.0, self.deadline - time.monotonic())):
                 message = await self.receive()
         except TimeoutError:
-            self.error = _TooMuchError(408, "the request came too slowly")
+            self.error = _BodyError(408, "the request arrived too slowly")
             raise self.error from None
-        self.had += len(message.get("body", b""))
+        self.received += len(message.get("body", b""))
         self.more = message.get("more_body", False)
-        if self.had > self.most:
-            self.error = _too_much(self.most)
+        if self.received > self.limit:
+            self.error = _too_large(self.limit)
             raise self.error
         return message
 
 
-async def _whole(receive: Receive) -> bytes:
+async def _read_body(receive: Receive) -> bytes:
     body = bytearray()
     while True:
         message = await receive()
@@ -284,31 +283,32 @@ async def _whole(receive: Receive) -> bytes:
             return bytes(body)
 
 
-def _fault(body: bytes, events: int) -> str:
-    """Why a request to the page's queue is not handed on.
+def _event_fault(body: bytes, events: int) -> str:
+    """Why a request to the page's event queue is refused; empty if it is not.
 
-    Its events take texts and numbers alone; in any field Gradio would also take a file's name or URL, and read it.
+    The page's events take only strings and numbers. Gradio would also accept a file's path or URL in any field, and
+    read it.
     """
     try:
-        asked: Any = json.loads(body)
+        event: Any = json.loads(body)
     except (ValueError, RecursionError):
-        return "this is no JSON"
-    if not isinstance(asked, dict) or not isinstance(asked.get("data"), list):
+        return "the body must be JSON"
+    if not isinstance(event, dict) or not isinstance(event.get("data"), list):
         return "data must be a list"
-    if asked.get("fn_index") not in range(events):
+    if event.get("fn_index") not in range(events):
         return "the page has no such event"
-    if not isinstance(asked.get("session_hash"), str) or len(asked["session_hash"]) > SESSION:
-        return f"session_hash must be a text of {SESSION} characters at the most"
-    told = asked.get("event_data")
-    values = [*asked["data"], *(told.values() if isinstance(told, dict) else [told])]
+    if not isinstance(event.get("session_hash"), str) or len(event["session_hash"]) > MAX_SESSION:
+        return f"session_hash must be a string of at most {MAX_SESSION} characters"
+    event_data = event.get("event_data")
+    values = [*event["data"], *(event_data.values() if isinstance(event_data, dict) else [event_data])]
     if not all(value is None or isinstance(value, (str, int, float, bool)) for value in values):
-        return "data must be texts and numbers"
+        return "data must be strings and numbers"
     return ""
 
 
 def _methods(path: str) -> tuple[str, ...]:
-    """What may be asked of a path; nothing of one that is not there, or leads elsewhere."""
-    if len(path) > PATH or ".." in path or "//" in path or "\\" in path or "\0" in path:
+    """The allowed methods of a path; none if it does not exist or could leave its folder."""
+    if len(path) > MAX_PATH or ".." in path or "//" in path or "\\" in path or "\0" in path:
         return ()
     folder = next((f for f in FOLDERS if path.startswith(f)), "")
     return METHODS.get(path) or FOLDERS.get(folder, ())
@@ -324,7 +324,7 @@ def _is_local(host: bytes) -> bool:
 
 
 def _network(client: str) -> str:
-    """An address; of IPv6 the network, since a client has all of one to itself."""
+    """A client's address, or for IPv6 its /64 network, all of which one client usually owns."""
     try:
         address = ipaddress.ip_address(client)
     except ValueError:

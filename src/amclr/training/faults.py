@@ -35,7 +35,7 @@ class Undo:
 
     def mark(self) -> None:
         """Remember how things are before a step."""
-        self.objective.forget()
+        self.objective.commit()
         if self.buffers:
             torch._foreach_copy_(self.before, self.buffers)
 

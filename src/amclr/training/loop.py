@@ -18,9 +18,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import torch.distributed as dist
-from timm.layers import convert_sync_batchnorm
 from torch import Tensor
-from torch.profiler import record_function
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -28,8 +26,8 @@ from amclr.config.checks import fixed_differences, problems
 from amclr.config.schema import Config
 from amclr.data import manifest as manifests
 from amclr.data.batches import Batch, BatchPlan, ImageBatches
-from amclr.data.images.decode import ImageStore
 from amclr.data.images.duplicates import Duplicates
+from amclr.data.images.store import ImageStore
 from amclr.data.images.views import policies
 from amclr.data.manifest import Manifest, Sample
 from amclr.data.sources.rows import append_rejects, write_rejects
@@ -44,7 +42,11 @@ from amclr.distributed.signals import (
 from amclr.distributed.watchdog import Team
 from amclr.distributed.world import average_statistics, process
 from amclr.evaluation.classes import read_classes
-from amclr.evaluation.evaluator import Evaluator, Monitor, draw_gallery, measure_classes, model_reads_images
+from amclr.evaluation.embedding import model_reads_images
+from amclr.evaluation.evaluator import Evaluator
+from amclr.evaluation.gallery import draw_gallery
+from amclr.evaluation.monitor import Monitor
+from amclr.evaluation.zeroshot import measure_classes
 from amclr.models.averaging import Averaging, kept_weights
 from amclr.models.features import FeatureBatches
 from amclr.objectives import Objective, backward_in_chunks, build
@@ -429,7 +431,7 @@ def backward(t: Training, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
     if 0 < size < largest:
         # As many parts on each process, since all wait for each other in the passes through a model they share.
         parts = batch.chunks(size, 0 if t.team.size == 1 else min(smallest, -(-largest // size)))
-        with record_function("amclr: forward and backward"):
+        with torch.profiler.record_function("amclr: forward and backward"):
             made = backward_in_chunks(
                 lambda part: embed(t.wrapped, part.to(device)), parts, t.objective, batch.ids.to(device),
                 groups=batch.groups, model=t.model, backward=t.fabric.backward,
@@ -437,14 +439,14 @@ def backward(t: Training, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
             )  # fmt: skip
         t.lap("forward and backward", "optimiser")
         return made
-    with record_function("amclr: forward"):
+    with torch.profiler.record_function("amclr: forward"):
         batch = batch.to(device)
         views = embed(t.wrapped, batch)
     t.lap("forward", "objective")
-    with record_function("amclr: objective"):
+    with torch.profiler.record_function("amclr: objective"):
         loss, metrics = t.objective(views, batch.ids, batch.groups)
     t.lap("objective", "backward")
-    with record_function("amclr: backward"):
+    with torch.profiler.record_function("amclr: backward"):
         t.fabric.backward(loss)
     t.lap("backward", "optimiser")
     return loss, metrics
@@ -554,14 +556,14 @@ def prepare(
     same = duplicates(samples, manifest, config)
     batches: Dataset[Batch]
     if model_reads_images(model):
-        store = ImageStore.as_set(places, config, cache, progress)
+        store = ImageStore.from_config(places, config, cache, progress)
         on_gpu = config.views.where == "auto" and fabric.device.type == "cuda"
         edited = not (on_gpu or config.views.where == "device")
         batches = ImageBatches(samples, store, plan, views, model.tokenize, config, same, edited)
     else:
         store = ImageStore(places, config.model.image_size)
         batches = FeatureBatches(model, samples, store, plan, views, config, cache, progress, same)
-    evaluator = Evaluator(model, held_out, config, cache, progress, again=True)
+    evaluator = Evaluator(model, held_out, config, cache, progress, repeated=True)
     monitor = Monitor.of_run(model, run, config, progress) if config.monitor else None
     undo = Undo(model, objective)
     return Training(
@@ -575,6 +577,8 @@ def together(t: Training) -> Training:
     if t.config.sync_batchnorm and t.team.size > 1:
         if t.fabric.device.type != "cuda":
             raise UserError("--sync_batchnorm is for GPUs: leave it out")
+        from timm.layers import convert_sync_batchnorm
+
         convert_sync_batchnorm(t.model)
     t.wrapped = t.fabric.setup_module(t.model)
     t.averaging = Averaging(t.model, t.config)
@@ -594,20 +598,15 @@ def duplicates(samples: Sequence[Sample], manifest: Manifest, config: Config) ->
     what = config.source.duplicates
     if what == "negatives":
         return Duplicates()
-    looks = [manifest.looks.get(s.image) for s in samples]
-    return Duplicates.find([s.texts for s in samples], looks if what == "positives" and any(looks) else None)
+    hashes = [manifest.perceptual_hashes.get(s.image) for s in samples]
+    return Duplicates.find([s.texts for s in samples], hashes if what == "positives" and any(hashes) else None)
 
 
 def build_objective(config: Config, samples: int) -> Objective:
     """The objective that the settings name. Raises UserError naming what is wrong with them."""
-    c = config.loss
     try:
         return build(
-            config.objective, samples, temperature=c.temperature, gamma=c.gamma, gamma_schedule=c.gamma_schedule,
-            temperature_mode=c.temperature_mode, temperature_lr=c.temperature_lr, rho=c.rho, pairs=c.pairs,
-            weights={"cross": c.cross_weight, "image": c.image_weight, "text": c.text_weight},
-            cyclic_weight=c.cyclic_weight, queue=c.queue, estimator=c.estimator, storage=c.storage,
-            folder=manifests.cache_folder(config) / "tables", matmul_dtype=c.matmul_dtype, averaged=True,
+            config.objective, samples, config.loss, folder=manifests.cache_folder(config) / "tables", averaged=True,
             validate=False,  # embeddings made here are unit rows, and ids are the plan's own
         )  # fmt: skip
     except ValueError as error:
@@ -631,7 +630,7 @@ def finish(t: Training, progress: bool) -> None:
     images, texts = t.evaluator.embeddings()
     if not t.team.first_rank:
         return
-    results = {"split": "val", "best_step": round(best["step"] * t.stretch(best)), **t.evaluator.figures(images, texts)}
+    results = {"split": "val", "best_step": round(best["step"] * t.stretch(best)), **t.evaluator.measure(images, texts)}
     if t.manifest.zeroshot:
         # Where the model is spread over the processes, the others would have to take part.
         alone = t.run.load_model().to(t.fabric.device) if t.config.strategy == "fsdp" else t.model
@@ -658,5 +657,5 @@ def kept_random_state() -> Iterator[None]:
 def _recall_line(epoch: int, epochs: int, recalls: dict[str, float]) -> str:
     return (
         f"epoch {epoch}/{epochs}: text retrieval {recalls['txt_r_mean']:.1f}, "
-        f"image retrieval {recalls['img_r_mean']:.1f}, mean {recalls['r_mean']:.1f}{Monitor.told(recalls)}"
+        f"image retrieval {recalls['img_r_mean']:.1f}, mean {recalls['r_mean']:.1f}{Monitor.summary(recalls)}"
     )

@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import timm.optim
 import torch
 from torch import nn
 
@@ -20,12 +19,19 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "radam": torch.optim.RAdam,
     "nadam": torch.optim.NAdam,
     "sgd": lambda groups, **kw: torch.optim.SGD(groups, momentum=0.9, nesterov=True, **kw),
-    "adamp": timm.optim.AdamP,
-    "sgdp": lambda groups, **kw: timm.optim.SGDP(groups, momentum=0.9, nesterov=True, **kw),
-    "lamb": timm.optim.Lamb,
-    "lion": timm.optim.Lion,
-    "novograd": timm.optim.NvNovoGrad,
+    "adamp": lambda groups, **kw: _of_timm("AdamP")(groups, **kw),
+    "sgdp": lambda groups, **kw: _of_timm("SGDP")(groups, momentum=0.9, nesterov=True, **kw),
+    "lamb": lambda groups, **kw: _of_timm("Lamb")(groups, **kw),
+    "lion": lambda groups, **kw: _of_timm("Lion")(groups, **kw),
+    "novograd": lambda groups, **kw: _of_timm("NvNovoGrad")(groups, **kw),
 }
+
+
+def _of_timm(name: str) -> Callable[..., torch.optim.Optimizer]:
+    import timm.optim  # slow to import
+
+    optimizer: Callable[..., torch.optim.Optimizer] = getattr(timm.optim, name)
+    return optimizer
 
 
 def choose_optimizer(config: OptimConfig) -> Callable[..., torch.optim.Optimizer]:

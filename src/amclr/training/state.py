@@ -21,7 +21,8 @@ from amclr.data.sources.rows import Reject, append_rejects
 from amclr.distributed.launch import Fabric
 from amclr.distributed.watchdog import Team
 from amclr.distributed.world import spread, whole
-from amclr.evaluation.evaluator import Evaluator, Monitor
+from amclr.evaluation.evaluator import Evaluator
+from amclr.evaluation.monitor import Monitor
 from amclr.models.averaging import Averaging
 from amclr.models.dual_encoder import DualEncoder
 from amclr.objectives import Objective

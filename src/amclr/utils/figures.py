@@ -7,14 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 from torch import Tensor
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
-plt.rcParams["text.parse_math"] = False  # captions are text, dollar signs included
 
 # Okabe and Ito's palette: told apart with any colour vision.
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"
@@ -29,8 +23,20 @@ STYLE: Any = {
 }
 
 
+def _pyplot() -> Any:
+    """Matplotlib, which is slow to import, drawing to files alone."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams["text.parse_math"] = False  # captions are text, dollar signs included
+    return plt
+
+
 def curves(rows: Sequence[dict[str, Any]], file: Path, title: str, chance: float) -> None:
     """Draw the loss and the validation recall of a run against its epochs; zero-shot accuracy, where it was watched."""
+    plt = _pyplot()
     steps = [r for r in rows if r["kind"] == "train"]
     evals = [r for r in rows if r["kind"] == "eval"]
     watched = [r for r in evals if "zeroshot_top1" in r]
@@ -71,12 +77,13 @@ def curves(rows: Sequence[dict[str, Any]], file: Path, title: str, chance: float
         plt.close(figure)
 
 
-def wise(rows: Sequence[dict[str, Any]], file: Path, title: str) -> None:
+def interpolation(rows: Sequence[dict[str, Any]], file: Path, title: str) -> None:
     """Draw measures along the line from the weights at the start to the trained ones (WiSE-FT).
 
     rows: `wise` and r_mean, zeroshot_top1 or both, in percent. With both, a second panel sets one
     against the other.
     """
+    plt = _pyplot()
     rows = sorted(rows, key=lambda row: float(row["wise"]))
     x = [row["wise"] for row in rows]
     shown = [
@@ -120,6 +127,7 @@ def gallery(
 
     found[q]: (image uint8 (3, S, S), cosine similarity, whether it is the caption's own) per place.
     """
+    plt = _pyplot()
     columns = len(found[0])
     with plt.rc_context({"font.size": 9}):
         figure = plt.figure(figsize=(2.6 + 1.35 * columns, 0.5 + 1.55 * len(queries)))
@@ -147,6 +155,7 @@ def gallery(
 
 def results(found: Sequence[tuple[Tensor, str]], file: Path, title: str) -> None:
     """Draw what a query found, best first. found: (image uint8 (3, H, W), what to write above it) each."""
+    plt = _pyplot()
     across = min(6, max(3, len(found)))
     rows = max(1, -(-len(found) // across))
     height = 0.5 + 1.75 * rows
@@ -171,6 +180,7 @@ def contact_sheet(cards: Sequence[tuple[Sequence[tuple[str, Tensor]], str, str]]
 
     cards: ((name, uint8 (3, S, S)) per image, caption, second view) per sample.
     """
+    plt = _pyplot()
     across = 2
     rows = -(-len(cards) // across)
     views = max(len(images) for images, _, _ in cards)
@@ -207,6 +217,7 @@ def caption_statistics(
     words: per caption (T,); tokens: per caption, or None; cut: the most tokens that the text tower
     sees. counts: occurrences of each word, most first.
     """
+    plt = _pyplot()
     with plt.rc_context(STYLE):
         figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.4), layout="constrained")
         top = int(max(np.quantile(words, 0.999), np.quantile(tokens, 0.999) if tokens is not None else 0, 2))
@@ -242,6 +253,7 @@ def points(
 
     panels: title, and (variant, group) -> values. label: of the values; legend: what the groups are.
     """
+    plt = _pyplot()
     variants, groups = _names([key for _, cells in panels for key in cells])
     rows = len(variants) * max(1.0, 0.62 * len(groups))
     with plt.rc_context(STYLE):
@@ -284,6 +296,7 @@ def many_curves(
 
     groups: group -> variant -> epochs (E,), or what `across` says instead, and values (runs, E).
     """
+    plt = _pyplot()
     variants, _ = _names([(v, g) for g, found in groups.items() for v in found])
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(
@@ -317,6 +330,7 @@ def cost(
 
     cells: variant, group, and (encoder passes, seconds, quality) per run.
     """
+    plt = _pyplot()
     variants, groups = _names([(v, g) for v, g, _ in cells])
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(1, 2, figsize=(9.8, 3.9), sharey=True, layout="constrained")

@@ -18,7 +18,7 @@ from amclr.config.schema import Config, ModelConfig
 from amclr.data.images import duplicates
 from amclr.data.images.decode import read_image
 from amclr.data.images.duplicates import HASH_BYTES, SIGNS, Duplicates
-from amclr.evaluation.evaluator import inspect
+from amclr.inspection.dataset import inspect
 from amclr.objectives import Objective
 from amclr.training import loop as engine
 from tests.conftest import make_folder

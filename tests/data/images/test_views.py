@@ -157,10 +157,10 @@ def test_a_list_of_transforms_is_torchvisions(image: Tensor) -> None:
     ("entries", "message"),
     [
         ([], "the list is empty"),
-        (["RandomFlip"], r"unknown transform 'RandomFlip': did you mean Random\w+\?"),
+        (["RandomFlip"], r"unknown transform 'RandomFlip': did you mean 'Random\w+'\?"),
         (["Lambda"], "unknown transform 'Lambda'"),
         (["os.system"], "unknown transform 'os.system'"),
-        ([{"Resize": {"sise": 32}}], r"Resize has no argument 'sise': did you mean size\?"),
+        ([{"Resize": {"sise": 32}}], r"Resize has no argument 'sise': did you mean 'size'\?"),
         ([{"Resize": 32}], r"write a transform as NAME or \{NAME: \{ARGUMENT: VALUE\}\}, not \{'Resize': 32\}"),
         ([{"Resize": {"size": [32, 32]}, "Pad": {"padding": 2}}], "write a transform as NAME"),
         ([{"Resize": {"size": {"a": 1}}}], "size of Resize must be a number, text or a list"),

@@ -286,6 +286,6 @@ def test_names_of_the_parts_of_a_mix(tmp_path: Path, own_cache: Path) -> None:
     for name in ("a/b", "..", "", "\x1b[2J"):
         (tmp_path / "mix.yaml").write_text(json.dumps([{"data": "patches", "name": name, "weight": 1}]))
         if name:
-            assert "a name is of letters, digits" in message(tmp_path / "mix.yaml", own_cache)
+            assert "a name may contain letters, digits" in message(tmp_path / "mix.yaml", own_cache)
         else:
             assert read(tmp_path / "mix.yaml", own_cache).parts == {"patches": 1.0}

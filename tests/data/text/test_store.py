@@ -11,9 +11,9 @@ import pytest
 from amclr.config.schema import Config, SourceConfig
 from amclr.data import manifest as manifests
 from amclr.data.images.decode import Location
-from amclr.data.text import store as stores
-from amclr.data.text.store import Entry, Filters, Store, Version, attach, choose, find_store, read_store
-from amclr.evaluation import evaluator as measure
+from amclr.data.text.store import Store, attach, find_store, read_store
+from amclr.data.text.version import ParaphrasedCaption, Version, sample_sheet
+from amclr.inspection.dataset import inspect
 from amclr.utils.errors import UserError
 
 SETTINGS = {"model": "rules", "k": 2}
@@ -22,7 +22,7 @@ SETTINGS = {"model": "rules", "k": 2}
 def written(store: Path, texts: dict[str, tuple[str, ...]], **settings: object) -> Version:
     """A complete version, as `amclr paraphrase` leaves it."""
     version = Version(store, SETTINGS | settings)
-    version.append([Entry(c, p, {"same": 1}) for c, p in texts.items()])
+    version.append([ParaphrasedCaption(c, p, {"same": 1}) for c, p in texts.items()])
     version.finish()
     return version
 
@@ -87,7 +87,7 @@ def test_hostile_text_stays_text(tmp_path: Path) -> None:
     )
     found = read_store(tmp_path / "p.csv").texts
     assert found == {"a": ("<script>alert(1)</script>",), "b": ("nul\ufffd and [31mred",), "c": ("=cmd()",)}
-    sheet = stores.sample_sheet([Entry("a\nb", ("<b>",)), Entry("c", ())])
+    sheet = sample_sheet([ParaphrasedCaption("a\nb", ("<b>",)), ParaphrasedCaption("c", ())])
     assert "    <b>" in sheet and "(none)" in sheet
 
 
@@ -118,7 +118,7 @@ def test_the_latest_complete_version_is_used_unless_one_is_named(tmp_path: Path)
     old = written(root / "paraphrases", {"a": ("1",)}, seed=0)
     new = written(root / "paraphrases", {"a": ("2",)}, seed=1)
     begun = Version(root / "paraphrases", SETTINGS | {"seed": 2})
-    begun.append([Entry("a", ("3",))])
+    begun.append([ParaphrasedCaption("a", ("3",))])
     assert len({old.name, new.name, begun.name}) == 3
 
     def used(setting: str) -> tuple[str, tuple[str, ...]]:
@@ -149,7 +149,7 @@ def test_the_latest_complete_version_is_used_unless_one_is_named(tmp_path: Path)
 
 def test_only_an_incomplete_store_is_not_used_silently(folder: Path) -> None:
     version = Version(folder / "paraphrases", SETTINGS)
-    version.append([Entry("a red patch number 0", ("patch 0, red",))])
+    version.append([ParaphrasedCaption("a red patch number 0", ("patch 0, red",))])
     with pytest.raises(UserError, match="are not complete"):
         manifests.load(Config(data=str(folder)), folder.parent)
     assert manifests.load(Config(data=str(folder), source=SourceConfig(paraphrases="none")), folder.parent).samples
@@ -200,7 +200,7 @@ def test_paraphrases_join_captions_by_their_text(folder: Path, tmp_path: Path) -
         handle.write("bad row\n")
     found = manifests.load(config, tmp_path)
     assert [str(r) for r in found.rejects] == ["mine.csv:5: row has 1 columns: expected 2"]
-    told = measure.inspect(config, tmp_path / "sheet.png", progress=False)
+    told = inspect(config, tmp_path / "sheet.png", progress=False)
     assert f"paraphrases  of 2 captions, from {mine}" in told and "mine.csv:5: row has 1 columns" in told
     mine.write_text("caption,paraphrase\n" + "bad row\n" * 50)
     with pytest.raises(UserError, match="50 of 130 rows cannot be used, over the limit of 2.0%"):
@@ -217,42 +217,3 @@ def test_a_store_comes_after_what_the_data_bring_and_says_nothing_twice(tmp_path
     joined = attach(samples, store)
     assert joined[0].paraphrases == (("one", "uno", "un"), ()) and joined[1].paraphrases == (("three",),)
     assert joined[2] is samples[2] and attach(samples, None) == tuple(samples)
-
-
-# -- filters --------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("candidate", "reason"),
-    [
-        ("a wet dog is running along the beach", None),
-        ("The wet dog runs on the beach!", None),
-        ("A WET dog runs on a beach .", "same"),
-        ("", "short"),
-        ("...", "short"),
-        ("dog beach", "short"),
-        ("a wet dog " * 5, "long"),
-        ("a wet dog runs on a beach " + "x" * 30_000, "long"),
-        ("a wet dog \x00 is running along the beach", "garbled"),
-        ("a wet dog \ufffd is running along the beach", "garbled"),
-        ("two wet dogs run on the beach", "numbers"),
-        ("a wet brown dog runs on a beach", "colours"),
-        ("no dog runs on the wet beach", "negation"),
-        ("a wet dog runs left on a beach", "sides"),
-    ],
-)
-def test_filters(candidate: str, reason: str | None) -> None:
-    assert Filters().fault("a wet dog runs on a beach", candidate) == reason
-
-
-def test_short_captions_may_grow_by_four_words() -> None:
-    assert Filters().fault("red cube", "a photo of a red cube") is None
-    assert Filters().fault("red cube", "here we see a photo of a red cube") == "long"
-    assert Filters(keep_facts=False).fault("a red cube", "the blue cubes") is None
-
-
-def test_the_first_that_pass_are_chosen_and_the_rest_not_looked_at() -> None:
-    candidates = ["a dog", "the dog", "One dog !", "The Dog.", None, "hound", "one  dog", "that dog", "two dogs"]
-    kept, rejected = choose("a dog", candidates, 3, Filters(), lambda caption, text: text != "hound")
-    assert kept == ["the dog", "One dog !", "that dog"]
-    assert rejected == {"same": 3, "unfinished": 1, "similarity": 1}

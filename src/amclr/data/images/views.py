@@ -16,7 +16,6 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torchvision.transforms import v2
 
 from amclr.config.schema import Config
 from amclr.data.images.decode import resized
@@ -243,6 +242,8 @@ class Transforms:
     def __init__(self, entries: list[Any], size: int, flip: bool = True) -> None:
         if not entries:
             raise UserError("image views: the list is empty: name a transform, such as {Resize: {size: [64, 64]}}")
+        from torchvision.transforms import v2  # slow to import
+
         self.size = size
         self.transform = v2.Compose([_transform(entry, flip) for entry in entries])
         # Shown an image now, a list that will not do says so before the data is read.
@@ -274,6 +275,8 @@ class Transforms:
 
 def _transform(entry: Any, flip: bool) -> nn.Module:
     """The transform of one entry of the list."""
+    from torchvision.transforms import v2
+
     if isinstance(entry, Mapping) and len(entry) == 1:
         name, arguments = next(iter(entry.items()))
     else:

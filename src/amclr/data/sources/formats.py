@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from amclr.config.schema import SourceConfig
-from amclr.data.sources import columnar, tables, tars
+from amclr.data.sources import columnar, folders, json_files, tables, tars
 from amclr.data.sources.remote import braces
 from amclr.data.sources.rows import IMAGE_SUFFIXES, Reading, Row
 from amclr.utils.errors import UserError
@@ -37,16 +37,16 @@ class Format:
 
 FORMATS = (
     Format("CSV", (".csv", ".tsv", ".txt", ".token"), tables.read_tables),
-    Format("JSON lines", (".jsonl", ".ndjson"), tables.read_json_lines),
-    Format("JSON", (".json",), tables.read_json_files),
+    Format("JSON lines", (".jsonl", ".ndjson"), json_files.read_json_lines),
+    Format("JSON", (".json",), json_files.read_json_files),
     Format("Parquet", (".parquet",), columnar.read_parquet),
     Format("WebDataset tars", (".tar",), tars.read_tars),
 )
 """What a file can be. Add a format here."""
 SAVED = Format("saved Hugging Face dataset", (), columnar.read_saved_dataset)
-CLASSES = Format("images by class", (), tables.read_class_folders)
-SIDECARS = Format("images with captions beside them", (), tables.read_sidecars)
-IMAGES = Format("images", (), tables.read_images)
+CLASSES = Format("images by class", (), folders.read_class_folders)
+SIDECARS = Format("images with captions beside them", (), folders.read_sidecars)
+IMAGES = Format("images", (), folders.read_images)
 
 
 def find(path: Path, source: SourceConfig, bare: bool = False) -> tuple[Path, list[Path], Format]:
@@ -102,16 +102,16 @@ def _look_into(root: Path, source: SourceConfig, bare: bool) -> tuple[list[Path]
                         "unpack them to plain .tar files")  # fmt: skip
     if bare:
         return [], IMAGES
-    images = [f for d in (root, *tables.folders(root)) for f in sorted(d.iterdir())[:100]
+    images = [f for d in (root, *folders.subfolders(root)) for f in sorted(d.iterdir())[:100]
                 if f.suffix.lower() in IMAGE_SUFFIXES]  # fmt: skip
-    if any(tables.sidecar(f) for f in images):
+    if any(folders.sidecar(f) for f in images):
         return [], SIDECARS
     if loose := sorted(f for f in root.iterdir() if f.suffix in (".csv", ".tsv", ".jsonl", ".json") and f.is_file()):
         names = ", ".join(f.name for f in loose[:5])
         raise UserError(f"'{root}' has no captions file of a known name, but {names}: name one of them with "
                         "--source.captions_file")  # fmt: skip
     usual = any((root / f).is_dir() for f in IMAGE_FOLDERS)
-    if not usual and any(tables.images(d) for d in tables.folders(root)):
+    if not usual and any(folders.images_in(d) for d in folders.subfolders(root)):
         return [], CLASSES
     raise UserError(
         f"'{root}' has {'images but ' if usual else ''}no captions file: expected {', '.join(CAPTION_FILES[:4])} ... "

@@ -27,6 +27,8 @@ PARAPHRASE_COLUMNS = ("paraphrase", "paraphrases")
 SPLIT_COLUMNS = ("split",)
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 MAX_CAPTION_CHARACTERS = 20_000
+MAX_LINE = 1 << 24
+"""Longer lines are rejected unread: bytes, or characters of a table."""
 MAX_REJECTS = 1_000_000
 """Beyond so many, reading stops: a list of them must not fill the memory."""
 SPLIT_NAMES = {

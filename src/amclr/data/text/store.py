@@ -16,103 +16,19 @@ A store that people write is a CSV, TSV or JSONL file with a caption and a parap
 from __future__ import annotations
 
 import csv
-import hashlib
 import json
-import os
-import re
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from amclr.data.sources.rows import Reject, caption_fault, clean, read_json
-from amclr.data.text.wording import RULES, changed, reword, words
 from amclr.utils.errors import UserError
-from amclr.utils.files import write_text
 
 FORMAT = 1
 FOLDER, LATEST, SETTINGS, ROWS, PARTS = "paraphrases", "latest", "store.json", "paraphrases.jsonl", "parts"
 TABLES = frozenset({".csv", ".tsv", ".txt", ".jsonl", ".ndjson"})
-MAX_CHARACTERS = 20_000
 MAX_LINE = 1 << 22
-SAMPLED = 20
-
-# -- filters --------------------------------------------------------------------------------------
-
-REASONS = {
-    "unfinished": "cut off before its end",
-    "garbled": "unreadable characters",
-    "same": "the caption itself, or a paraphrase that is there already",
-    "short": "too short",
-    "long": "too long",
-    "numbers": "other numbers",
-    "colours": "other colours",
-    "negation": "other negation",
-    "sides": "other sides, left and right",
-    "similarity": "too far from the caption's meaning",
-}
-"""Why a candidate is rejected, in the order in which the filters look."""
-
-
-@dataclass(frozen=True)
-class Filters:
-    """What a candidate must meet to be a paraphrase of its caption."""
-
-    shortest: float = 0.5
-    """Words of a paraphrase, as a share of its caption's."""
-    longest: float = 2.0
-    """The same, from above; four words more than the caption are always allowed."""
-    keep_facts: bool = True
-    """Reject what changes numbers, colours, negation, or left and right."""
-
-    def fault(self, caption: str, candidate: str) -> str | None:
-        """Why a candidate is no paraphrase of the caption, one of `REASONS`; None if it may be one."""
-        if "\ufffd" in candidate or any(ord(c) < 32 or 127 <= ord(c) < 160 for c in candidate):
-            return "garbled"
-        had, has = words(caption[:MAX_CHARACTERS]), words(candidate[:MAX_CHARACTERS])
-        if had == has:
-            return "same"
-        if not has or len(has) < self.shortest * len(had):
-            return "short"
-        if len(has) > max(self.longest * len(had), len(had) + 4) or len(candidate) > MAX_CHARACTERS:
-            return "long"
-        return changed(caption, candidate) if self.keep_facts else None
-
-
-def choose(
-    caption: str,
-    candidates: Sequence[str | None],
-    k: int,
-    filters: Filters,
-    similar: Callable[[str, str], bool] = lambda caption, candidate: True,
-) -> tuple[list[str], Counter[str]]:
-    """The first k candidates that pass the filters and differ from each other, and why others were rejected.
-
-    A candidate that is None was cut off before its end. similar: whether a candidate means what its
-    caption means, of (caption, candidate). Candidates after the k-th that passes are not looked at.
-    """
-    kept: list[str] = []
-    seen: set[tuple[str, ...]] = set()
-    rejected: Counter[str] = Counter()
-    for candidate in candidates:
-        if len(kept) == k:
-            break
-        text = " ".join((candidate or "").split())
-        reason = "unfinished" if candidate is None else filters.fault(caption, text)
-        if reason is None and tuple(words(text)) in seen:
-            reason = "same"
-        if reason is None and not similar(caption, text):
-            reason = "similarity"
-        if reason:
-            rejected[reason] += 1
-            continue
-        seen.add(tuple(words(text)))
-        kept.append(text)
-    return kept, rejected
-
-
-# -- reading --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -205,48 +121,6 @@ def read_store(path: Path) -> Store:
             "--source.paraphrases"
         )
     return _read_version(path / complete[0])
-
-
-@dataclass(frozen=True)
-class Rewording:
-    """One paraphrase of a caption, always the same one, for queries in other words."""
-
-    by: str
-    """`rules`, or the file or folder of a store."""
-    digest: str
-    """Of what it says: the same where every caption has the same paraphrase."""
-    of: Callable[[str], str | None]
-    """The paraphrase of a caption, or None where there is none."""
-
-    @classmethod
-    def find(cls, setting: str) -> Rewording:
-        """By `rules`, the first that `amclr paraphrase --model rules` keeps; else the first in a store.
-
-        setting: `rules`, a file, or a folder that `amclr paraphrase` wrote. Raises UserError for a store that
-        cannot be read, and says what to type.
-        """
-        if setting == "rules":
-            filters = Filters()
-            return cls(
-                setting, f"rules {RULES}",
-                lambda caption: next(iter(choose(caption, reword(caption, 1, 0), 1, filters)[0]), None),
-            )  # fmt: skip
-        path = Path(setting).expanduser()
-        if not path.exists():
-            raise UserError(
-                f"no paraphrases at '{setting}': give rules, a file with the columns caption,paraphrase, or a folder "
-                "that `amclr paraphrase` wrote"
-            )
-        try:
-            store = read_store(path)
-        except UserError as error:  # it knows the options of training
-            told = str(error).replace("--source.paraphrases none", "give rules")
-            raise UserError(told.replace("with --source.paraphrases", "by its folder")) from None
-        asked = hashlib.sha256(_dump(sorted(store.texts.items())).encode("utf-8", "backslashreplace"))
-        return cls(
-            setting, asked.hexdigest(),
-            lambda caption: next((p for p in store.of(caption) if words(p) != words(caption)), None),
-        )  # fmt: skip
 
 
 def _versions(folder: Path) -> list[str]:
@@ -370,146 +244,6 @@ def _csv_rows(file: Path) -> Iterator[Row]:
             yield number, row[caption], [row[paraphrase]]
 
 
-# -- writing --------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A caption, the paraphrases kept, and how many candidates each filter rejected."""
-
-    caption: str
-    paraphrases: tuple[str, ...]
-    rejected: Mapping[str, int] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, row: Mapping[str, Any]) -> Entry:
-        """The entry that a row of a store's file holds."""
-        return cls(row["caption"], tuple(row["paraphrases"]), row.get("rejected", {}))
-
-    def line(self) -> str:
-        """The entry as a row of a store's file."""
-        row = {"caption": self.caption, "paraphrases": list(self.paraphrases)}
-        return _dump(row | ({"rejected": dict(sorted(self.rejected.items()))} if self.rejected else {}))
-
-
-class Version:
-    """A version of a store that is being made: what is done of it, batch by batch, by one process or several.
-
-    A batch is a line of a part file of its process, synced before the next is begun. A kill leaves
-    at most a last line that is cut off, which is dropped; so a batch is there as a whole or not at all.
-    """
-
-    def __init__(self, store: Path, settings: Mapping[str, Any], rank: int = 0) -> None:
-        """Begin or go on with the version of these settings. Raises UserError where it cannot be written."""
-        digest = hashlib.sha256(_dump(settings).encode()).hexdigest()[:8]
-        plain = re.sub(r"[^A-Za-z0-9]+", "-", Path(str(settings["model"])).name).strip("-").lower()[:40] or "model"
-        self.store, self.name = store, f"{plain}-k{settings['k']}-{digest}"
-        self.folder = store / self.name
-        self.settings = dict(settings)
-        self._part = self.folder / PARTS / f"{rank:05d}.jsonl"
-        try:
-            self._part.parent.mkdir(parents=True, exist_ok=True)
-            if rank == 0 and not (self.folder / SETTINGS).is_file():
-                self._write_settings(None)
-            _drop_cut_line(self._part)
-        except OSError as error:
-            raise UserError(
-                f"cannot write paraphrases in '{store}' ({error.strerror}): give a folder with --out, and later "
-                "--source.paraphrases with the same folder"
-            ) from None
-        self._base = {e.caption: e for e in self._finished()}
-
-    def todo(self, captions: Iterable[str]) -> list[str]:
-        """The captions that the finished part of the version lacks, each once, the longest first.
-
-        A function of the captions alone until the version is complete: what parts hold is not looked at.
-        """
-        distinct = {key for c in captions if (key := clean(c)) not in self._base}
-        return sorted(distinct, key=lambda c: (-len(c), c))
-
-    def done(self) -> dict[str, Entry]:
-        """What the parts hold, by caption."""
-        found: dict[str, Entry] = {}
-        for part in sorted((self.folder / PARTS).glob("*.jsonl")):
-            for text in _lines_of_part(part):
-                for row in json.loads(text):
-                    entry = Entry.of(row)
-                    found.setdefault(entry.caption, entry)
-        return found
-
-    def append(self, batch: Sequence[Entry]) -> None:
-        """Add a batch to this process's part, durably."""
-        text = "[" + ",".join(e.line() for e in batch) + "]\n"
-        with self._part.open("ab") as handle:
-            handle.write(text.encode("utf-8", "backslashreplace"))
-            handle.flush()
-            os.fsync(handle.fileno())
-
-    def finish(self) -> dict[str, Any]:
-        """Join the parts with what was finished before into one file, and write the report. Returns the report."""
-        entries = self.done() | self._base
-        ordered = [entries[c] for c in sorted(entries)]
-        write_text(self.folder / ROWS, "".join(f"{e.line()}\n" for e in ordered))
-        report = summarise(ordered, int(self.settings["k"]))
-        write_text(self.folder / "report.json", json.dumps(report, indent=2) + "\n")
-        write_text(self.folder / "sample.txt", sample_sheet(ordered))
-        self._write_settings(len(ordered))
-        write_text(self.store / LATEST, f"{self.name}\n")
-        for part in (self.folder / PARTS).glob("*.jsonl"):
-            part.unlink()
-        (self.folder / PARTS).rmdir()
-        return report
-
-    def _finished(self) -> Iterator[Entry]:
-        file = self.folder / ROWS
-        for line in file.read_text(encoding="utf-8").split("\n")[:-1] if file.is_file() else []:
-            try:
-                yield Entry.of(json.loads(line))
-            except (ValueError, KeyError, TypeError):
-                raise UserError(f"'{file}' is damaged: remove '{self.folder}' and paraphrase again") from None
-
-    def _write_settings(self, captions: int | None) -> None:
-        about = {"format": FORMAT, "captions": captions, "settings": self.settings}
-        write_text(self.folder / SETTINGS, json.dumps(about, indent=2, sort_keys=True) + "\n")
-
-
-def summarise(entries: Sequence[Entry], k: int) -> dict[str, Any]:
-    """What a store holds: captions, paraphrases, captions with fewer than k, and rejects by reason."""
-    rejected: Counter[str] = Counter()
-    for e in entries:
-        rejected.update(e.rejected)
-    return {
-        "captions": len(entries),
-        "paraphrases": sum(len(e.paraphrases) for e in entries),
-        "captions_with": {str(n): sum(len(e.paraphrases) == n for e in entries) for n in range(k + 1)},
-        "rejected": {r: rejected[r] for r in sorted(rejected)},
-    }
-
-
-def sample_sheet(entries: Sequence[Entry]) -> str:
-    """Some captions, always the same ones of the same store, with their paraphrases, as plain text."""
-    picked = sorted(entries, key=lambda e: hashlib.sha256(e.caption.encode("utf-8", "surrogatepass")).digest())
-    blocks = ["\n".join([e.caption, *(f"    {p}" for p in e.paraphrases or ["(none)"])]) for e in picked[:SAMPLED]]
-    return "\n\n".join(blocks) + "\n"
-
-
-def _dump(value: Any) -> str:
+def dump_json(value: Any) -> str:
+    """JSON that is the same for equal values."""
     return json.dumps(value, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
-
-
-def _lines_of_part(part: Path) -> Iterator[str]:
-    with part.open(encoding="utf-8") as handle:
-        for text in handle:
-            if text.endswith("]\n"):  # else it was cut off, and its batch is done again
-                yield text
-
-
-def _drop_cut_line(part: Path) -> None:
-    if not part.is_file():
-        part.touch()
-        return
-    whole = part.read_bytes()
-    end = whole.rfind(b"]\n") + 2 if b"]\n" in whole else 0
-    if end < len(whole):
-        with part.open("r+b") as handle:
-            handle.truncate(end)

@@ -1,4 +1,4 @@
-"""The closed form as Triton kernels: what `blocks.Blocks` does, in one launch a pass whatever the terms.
+"""The closed form as Triton kernels: each pass of `SimilarityBlocks` in one launch, whatever the terms.
 
 Each program owns some rows of one view and walks all candidates, forming similarities tile by tile and
 dropping them again (online log-sum-exp in the first pass, recomputed in the second). So no two programs
@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -23,7 +23,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from amclr.objectives.blocks import LOG2E, Layout, Positives
+from amclr.distributed.world import World
+from amclr.objectives.backends.base import LOG2E, BlockInputs
+from amclr.objectives.layout import Layout
 
 BLOCK, CANDIDATES = 64, 64
 """Anchors of a program that works out estimates, and rows that it looks through at a time for the same samples."""
@@ -34,7 +36,7 @@ LARGEST_HALF = 3e4
 
 
 @dataclass(frozen=True)
-class Tile:
+class TileShape:
     """What a program of `_log_sums` or `_gradients` works on at a time, and with how many warps and stages of loads.
 
     rows: its anchors. candidates: beside each other. depth: dimensions that are multiplied at a time; all of
@@ -66,21 +68,21 @@ class Tile:
         loads = 1 if self.whole else self.stages  # of the anchors
         return item * self.depth * (loads * self.rows + self.stages * self.candidates) + 1024
 
-    def within(self, dim: int) -> Tile:
+    def within(self, dim: int) -> TileShape:
         """Without the part that rows of so many dimensions leave empty."""
         most = max(16, triton.next_power_of_2(dim))
         return replace(self, depth=min(self.depth, most), width=min(self.width, most))
 
 
 SMALL = {
-    "half": (Tile(64, 64, 64, 4, 3), Tile(64, 64, 64, 4, 3, 128)),
-    "tf32": (Tile(64, 64, 32, 4, 3), Tile(64, 64, 32, 8, 3, 128)),
-    "ieee": (Tile(64, 64, 32, 8, 3), Tile(64, 64, 32, 8, 3, 128)),
+    "half": (TileShape(64, 64, 64, 4, 3), TileShape(64, 64, 64, 4, 3, 128)),
+    "tf32": (TileShape(64, 64, 32, 4, 3), TileShape(64, 64, 32, 8, 3, 128)),
+    "ieee": (TileShape(64, 64, 32, 8, 3), TileShape(64, 64, 32, 8, 3, 128)),
 }
 LARGE = {
-    "half": (Tile(128, 128, 64, 8, 3), Tile(128, 64, 64, 8, 3, 128)),
-    "tf32": (Tile(128, 128, 32, 8, 3), Tile(128, 64, 32, 8, 3, 128)),
-    "ieee": (Tile(128, 64, 16, 8, 3), Tile(64, 64, 32, 8, 3, 128)),
+    "half": (TileShape(128, 128, 64, 8, 3), TileShape(128, 64, 64, 8, 3, 128)),
+    "tf32": (TileShape(128, 128, 32, 8, 3), TileShape(128, 64, 32, 8, 3, 128)),
+    "ieee": (TileShape(128, 64, 16, 8, 3), TileShape(64, 64, 32, 8, 3, 128)),
 }
 """Tiles of the two passes by how products are formed: where programs are too few to fill the device, and from there.
 
@@ -88,8 +90,8 @@ Chosen by what the compiler reports for sm_90 (`python -m benchmarks.kernels`): 
 matrix units' instructions. They have not been timed.
 """
 WHOLE = {
-    256: (Tile(128, 64, 256, 8, 2, whole=True), Tile(64, 64, 256, 8, 2, 256, whole=True)),
-    512: (Tile(128, 32, 512, 8, 2, whole=True), Tile(64, 64, 512, 8, 2, 512, whole=True)),
+    256: (TileShape(128, 64, 256, 8, 2, whole=True), TileShape(64, 64, 256, 8, 2, 256, whole=True)),
+    512: (TileShape(128, 32, 512, 8, 2, whole=True), TileShape(64, 64, 512, 8, 2, 512, whole=True)),
 }
 """Tiles of half precision for rows of up to so many dimensions, where a program's warps can share the memory for it.
 
@@ -99,7 +101,7 @@ WHOLE_CAPABILITIES = (8, 9)
 """NVIDIA's from A100 to H200. On later ones the weights take shared memory too, which those tiles leave none for."""
 
 
-def tile_pairs(kind: str, dim: int, whole: bool) -> list[tuple[Tile, Tile]]:
+def tile_pairs(kind: str, dim: int, whole: bool) -> list[tuple[TileShape, TileShape]]:
     """The tiles of both passes that there are for rows of so many dimensions, smaller first; `whole`: `WHOLE` too."""
     pairs = [SMALL[kind], LARGE[kind]]
     if kind == "half" and whole:
@@ -107,7 +109,7 @@ def tile_pairs(kind: str, dim: int, whole: bool) -> list[tuple[Tile, Tile]]:
     return [(first.within(dim), second.within(dim)) for first, second in pairs]
 
 
-def tiles(kind: str, dim: int, rows: int, terms: int, views: int, device: torch.device) -> tuple[Tile, Tile]:
+def tiles(kind: str, dim: int, rows: int, terms: int, views: int, device: torch.device) -> tuple[TileShape, TileShape]:
     """The tiles of both passes, for `rows` anchors of each of `terms` terms, and of each of `views` views."""
     return _chosen(kind, dim, rows, terms, views, *_limits(device))
 
@@ -115,7 +117,7 @@ def tiles(kind: str, dim: int, rows: int, terms: int, views: int, device: torch.
 @cache
 def _chosen(
     kind: str, dim: int, rows: int, terms: int, views: int, processors: int, shared: int, whole: bool
-) -> tuple[Tile, Tile]:
+) -> tuple[TileShape, TileShape]:
     found = []
     for choices, groups in zip(zip(*tile_pairs(kind, dim, whole), strict=True), (terms, views), strict=True):
         best, *larger = choices
@@ -167,7 +169,7 @@ def _similarities(z, a, c, i, j, n, d, DEPTH: tl.constexpr, PRECISION: tl.conste
 
 @triton.jit
 def _positives(ones, others, i, j, n, MATCHES: tl.constexpr):
-    """Which pairs have a match, `blocks.Positives.matches`, or are a row with itself; those beyond the batch too."""
+    """Which pairs have a match, `Positives.matches`, or are a row with itself; those beyond the batch too."""
     out = (j >= n)[None, :] | (i[:, None] == j[None, :])
     for m in tl.static_range(MATCHES):
         own = tl.load(ones + m * n + i, mask=i < n, other=0)
@@ -385,43 +387,34 @@ def _gradients(
 
 
 class TritonBlocks:
-    """The passes of `blocks.Blocks`, with the same arguments and results, over all layouts at once.
+    """Implements `SimilarityBlocks`, over all layouts at once. `fused_step` makes a whole step in five launches.
 
-    matmul_dtype: "auto" and "float32" are exact for float32 views, "tf32" is not. largest: bounds B times the
-    weights of two anchors.
+    matmul_dtype "auto" and "float32" are exact for float32 views, "tf32" is not.
     """
 
-    def __init__(
-        self,
-        every: Sequence[Tensor],
-        mine: slice,
-        layouts: Sequence[Layout],
-        taus: float | Tensor,
-        positives: Positives,
-        matmul_dtype: str,
-        largest: float,
-    ) -> None:
-        dtype = every[0].dtype
+    def __init__(self, inputs: BlockInputs) -> None:
+        every, taus, matmul_dtype = inputs.every, inputs.taus, inputs.matmul_dtype
+        self.dtype = dtype = every[0].dtype
         if matmul_dtype in ("float16", "bfloat16"):
             dtype = getattr(torch, matmul_dtype)
         self.z = torch.stack(list(every)).to(dtype)
         if dtype == torch.bfloat16 and os.environ.get("TRITON_INTERPRET"):
             self.z = self.z.float()  # the interpreter, which is NumPy, cannot multiply bfloat16
-        self.mine, self.layouts = mine, layouts
+        self.mine = inputs.mine
         self.views, self.size, self.dim = self.z.shape
-        self.terms, self.partners = _tables(tuple(layouts), self.views, self.z.device)
+        self.terms, self.partners = _tables(tuple(inputs.layouts), self.views, self.z.device)
         rates = LOG2E / taus.float() if isinstance(taus, Tensor) else _constant((LOG2E / taus,), self.z.device)[0]
         self.rate_stride = 1 if rates.dim() else 0
         self.rates = rates.contiguous()
-        matches = positives.matches or ()
+        matches = inputs.positives.matches or ()
         self.ones = self.others = self.z  # for no matches, of which nothing is read
         if matches:
             self.ones = self.others = matches[0][0][None] if len(matches) == 1 else torch.stack([a for a, _ in matches])
         if any(a is not b for a, b in matches):
             self.others = torch.stack([b for _, b in matches])
         half = self.z.dtype == torch.float16
-        self.lift = self.size * min(HALF_SCALE, LARGEST_HALF / largest) if half else 1.0
-        self.unique = positives.unique
+        self.lift = self.size * min(HALF_SCALE, LARGEST_HALF / inputs.largest_weight) if half else 1.0
+        self.unique = inputs.positives.unique
         kind = "half" if self.z.element_size() == 2 else "tf32" if matmul_dtype == "tf32" else "ieee"
         self.tiles = tiles(kind, self.dim, self._rows, len(self.terms), self.views, self.z.device)
         self.options = {"MATCHES": len(matches), "PRECISION": "tf32" if kind == "tf32" else "ieee"}
@@ -431,24 +424,43 @@ class TritonBlocks:
         return self.mine.stop - self.mine.start
 
     def log_sums(self) -> tuple[Tensor, Tensor]:
-        """As `Blocks.log_sums`."""
-        found = self.anchors()
-        return found[: len(self.terms)], found[len(self.terms) : -1]
+        """See `SimilarityBlocks.log_sums`."""
+        anchors = self.anchors()
+        return anchors[: len(self.terms)], anchors[len(self.terms) : -1]
 
     def anchors(self) -> Tensor:
-        """What is known of this process's anchors after the first pass, (2 T + 1, M).
-
-        T rows of log-sum-exps, T of s_ii, and one with the number of negatives.
-        """
+        """The first pass over this process's anchors, (2 T + 1, M): log-sum-exps, s_ii, and numbers of negatives."""
         count = len(self.terms)
-        found = torch.empty(2 * count + 1, self._rows, device=self.z.device)
+        anchors = torch.empty(2 * count + 1, self._rows, device=self.z.device)
         tile = self.tiles[0]
         _log_sums[(triton.cdiv(self._rows, tile.rows), count)](
-            self.z, self.terms, self.rates, self.ones, self.others, found, found[count:], found[2 * count :],
+            self.z, self.terms, self.rates, self.ones, self.others, anchors, anchors[count:], anchors[2 * count :],
             self.mine.start, self.mine.stop, self.size, self.dim, self.rate_stride,
             **self.options, **tile.sizes, **tile.launch,
         )  # fmt: skip
-        return found
+        return anchors
+
+    def fused_step(
+        self, world: World, ids: Sequence[Tensor], columns: tuple[tuple[int, int, int], ...], weights: Sequence[float],
+        tables: Sequence[Tensor], gamma: float, rho: float, *, write: bool, wants_gradient: bool,
+        check: Callable[[Tensor], None] | None,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        """A step whose numbers per anchor stay on the device: sums (3, T) and the gradient (V, M, D), if wanted.
+
+        The arguments of `estimate`; check: called with whether each anchor has negatives. Returns sums over the anchors
+        of losses, margins and similarities.
+        """
+        anchors = world.gather(self.anchors(), 1)
+        if check:
+            check(anchors[-1] > 0)
+        offsets, weight_sums, sums = self.estimate(anchors, ids, columns, weights, tables, gamma, rho, write)
+        if not wants_gradient:
+            return sums, None
+        # bfloat16 has float32's range. In float16 a gradient would be lost before loss scaling can lift it.
+        kind = torch.bfloat16 if self.z.dtype == self.dtype == torch.bfloat16 else torch.float32
+        gradient = torch.empty(self.views, self._rows, self.dim, dtype=kind, device=self.z.device)
+        self.gradients_from(offsets, weight_sums, gradient, set(), False)
+        return sums, gradient
 
     def estimate(
         self, anchors: Tensor, ids: Sequence[Tensor], columns: tuple[tuple[int, int, int], ...],
@@ -456,13 +468,13 @@ class TritonBlocks:
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """Update the estimates of a batch, of all processes, in two launches.
 
-        anchors: (2 T + 1, N), as `anchors` gives it. ids: of each modality, (N,). columns: per term its
-        modality (0 image, 1 text), its column and the width of the table. tables: of log u, by modality;
+        anchors: (2 T + 1, N), as `anchors` gives it. ids: of each modality, (N,), or one tensor if shared. columns: per
+        term its modality (0 image, 1 text), its column and the width of the table. tables: of log u, by modality;
         none for mini-batch terms, whose loss is the cross-entropy. write: put the new estimates there.
         Returns offsets and own (T, N) as `gradients_from` takes them, and (3, T): losses, margins, similarities.
         """
         count, device = len(self.terms), self.z.device
-        both = ids[0][None] if all(i is ids[0] for i in ids) else torch.stack(list(ids))
+        both = ids[0][None] if len(ids) == 1 else torch.stack(list(ids))
         blocks = triton.cdiv(self.size, BLOCK)
         offsets, own, updated = torch.empty(3, count, self.size, device=device)
         partials = torch.empty(3, count, blocks, device=device)
@@ -479,23 +491,24 @@ class TritonBlocks:
         return offsets, own, partials.sum(2)
 
     def gradients(
-        self, offsets: Tensor, own: Tensor, gradient: Tensor, written: set[int], slopes: bool
+        self, offsets: Tensor, weight_sums: Tensor, gradient: Tensor, written: set[int], weighted_sums: bool
     ) -> Tensor | None:
-        """As `Blocks.gradients`."""
+        """See `SimilarityBlocks.gradients`."""
         offsets = torch.add(offsets.float(), -math.log(self.lift)).mul_(LOG2E).contiguous()
-        return self.gradients_from(offsets, (own * self.lift).float().contiguous(), gradient, written, slopes)
+        lifted = (weight_sums * self.lift).float().contiguous()
+        return self.gradients_from(offsets, lifted, gradient, written, weighted_sums)
 
     def gradients_from(
-        self, offsets: Tensor, own: Tensor, gradient: Tensor, written: set[int], slopes: bool
+        self, offsets: Tensor, weight_sums: Tensor, gradient: Tensor, written: set[int], weighted_sums: bool
     ) -> Tensor | None:
         """`gradients`, with offsets in base 2 and weights lifted into the range of the products' type."""
-        pulls = torch.empty(len(self.terms), self._rows, device=self.z.device) if slopes else None
+        pulls = torch.empty(len(self.terms), self._rows, device=self.z.device) if weighted_sums else None
         fresh = gradient if not written else torch.empty_like(gradient)
         tile = self.tiles[1]
         _gradients[(triton.cdiv(self._rows, tile.rows), self.views, triton.cdiv(self.dim, tile.width))](
-            self.z, self.partners, self.rates, offsets, own, self.ones, self.others, fresh,
+            self.z, self.partners, self.rates, offsets, weight_sums, self.ones, self.others, fresh,
             pulls if pulls is not None else fresh, self.mine.start, self.mine.stop, self.size, self.dim,
-            self.rate_stride, 1.0 / self.lift, PARTNERS=self.partners.shape[1], SLOPES=slopes,
+            self.rate_stride, 1.0 / self.lift, PARTNERS=self.partners.shape[1], SLOPES=weighted_sums,
             **self.options, **tile.sizes, **tile.launch,
         )  # fmt: skip
         if fresh is not gradient:

@@ -259,7 +259,7 @@ def test_rules_are_the_store_that_they_make(trained: Path, tmp_path: Path, capsy
         (["--paraphrased", "other.csv"], "none of the 16 captions has a paraphrase by 'other.csv'"),
         (["--paraphrased", "bad.csv"], "needs a header line with the columns caption,paraphrase"),
         (["--folds", "0"], "--folds 1 or more"),
-        (["--folds", "9"], "--folds must be 8 at the most, as many as there are images, got 9"),
+        (["--folds", "9"], "--folds must be at most 8, the number of images, got 9"),
         (["--captions", "-1"], "--captions must be 0"),
         (["--folds", "many"], "--folds must be a whole number, got 'many'"),
         (["--split", "tset"], "has no split 'tset': choose from all, train, val"),

@@ -1,4 +1,4 @@
-"""The command line as users meet it: a whole pass and real signals in processes of its own, bad input in this one."""
+"""The command line end to end: whole passes and real signals in separate processes, bad input in this one."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def test_help(main: Command) -> None:
     for expected in ("--objective", "--loss.gamma", "recipes", "--resume RUN", "learning-rate factor", "frozen"):
         assert expected.lower() in text.lower()
     assert "--zeroshot" in main("evaluate", "--help").stdout
-    looked = main("inspect", "--help").stdout
-    assert "contact sheet" in looked and "--source.encoding" in looked and "--optim.lr" not in looked
+    inspected = main("inspect", "--help").stdout
+    assert "contact sheet" in inspected and "--source.encoding" in inspected and "--optim.lr" not in inspected
 
 
 def test_train_evaluate_inspect(amclr: Command, main: Command, folder: Path, tmp_path: Path) -> None:
@@ -60,8 +60,11 @@ def test_train_evaluate_inspect(amclr: Command, main: Command, folder: Path, tmp
     saved = json.loads((tmp_path / "out/run/evaluations/patches-train.json").read_text())
     assert saved["zeroshot_rejects"] == 2 and saved["images"] == 32
     assert (tmp_path / "out/run/evaluations/patches-train.png").is_file()
-    looked = amclr("inspect", "--data", folder)
-    assert "images       40, train 32, val 8" in looked.stdout and "captions     80: 40 images with 2" in looked.stdout
+    inspected = amclr("inspect", "--data", folder)
+    assert (
+        "images       40, train 32, val 8" in inspected.stdout
+        and "captions     80: 40 images with 2" in inspected.stdout
+    )
     with Image.open(tmp_path / "contact-sheet.png") as sheet:
         assert min(sheet.size) > 400
     again = main("train", "--data", folder, *SMALL, "--out", "out/run")
@@ -130,9 +133,9 @@ def test_bad_data_ends_in_one_line_or_a_counted_skip(main: Command, folder: Path
     assert {Path(r["file"]).name for r in rejects} == {"captions.txt", "008.png", "009.png", "010.png"}
     with (folder / "val.txt").open("a") as handle:
         handle.write("020.png\n")
-    looked = main("inspect", "--data", folder)
-    assert "left out     5 of 82 rows" in looked.stdout and "too large" in looked.stdout
-    assert "note         1 images are in both train and val, such as 020.png" in looked.stdout
+    inspected = main("inspect", "--data", folder)
+    assert "left out     5 of 82 rows" in inspected.stdout and "too large" in inspected.stdout
+    assert "note         1 images are in both train and val, such as 020.png" in inspected.stdout
 
 
 def test_a_model_from_a_hub_that_cannot_be_reached(main: Command, folder: Path, tmp_path: Path) -> None:
@@ -159,16 +162,16 @@ def test_prompts_and_class_names_from_files(main: Command, folder: Path, tmp_pat
     files = {"zeroshot": "classes", "templates": "prompts.txt", "classnames": "names.tsv"}
     done = main("evaluate", "run", "--retrieval", "false", *(f"--{k}={v}" for k, v in files.items()))
     assert done.returncode == 0, done.stderr[-2000:]
-    found = json.loads((tmp_path / "run" / "evaluations" / "zeroshot-classes.json").read_text())
-    assert found["zeroshot_images"] == 32 and found["zeroshot_top1"] > 70
+    results = json.loads((tmp_path / "run" / "evaluations" / "zeroshot-classes.json").read_text())
+    assert results["zeroshot_images"] == 32 and results["zeroshot_top1"] > 70
     files = {k: str(tmp_path / v) for k, v in files.items()} | {"classnames": str(tmp_path / "turned.tsv")}
     turned = evaluate_run(tmp_path / "run", retrieval=False, progress=False, **files)
     assert turned["zeroshot_top1"] < 30
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_killed_stopped_and_gone_on_with(folder: Path, tmp_path: Path, main: Command) -> None:
-    """kill -9 loses no more than the steps since the last checkpoint, a signal none; and the run ends as if without."""
+def test_killed_interrupted_and_resumed(folder: Path, tmp_path: Path, main: Command) -> None:
+    """kill -9 loses at most the steps since the last checkpoint, other signals none; the result is the same as without."""
     settings = ("--data", str(folder), *SMALL, "--epochs", "12", "--out")
     run = tmp_path / "run"
 
@@ -177,7 +180,7 @@ def test_killed_stopped_and_gone_on_with(folder: Path, tmp_path: Path, main: Com
         return max((int(f.stem.removeprefix("step-")) for f in run.glob("checkpoints/step-*.pt")), default=0)
 
     def ended_by(number: signal.Signals, *arguments: str) -> tuple[int, str]:
-        """Exit code, and what was said, of a process that is sent a signal after its next checkpoint."""
+        """Exit code, and stderr, of a process that is sent a signal after its next checkpoint."""
         process = subprocess.Popen(
             [sys.executable, "-m", "amclr", "train", *arguments], cwd=tmp_path, stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -187,16 +190,16 @@ def test_killed_stopped_and_gone_on_with(folder: Path, tmp_path: Path, main: Com
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.02)
         process.send_signal(number)
-        _, said = process.communicate(timeout=60)
-        return process.returncode, said
+        _, stderr = process.communicate(timeout=60)
+        return process.returncode, stderr
 
     assert ended_by(signal.SIGKILL, *settings, "run")[0] == -signal.SIGKILL
     assert not (run / "results.json").exists() and "epochs: 12" in (run / "config.yaml").read_text()
     assert Run.open(run).load_last()["step"] >= 4  # type: ignore[index]
     for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
-        ended, said = ended_by(number, "--resume", "run")
+        ended, stderr = ended_by(number, "--resume", "run")
         assert ended == code
-        assert "Traceback" not in said and "amclr train --resume run" in said.splitlines()[-1]
+        assert "Traceback" not in stderr and "amclr train --resume run" in stderr.splitlines()[-1]
         state = Run.open(run).load_last()
         assert state is not None and state["step"] >= Run.open(run).metrics()[-1]["step"] > 0
     for arguments in (("--resume", "run"), (*settings, "whole")):
@@ -236,8 +239,8 @@ def test_flickr8k_with_frozen_encoders(amclr: Command, tmp_path: Path) -> None:
     assert results["txt_r_mean"] > 30 and results["img_r_mean"] > 27
     measured = amclr("evaluate", "run", "--retrieval", "false", "--zeroshot", REAL / "cifar10" / "test", timeout=600)
     assert measured.returncode == 0, measured.stderr[-2000:]
-    found = json.loads((tmp_path / "run" / "evaluations" / "zeroshot-test.json").read_text())
-    assert found["zeroshot_classes"] == 10 and found["zeroshot_top1"] > 25
+    results = json.loads((tmp_path / "run" / "evaluations" / "zeroshot-test.json").read_text())
+    assert results["zeroshot_classes"] == 10 and results["zeroshot_top1"] > 25
 
 
 @pytest.mark.slow
@@ -253,8 +256,8 @@ def test_flickr8k_end_to_end(amclr: Command, tmp_path: Path) -> None:
     for name in names:
         shutil.copy(source / "Images" / name, part / "Images" / name)
     header, *rows = (source / "captions.txt").read_text().splitlines()
-    kept = [row for row in rows if row.split(",")[0] in set(names)]
-    (part / "captions.txt").write_text("\n".join([header, *kept]) + "\n")
+    lines = [row for row in rows if row.split(",")[0] in set(names)]
+    (part / "captions.txt").write_text("\n".join([header, *lines]) + "\n")
     (part / "val.txt").write_text("\n".join(names[:96]) + "\n")
     options = ("--recipe", "finetune", "--objective", "amclr", "--batch_size", "32", "--epochs", "4", "--out", "run")
     done = amclr("train", "--data", part, *options, "--model.image_size", "96", timeout=1100)

@@ -1,4 +1,4 @@
-"""Named experiments: each a short function that can be read whole. `amclr train --recipe NAME`."""
+"""Recipes: named full sets of settings, each a short function. `amclr train --recipe NAME`."""
 
 from __future__ import annotations
 
@@ -9,37 +9,37 @@ from amclr.config.schema import Config, LossConfig, ModelConfig, OptimConfig, So
 
 
 def scenes() -> Config:
-    """Small towers from scratch on the generated scenes: minutes on two CPU cores.
+    """Small towers from scratch on generated scenes: minutes on two CPU cores.
 
     amclr train
     """
     return Config(
         data="scenes",
-        # Of xAmCLR's terms within a modality those of texts teach a text tower that begins with nothing; those of
-        # images cost here.
+        # Of xAmCLR's intra-modal terms, those between texts help a text tower that starts from scratch; those between
+        # images cost accuracy here.
         objective="xamclr-text",
         epochs=16,
         batch_size=64,
-        # Scenes on one background look alike, and differ in the things that captions name.
+        # Scenes on one background look alike, but differ in the objects that captions name.
         source=SourceConfig(duplicates="captions"),
-        # Captions say left and right, so no view may mirror an image.
+        # Captions say left and right, so views must not mirror images.
         views=ViewsConfig(image="weak", image_aug="single", flip=False),
-        # The small text tower trains from scratch without collapsing at a fraction of the others' rate.
+        # From scratch, the small text tower collapses unless its learning rate is lower.
         model=ModelConfig(image_size=64, dim=128, max_tokens=40, text_lr=0.3),
-        # Towers from scratch move too fast for estimates of an epoch ago.
+        # Towers from scratch change too fast for estimates from an epoch ago.
         loss=LossConfig(temperature=0.05, gamma=1.0),
         optim=OptimConfig(lr=2e-3, weight_decay=0.05),
     )
 
 
 def frozen() -> Config:
-    """The packaged pretrained encoders, frozen, with cached views: heads train in minutes on a CPU.
+    """Heads on the packaged pretrained encoders, frozen, with cached views: minutes on a CPU.
 
     amclr train --data FOLDER
     """
     return Config(
-        # Of xAmCLR's terms within a modality those of texts cost here: their tower is one for sentences already, and
-        # an image's captions say different things.
+        # Of xAmCLR's intra-modal terms, those between texts cost accuracy here: their tower already embeds sentences
+        # well, and an image's captions say different things.
         objective="xamclr-image",
         epochs=8,
         batch_size=128,
@@ -48,15 +48,15 @@ def frozen() -> Config:
             image_tower="efficientnet-lite0", image_size=128, image_lr=0.0,
             text_tower="minilm", text_lr=0.0, text_pooling="mean", head="residual", hidden=2048, dropout=0.2, dim=512,
         ),
-        # A sample's estimate is an epoch old when it is used again, and heads learn fast: a batch of this size alone
-        # says better where a denominator is (docs/results.md).
+        # A sample's estimate is an epoch old when it is used again, and heads learn fast: a batch of this size
+        # estimates the denominator better on its own (docs/results.md).
         loss=LossConfig(temperature=0.07, gamma=1.0),
         optim=OptimConfig(lr=2e-3, weight_decay=0.02, warmup=0.1),
     )  # fmt: skip
 
 
 def finetune() -> Config:
-    """The packaged pretrained encoders, trained end to end, from heads that `frozen` has trained: a GPU, or patience.
+    """The packaged pretrained encoders end to end, from the heads of a `frozen` run: a GPU, or patience.
 
     amclr train --recipe finetune --data FOLDER --init_from RUN
     """
@@ -65,21 +65,21 @@ def finetune() -> Config:
         base,
         objective="amclr",
         views=ViewsConfig(image="paper", image_aug="single"),
-        # Heads that are trained already want a lower rate. Norms' statistics of batches of a small set are worse than
-        # those of the images that the tower comes from.
+        # Trained heads need a lower learning rate. Batch norm statistics of a small data set are worse than those of
+        # the tower's pretraining images.
         model=replace(base.model, image_lr=0.1, text_lr=0.05, freeze_norms=True),
         optim=replace(base.optim, lr=5e-4),
     )
 
 
 def scratch() -> Config:
-    """Small towers from scratch on your own images: for data like no other, and plenty of it.
+    """Small towers from scratch on your own images: for much data that pretrained encoders have never seen.
 
     amclr train --recipe scratch --data FOLDER
     """
     base = scenes()
     return replace(
-        # On real images all of xAmCLR's terms pay, those of images too.
+        # On real images all of xAmCLR's terms help, those between images too.
         base, objective="xamclr", epochs=30, source=SourceConfig(), views=ViewsConfig(),
         model=replace(base.model, image_size=96),
     )  # fmt: skip

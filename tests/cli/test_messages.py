@@ -37,7 +37,11 @@ from amclr.utils.errors import UserError
         ("search", ["idx", "a", "dog"], "one argument too many: 'dog'"),
         ("search", [], "it needs INDEX"),
         ("label", ["run", "photos"], "it needs --classes"),
-        ("evaluate", ["--zeroshot", "classes", "run"], "name the run first: amclr evaluate RUN, and then --zeroshot"),
+        (
+            "evaluate",
+            ["--zeroshot", "classes", "run"],
+            "name the run first: amclr evaluate RUN, and then --zeroshot FOLDER ...",
+        ),
     ],
 )
 def test_slips_in_arguments(command: str, arguments: list[str], message: str) -> None:

@@ -25,7 +25,7 @@ def fail(message: str, code: int) -> int:
 
 
 def of_system(error: OSError) -> str:
-    """A file that is missing, a full disk and the like."""
+    """The message for a missing file, a full disk and the like."""
     if os.environ.get("AMCLR_TRACEBACK"):
         raise error
     file = f"'{error.filename}': " if error.filename else ""
@@ -33,14 +33,15 @@ def of_system(error: OSError) -> str:
 
 
 def of_parser(error: Exception, parser: ArgumentParser, arguments: list[str]) -> str:
-    """What the parser did not accept."""
+    """The message for arguments that the parser did not accept."""
     options = {action.dest: action.option_strings[0] for action in parser._actions if action.option_strings}
     message = " ".join(str(error).split())
     if match := re.search(r"arguments are required: ([\w, ]+)", message):
         missing = match[1].split(", ")
-        lists = [options[a.dest] for a in parser._actions if a.nargs == "*" and options.get(a.dest) in arguments]
+        lists = [a for a in parser._actions if a.nargs == "*" and options.get(a.dest) in arguments]
         if lists and missing[0] not in options:  # the list has taken it
-            return f"name the {missing[0]} first: {parser.prog} {missing[0].upper()}, and then {lists[0]}"
+            rest = f"{options[lists[0].dest]} {lists[0].metavar} ..."
+            return f"name the {missing[0]} first: {parser.prog} {missing[0].upper()}, and then {rest}"
         message = f"it needs {', '.join(options.get(name, name.upper()) for name in missing)}"
     elif match := re.search(r"argument (\S+): expected", message):
         message = f"{match[1]} needs a value"

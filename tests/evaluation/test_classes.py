@@ -99,7 +99,7 @@ def test_without_the_extra_it_says_what_to_install(tmp_path: Path, no_extra: Non
         "pip install 'amclr[zeroshot]'"
     )
     for options in ({"templates": "openai"}, {"templates": "cifar100"}, {"classnames": "imagenet"}):
-        with pytest.raises(UserError, match=r"is in open_clip, clip_benchmark: pip install 'amclr\[zeroshot\]'$"):
+        with pytest.raises(UserError, match=r"need open_clip, clip_benchmark: pip install 'amclr\[zeroshot\]'$"):
             read_classes(root, **options)
     assert not read_classes(root, "folders", "amclr").advice
     assert not read_classes(made(tmp_path / "pets", "cat", "dog")).advice
@@ -108,10 +108,10 @@ def test_without_the_extra_it_says_what_to_install(tmp_path: Path, no_extra: Non
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"classnames": "nowhere.txt"}, r"no class names file 'nowhere.txt', nor names called so: give a file of FOLDER<tab>NAME lines, or one of folders, imagenet"),
-        ({"classnames": "cifar10"}, "--classnames cifar10 needs folders called by its classes, and one is called 'cow': give --classnames FILE"),
-        ({"classnames": "imagenet"}, "needs folders called by wnids, as n01440764, and one is called 'cat'"),
-        ({"templates": "opnai"}, r"no templates file 'opnai', nor prompts called so: .*amclr, simple, openai, imagenet, cifar10, cifar100, caltech101"),
+        ({"classnames": "nowhere.txt"}, r"there is no class names file 'nowhere.txt': give a file of FOLDER<tab>NAME lines, or one of folders, imagenet"),
+        ({"classnames": "cifar10"}, "--classnames cifar10 needs folders named by its classes, and one is named 'cow': give --classnames FILE"),
+        ({"classnames": "imagenet"}, "needs folders named by wnids, as n01440764, and one is named 'cat'"),
+        ({"templates": "opnai"}, r"there is no templates file or known set 'opnai': .*amclr, simple, openai, imagenet, cifar10, cifar100, caltech101"),
         ({"templates": "bare.txt"}, "'bare.txt': the prompt 'a photo' has no {} for the class name"),
         ({"templates": "empty.txt"}, "'empty.txt': there is no prompt: write a prompt per line"),
         ({"templates": "latin.txt"}, "'latin.txt' is not UTF-8 text"),

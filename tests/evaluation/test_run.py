@@ -248,7 +248,7 @@ def test_rules_are_the_store_that_they_make(trained: Path, tmp_path: Path, capsy
     ("options", "message"),
     [
         (["--zeroshot", "nowhere"], "no folder 'nowhere'"),
-        (["--zeroshot", "pets", "--templates", "opnai"], "no templates file 'opnai', nor prompts called so"),
+        (["--zeroshot", "pets", "--templates", "opnai"], "there is no templates file or known set 'opnai'"),
         (["--zeroshot", "pets", "empty"], "'empty' holds no folder with images: expected empty/CLASS/IMAGE.jpg"),
         (["--zeroshot", "pets", "pets", "--wise", "0,1"], "give one --zeroshot FOLDER"),
         (["--templates", "openai"], "belong to --zeroshot FOLDER: give it too"),

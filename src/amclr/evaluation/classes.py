@@ -1,8 +1,7 @@
-"""Images by class, for zero-shot classification: what the classes are called, and the prompts that name them.
+"""Images by class for zero-shot classification: names of the classes, and prompts.
 
-Names and prompts of known sets are those of the libraries that publish them, not copies: ImageNet's names and prompt
-ensembles are open_clip's, prompts of other sets CLIP_benchmark's (both in the extra `zeroshot`), and which of
-ImageNet's classes a folder is, timm knows.
+Names and prompts of known sets come from the libraries that publish them: ImageNet's names and prompt ensembles from
+open_clip, prompts of other sets from CLIP_benchmark (both in the extra `zeroshot`), ImageNet's wnids from timm.
 """
 
 from __future__ import annotations
@@ -34,11 +33,11 @@ FOLDERS = {
         "tractor train trout tulip turtle wardrobe whale willow_tree wolf woman worm"
     ),
 }
-"""Sets whose folders are called by their classes, to know them by (Krizhevsky 2009)."""
+"""Known sets whose folders have the names of their classes (Krizhevsky 2009)."""
 NAMES = ("folders", "imagenet", *FOLDERS)
-"""What `--classnames` takes besides a file: the folders' own names, or those of a set that they must be of."""
+"""What `--classnames` accepts besides a file: the names of the folders, or those of a known set."""
 PROMPTS = ("amclr", "simple", "openai", "imagenet", *FOLDERS)
-"""What `--templates` takes besides a file and the other sets that CLIP_benchmark has prompts for."""
+"""What `--templates` accepts besides a file and the other sets that CLIP_benchmark has prompts for."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,7 @@ class ClassSet:
     root: Path
     paths: list[Path]
     labels: list[int]
-    """Of each image, the row of its class in `names`."""
+    """The class of each image, as an index into `names`."""
     names: list[str]
     prompts: tuple[str, ...]
     """With {} for the name."""
@@ -61,83 +60,81 @@ class ClassSet:
 
     @property
     def about(self) -> str:
-        """Which names and prompts these are, and how many."""
+        """Where the names and prompts come from, and how many there are."""
         return f"{len(self.names)} names ({self.names_of}), {len(self.prompts)} prompts ({self.prompts_of})"
 
     @property
     def digest(self) -> str:
-        """A number of what is asked of a model, from the folder, the names and the prompts."""
-        asked = json.dumps([str(self.root), self.names, self.prompts])
-        return hashlib.sha256(asked.encode()).hexdigest()
+        """SHA-256 of the folder, the names and the prompts: results can be compared only if it is the same."""
+        return hashlib.sha256(json.dumps([str(self.root), self.names, self.prompts]).encode()).hexdigest()
 
 
 def read_classes(root: Path, classnames: str = "", templates: str = "", known: bool = True) -> ClassSet:
     """Read a folder of images by class.
 
     Args:
-        root: holds a folder of images per class.
-        classnames: a file of FOLDER<tab>NAME lines, or one of `NAMES`. Empty takes classnames.txt in the folder or
-            beside it, else the names of the known set that the folder is, else the names of its folders.
-        templates: a file with a prompt per line, one of `PROMPTS`, or another set of CLIP_benchmark's. Empty takes
-            templates.txt in the folder, else the prompts of the known set that it is, else amclr's own seven.
-        known: whether to look if it is a known set: ImageNet, or some classes of it, in folders called by their
-            wnids, CIFAR-10, or CIFAR-100. Where the extra is missing it is told in `advice`, and not used.
+        root: a folder with one folder of images per class.
+        classnames: a file of FOLDER<tab>NAME lines, or one of `NAMES`. Default: classnames.txt in the folder or next
+            to it, else the names of the known set, else the names of the folders.
+        templates: a file with a prompt per line, one of `PROMPTS`, or another set of CLIP_benchmark's. Default:
+            templates.txt in the folder, else the prompts of the known set, else amclr's seven.
+        known: whether to recognise known sets: ImageNet, or some of its classes, by folders named by wnids; CIFAR-10;
+            CIFAR-100. If the extra is missing, they are not used, and `advice` says what to install.
 
     Raises:
-        UserError: for a folder without images by class, for files and names that are not there, and for names whose
-            library is missing, and for a prompt without {}.
+        UserError: for a folder without images by class, for files and names that do not exist, for names whose library
+            is missing, and for a prompt without {}.
     """
     file = Path(classnames) if classnames and classnames not in NAMES else None
     if file and not file.is_file():
         raise UserError(
-            f"no class names file '{file}', nor names called so: give a file of FOLDER<tab>NAME lines, or one of "
-            f"{', '.join(NAMES)}"
+            f"there is no class names file '{file}': give a file of FOLDER<tab>NAME lines, or one of {', '.join(NAMES)}"
         )
     paths, labels, names = class_folders(root, file)
     folder_of = {label: path.relative_to(root).parts[0] for label, path in zip(labels, paths, strict=True)}
     folders = [folder_of[label] for label in range(len(names))]
-    own_names, own_prompts = file or names_file(root), root / "templates.txt"
-    asks_names = not (classnames or own_names)
-    asks_prompts = not (templates or own_prompts.is_file())
-    found = known_set(folders) if known and (asks_names or asks_prompts) else ""
-    usable, advice = bool(found), ""
-    if found and (lacking := _missing()):
-        usable, advice = False, f"these are classes of {found}; for its names and prompts ({lacking}): {EXTRA}"
-    if classnames in NAMES or (asks_names and usable):
-        names, names_of = _named(classnames or found, folders)
+    classes_file, prompts_file = file or names_file(root), root / "templates.txt"
+    needs_names = not (classnames or classes_file)
+    needs_prompts = not (templates or prompts_file.is_file())
+    recognised = known_set(folders) if known and (needs_names or needs_prompts) else ""
+    usable, advice = bool(recognised), ""
+    if recognised and (missing := _missing()):
+        usable, advice = False, f"these are classes of {recognised}; for its names and prompts ({missing}): {EXTRA}"
+    if classnames in NAMES or (needs_names and usable):
+        names, names_of = _known_names(classnames or recognised, folders)
     else:
-        names_of = str(own_names.name) if own_names else "as its folders are called"
-    if not asks_prompts and not templates:
-        prompts, prompts_of = tuple(read_lines(own_prompts)), own_prompts.name
+        names_of = str(classes_file.name) if classes_file else "as its folders are called"
+    if not needs_prompts and not templates:
+        prompts, prompts_of = tuple(read_lines(prompts_file)), prompts_file.name
     else:
-        prompts, prompts_of = read_prompts(templates or (found if usable else "amclr"))
+        prompts, prompts_of = read_prompts(templates or (recognised if usable else "amclr"))
     if not prompts or (bad := next((p for p in prompts if "{}" not in p), "")):
-        told = f"the prompt '{bad}' has no {{}} for the class name" if prompts else "there is no prompt"
-        raise UserError(f"'{templates or own_prompts}': {told}: write a prompt per line, as 'a photo of a {{}}.'")
+        problem = f"the prompt '{bad}' has no {{}} for the class name" if prompts else "there is no prompt"
+        raise UserError(f"'{templates or prompts_file}': {problem}: write a prompt per line, as 'a photo of a {{}}.'")
     return ClassSet(root, paths, labels, names, prompts, names_of, prompts_of, advice)
 
 
 def short_names(roots: Sequence[Path]) -> dict[str, Path]:
-    """Folders by short names, all different: a folder's own, or its parent's if it is called train, val or test."""
-    found: dict[str, Path] = {}
+    """Folders by unique short names: a folder's name, or its parent's if it is called train, val or test."""
+    named: dict[str, Path] = {}
     for root in roots:
         parts = root.resolve().parts
         name = parts[-2] if parts[-1] in ("train", "val", "test") and len(parts) > 2 else parts[-1]
-        found[name if name not in found else f"{name}-{len(found)}"] = root
-    return found
+        named[name if name not in named else f"{name}-{len(named)}"] = root
+    return named
 
 
 def known_set(folders: Sequence[str]) -> str:
-    """The set whose classes folders of these names are: imagenet (any of its wnids), cifar10, cifar100; or nothing."""
+    """The known set with folders of these names: imagenet (any of its wnids), cifar10 or cifar100; else empty."""
     plain = {_plain(name) for name in folders}
     for name in FOLDERS:
-        if plain == _own(name):
+        if plain == _class_names(name):
             return name
     wnids = all(re.fullmatch(r"n\d{8}", folder) for folder in folders)
     return "imagenet" if wnids and set(folders) <= set(_wnids()) else ""
 
 
-def _own(name: str) -> set[str]:
+def _class_names(name: str) -> set[str]:
     """The classes of one of `FOLDERS`."""
     return {_plain(folder) for folder in FOLDERS[name].split()}
 
@@ -148,21 +145,21 @@ def _plain(name: str) -> str:
 
 @cache
 def _wnids() -> dict[str, int]:
-    """ImageNet's wnids, and the place of each in its order of 1,000 classes."""
+    """ImageNet's wnids, each with its index among the 1,000 classes."""
     from timm.data import ImageNetInfo
 
-    return {wnid: place for place, wnid in enumerate(ImageNetInfo().label_names())}
+    return {wnid: index for index, wnid in enumerate(ImageNetInfo().label_names())}
 
 
-def _named(name: str, folders: Sequence[str]) -> tuple[list[str], str]:
-    """The names that one of `NAMES` has for the classes of folders, and what to call them."""
+def _known_names(name: str, folders: Sequence[str]) -> tuple[list[str], str]:
+    """The class names of folders by one of `NAMES`, and where they come from."""
     if name == "folders":
         return [folder.replace("_", " ") for folder in folders], "as its folders are called"
-    known = set(_wnids()) if name == "imagenet" else _own(name)
-    if strange := next((f for f in folders if (f if name == "imagenet" else _plain(f)) not in known), None):
-        called = "wnids, as n01440764" if name == "imagenet" else "its classes"
+    known = set(_wnids()) if name == "imagenet" else _class_names(name)
+    if unknown := next((f for f in folders if (f if name == "imagenet" else _plain(f)) not in known), None):
+        expected = "wnids, as n01440764" if name == "imagenet" else "its classes"
         raise UserError(
-            f"--classnames {name} needs folders called by {called}, and one is called '{strange}': give --classnames "
+            f"--classnames {name} needs folders named by {expected}, and one is named '{unknown}': give --classnames "
             "FILE, with FOLDER<tab>NAME lines"
         )
     if name in FOLDERS:
@@ -174,9 +171,9 @@ def _named(name: str, folders: Sequence[str]) -> tuple[list[str], str]:
 
 
 def read_prompts(name: str) -> tuple[tuple[str, ...], str]:
-    """The prompts of a name or in a file, with {} for the class, and what to call them.
+    """The prompts by a name or in a file, with {} for the class, and where they come from.
 
-    Raises UserError, naming those that there are, where there are none.
+    Raises UserError that lists the known names if there are none.
     """
     if name == "amclr":
         return TEMPLATES, "amclr"
@@ -193,27 +190,27 @@ def read_prompts(name: str) -> tuple[tuple[str, ...], str]:
         return listed[name], f"{name}, by CLIP_benchmark"
     if Path(name).is_file():
         return tuple(read_lines(Path(name))), name
-    others = ", ".join(n for n in sorted(listed) if n not in PROMPTS)
+    more = ", ".join(n for n in sorted(listed) if n not in PROMPTS)
     raise UserError(
-        f"no templates file '{name}', nor prompts called so: give a file with one prompt per line, {{}} for the class "
-        f"name, or one of {', '.join(PROMPTS)}{f', {others}' if others else f'; for more: {EXTRA}'}"
+        f"there is no templates file or known set '{name}': give a file with one prompt per line, {{}} for the class "
+        f"name, or one of {', '.join(PROMPTS)}{f', {more}' if more else f'; for more: {EXTRA}'}"
     )
 
 
 @cache
 def _benchmark_prompts() -> dict[str, tuple[str, ...]]:
-    """CLIP_benchmark's English prompts by set. They are read from its file: its modules import far more."""
+    """CLIP_benchmark's English prompts by set, read from its file because its modules import far more."""
     file = files("clip_benchmark") / "datasets" / "en_zeroshot_classification_templates.json"
     listed: dict[str, list[str]] = json.loads(file.read_text(encoding="utf-8"))
     return {name: tuple(prompt.replace("{c}", "{}") for prompt in prompts) for name, prompts in listed.items()}
 
 
 def _missing() -> str:
-    """The libraries that have names and prompts and are not there; empty where all are."""
+    """The libraries with names and prompts that are not installed; empty if all are."""
     return ", ".join(name for name in ("open_clip", "clip_benchmark") if not find_spec(name))
 
 
 def _need(name: str) -> None:
-    """Raise UserError where the library that has the names or prompts of a set is missing."""
-    if lacking := _missing():
-        raise UserError(f"what '{name}' names is in {lacking}: {EXTRA}")
+    """Raise UserError if the library with the names or prompts of a set is missing."""
+    if missing := _missing():
+        raise UserError(f"the names and prompts of '{name}' need {missing}: {EXTRA}")

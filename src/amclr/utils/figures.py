@@ -1,4 +1,4 @@
-"""Images of runs and data: learning curves, the retrieval gallery, the contact sheet, many runs compared."""
+"""Figures of runs, data sets and comparisons. They draw what they are given, and know nothing of models or runs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-# Okabe and Ito's palette: told apart with any colour vision.
+# Okabe and Ito's palette, which can be distinguished with any colour vision.
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"
 VARIANTS = (BLUE, ORANGE, GREEN, RED, PURPLE, SKY, "#000000", "#808080")
 MARKERS, DASHES = "osD^vP*Xh<>d", ("-", "--", ":", "-.")
@@ -35,17 +35,17 @@ def _pyplot() -> Any:
 
 
 def curves(rows: Sequence[dict[str, Any]], file: Path, title: str, chance: float) -> None:
-    """Draw the loss and the validation recall of a run against its epochs; zero-shot accuracy, where it was watched."""
+    """Draw the loss and the validation recall of a run by epoch, and zero-shot accuracy if it was monitored."""
     plt = _pyplot()
     steps = [r for r in rows if r["kind"] == "train"]
     evals = [r for r in rows if r["kind"] == "eval"]
-    watched = [r for r in evals if "zeroshot_top1" in r]
+    monitored = [r for r in evals if "zeroshot_top1" in r]
     with plt.rc_context(STYLE):
-        panels = 3 if watched else 2
+        panels = 3 if monitored else 2
         figure, (left, right, *more) = plt.subplots(1, panels, figsize=(4.75 * panels, 3.6), layout="constrained")
         for panel in more:
-            start = watched[-1]["zeroshot_top1_start"]
-            epochs, tops = zip((0.0, start), *((r["epoch"], r["zeroshot_top1"]) for r in watched), strict=True)
+            start = monitored[-1]["zeroshot_top1_start"]
+            epochs, tops = zip((0.0, start), *((r["epoch"], r["zeroshot_top1"]) for r in monitored), strict=True)
             panel.plot(epochs, tops, marker="D", markersize=4, color=PURPLE, label="weights kept")
             panel.axhline(start, color="0.5", linestyle="--", linewidth=1, label=f"at the start {start:.1f} %")
             panel.set(xlabel="epoch", ylabel="top-1 (%)", title="Zero-shot accuracy")
@@ -78,15 +78,14 @@ def curves(rows: Sequence[dict[str, Any]], file: Path, title: str, chance: float
 
 
 def interpolation(rows: Sequence[dict[str, Any]], file: Path, title: str) -> None:
-    """Draw measures along the line from the weights at the start to the trained ones (WiSE-FT).
+    """Draw measures of weights interpolated between the initial and the trained ones (WiSE-FT).
 
-    rows: `wise` and r_mean, zeroshot_top1 or both, in percent. With both, a second panel sets one
-    against the other.
+    rows: `wise`, and r_mean, zeroshot_top1 or both, in percent. With both, a second panel plots one against the other.
     """
     plt = _pyplot()
     rows = sorted(rows, key=lambda row: float(row["wise"]))
     x = [row["wise"] for row in rows]
-    shown = [
+    measures = [
         (key, label, colour, marker)
         for key, label, colour, marker in (
             ("txt_r_mean", "text retrieval", ORANGE, "o"), ("img_r_mean", "image retrieval", GREEN, "s"),
@@ -94,15 +93,15 @@ def interpolation(rows: Sequence[dict[str, Any]], file: Path, title: str) -> Non
         )
         if key in rows[0]
     ]  # fmt: skip
-    both = len(shown) == 3
+    both = len(measures) == 3
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(
             1, 1 + both, figsize=(5.2 + 4.4 * both, 3.8), layout="constrained", squeeze=False
         )  # fmt: skip
         panel = axes[0, 0]
-        for key, label, colour, marker in shown:
+        for key, label, colour, marker in measures:
             panel.plot(x, [row[key] for row in rows], marker=marker, markersize=5, color=colour, label=label)
-        panel.set(xlabel="share of the way (0 start, 1 trained)", ylabel="%", title="Along the line")
+        panel.set(xlabel="share of the way (0 start, 1 trained)", ylabel="%", title="Weight interpolation")
         panel.set_ylim(bottom=0)
         panel.legend(frameon=False)
         if both:
@@ -112,23 +111,21 @@ def interpolation(rows: Sequence[dict[str, Any]], file: Path, title: str) -> Non
             for share, point in zip(x, points, strict=True):
                 other.annotate(f"{share:g}", point, xytext=(5, 5), textcoords="offset points", fontsize=9)
             other.margins(0.12)
-            other.set(
-                xlabel="retrieval: mean recall (%)", ylabel="zero-shot top-1 (%)", title="What one costs the other"
-            )
+            other.set(xlabel="retrieval: mean recall (%)", ylabel="zero-shot top-1 (%)", title="Trade-off")
         figure.suptitle(title)
         figure.savefig(file, dpi=110)
         plt.close(figure)
 
 
 def gallery(
-    queries: Sequence[str], found: Sequence[Sequence[tuple[Tensor, float, bool]]], file: Path, title: str
+    queries: Sequence[str], hits: Sequence[Sequence[tuple[Tensor, float, bool]]], file: Path, title: str
 ) -> None:
-    """Draw captions and the images that they find, best first, the right one framed.
+    """Draw captions and the images that they find, best first, with a frame around the right one.
 
-    found[q]: (image uint8 (3, S, S), cosine similarity, whether it is the caption's own) per place.
+    hits[q]: (image uint8 (3, S, S), cosine similarity, whether it is the caption's image) per rank.
     """
     plt = _pyplot()
-    columns = len(found[0])
+    columns = len(hits[0])
     with plt.rc_context({"font.size": 9}):
         figure = plt.figure(figsize=(2.6 + 1.35 * columns, 0.5 + 1.55 * len(queries)))
         grid = figure.add_gridspec(
@@ -139,7 +136,7 @@ def gallery(
             cell = figure.add_subplot(grid[q, :2])
             cell.axis("off")
             cell.text(0.02, 0.5, "\n".join(textwrap.wrap(query, 30)[:6]), va="center", ha="left", fontsize=9.5)
-            for k, (image, score, right) in enumerate(found[q]):
+            for k, (image, score, right) in enumerate(hits[q]):
                 cell = figure.add_subplot(grid[q, k + 2])
                 cell.imshow(image.permute(1, 2, 0).numpy(), interpolation="antialiased")
                 cell.set(xticks=[], yticks=[])
@@ -153,22 +150,22 @@ def gallery(
         plt.close(figure)
 
 
-def results(found: Sequence[tuple[Tensor, str]], file: Path, title: str) -> None:
-    """Draw what a query found, best first. found: (image uint8 (3, H, W), what to write above it) each."""
+def results(hits: Sequence[tuple[Tensor, str]], file: Path, title: str) -> None:
+    """Draw the results of a query, best first. hits: (image uint8 (3, H, W), the text above it) each."""
     plt = _pyplot()
-    across = min(6, max(3, len(found)))
-    rows = max(1, -(-len(found) // across))
+    across = min(6, max(3, len(hits)))
+    rows = max(1, -(-len(hits) // across))
     height = 0.5 + 1.75 * rows
     with plt.rc_context({"font.size": 9}):
         figure = plt.figure(figsize=(1.75 * across, height))
         grid = figure.add_gridspec(rows, across, left=0.01, right=0.99, bottom=0.01, top=1 - 0.55 / height,
                                    hspace=0.16, wspace=0.05)  # fmt: skip
-        for n, (image, text) in enumerate(found):
+        for n, (image, text) in enumerate(hits):
             cell = figure.add_subplot(grid[n // across, n % across])
             cell.imshow(image.permute(1, 2, 0).numpy(), interpolation="antialiased")
             cell.axis("off")
             cell.set_title(text if len(text) < 25 else f"{text[:22]}...", fontsize=7.5, pad=2, color="0.3")
-        if not found:
+        if not hits:
             figure.text(0.5, 0.4, "nothing found", ha="center", color="0.4")
         figure.suptitle(textwrap.shorten(title, 90), x=0.01, ha="left", fontsize=11, y=0.995, va="top")
         figure.savefig(file, dpi=110)
@@ -176,7 +173,7 @@ def results(found: Sequence[tuple[Tensor, str]], file: Path, title: str) -> None
 
 
 def contact_sheet(cards: Sequence[tuple[Sequence[tuple[str, Tensor]], str, str]], file: Path, title: str) -> None:
-    """Draw samples: per card the named images side by side, and under them the caption and its second view.
+    """Draw samples: on each card, named images side by side, with the caption and its second view below.
 
     cards: ((name, uint8 (3, S, S)) per image, caption, second view) per sample.
     """
@@ -212,10 +209,10 @@ def contact_sheet(cards: Sequence[tuple[Sequence[tuple[str, Tensor]], str, str]]
 def caption_statistics(
     words: np.ndarray, tokens: np.ndarray | None, cut: int, counts: np.ndarray, file: Path, title: str
 ) -> None:
-    """Draw how long the captions are, and how often each word occurs.
+    """Draw the lengths of captions and the frequencies of words.
 
-    words: per caption (T,); tokens: per caption, or None; cut: the most tokens that the text tower
-    sees. counts: occurrences of each word, most first.
+    words: per caption (T,); tokens: per caption, or None; cut: how many tokens the text tower sees at most; counts:
+    occurrences of each word, most frequent first.
     """
     plt = _pyplot()
     with plt.rc_context(STYLE):
@@ -232,7 +229,7 @@ def caption_statistics(
         left.set_ylim(0, 1.2 * left.get_ylim()[1])
         left.legend(frameon=False, ncols=3, loc="upper center", columnspacing=1.2, handlelength=1.4)
         right.loglog(np.arange(1, len(counts) + 1), np.maximum(counts, 1), color=GREEN, linewidth=2)
-        right.set(xlabel="word, commonest first", ylabel="occurrences", title="Words: the long tail")
+        right.set(xlabel="word, most frequent first", ylabel="occurrences", title="Words: the long tail")
         for axis in (right.xaxis, right.yaxis):
             axis.set_major_formatter(lambda value, _: f"{value:,.0f}")
         figure.suptitle(title)
@@ -241,7 +238,7 @@ def caption_statistics(
 
 
 def _names(keys: Sequence[tuple[str, str]]) -> tuple[list[str], list[str]]:
-    """Variants and groups, each once, in their order."""
+    """The variants and the groups, without duplicates, in order."""
     return list(dict.fromkeys(v for v, _ in keys)), list(dict.fromkeys(g for _, g in keys))
 
 
@@ -251,7 +248,7 @@ def points(
 ) -> None:  # fmt: skip
     """Draw measures of variants: the mean with its standard deviation, and every value as a small dot.
 
-    panels: title, and (variant, group) -> values. label: of the values; legend: what the groups are.
+    panels: title, and (variant, group) -> values. label: that of the values; legend: the title of the groups.
     """
     plt = _pyplot()
     variants, groups = _names([key for _, cells in panels for key in cells])
@@ -270,7 +267,7 @@ def points(
                     if not len(values):
                         continue
                     sd = np.std(values, ddof=1) if len(values) > 1 else 0.0
-                    below = [y + shift + 0.16 / len(groups)] * len(values)  # or the whiskers would hide some
+                    below = [y + shift + 0.16 / len(groups)] * len(values)  # where the whiskers do not hide them
                     panel.scatter(values, below, s=16, color=colour, alpha=0.5, linewidths=0)
                     panel.errorbar(np.mean(values), y + shift, xerr=sd, color=colour, marker=marker, markersize=6,
                                    capsize=3, linewidth=1.6)  # fmt: skip
@@ -292,19 +289,19 @@ def many_curves(
     groups: Mapping[str, Mapping[str, tuple[Sequence[float], np.ndarray]]], file: Path, title: str, label: str,
     across: str = "epoch",
 ) -> None:  # fmt: skip
-    """Draw learning curves of variants, a panel per group: the mean over runs and one standard deviation about it.
+    """Draw learning curves of variants, a panel per group: the mean over runs, plus and minus one standard deviation.
 
-    groups: group -> variant -> epochs (E,), or what `across` says instead, and values (runs, E).
+    groups: group -> variant -> x (E,), epochs or what `across` says, and values (runs, E).
     """
     plt = _pyplot()
-    variants, _ = _names([(v, g) for g, found in groups.items() for v in found])
+    variants, _ = _names([(v, g) for g, by_variant in groups.items() for v in by_variant])
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(
             1, len(groups), figsize=(1.9 + max(5.6, 3.9 * len(groups)), 3.8), sharey=True, squeeze=False,
             layout="constrained",
         )  # fmt: skip
-        for panel, (group, found) in zip(axes[0], groups.items(), strict=True):
-            for variant, (x, values) in found.items():
+        for panel, (group, by_variant) in zip(axes[0], groups.items(), strict=True):
+            for variant, (x, values) in by_variant.items():
                 k = variants.index(variant)
                 colour, mean = VARIANTS[k % len(VARIANTS)], values.mean(axis=0)
                 panel.plot(x, mean, color=colour, linestyle=DASHES[k // len(VARIANTS) % len(DASHES)],
@@ -315,8 +312,8 @@ def many_curves(
             panel.set(xlabel=across, title=group)
             panel.xaxis.set_major_locator(plt.MaxNLocator(6, steps=[1, 2, 5, 10], integer=across == "epoch"))
         axes[0, 0].set(ylabel=label)
-        shown = {t: h for panel in axes[0] for h, t in zip(*panel.get_legend_handles_labels(), strict=True)}
-        figure.legend(shown.values(), shown, frameon=False, loc="outside right center")
+        handles = {t: h for panel in axes[0] for h, t in zip(*panel.get_legend_handles_labels(), strict=True)}
+        figure.legend(handles.values(), handles, frameon=False, loc="outside right center")
         figure.suptitle(title)
         figure.savefig(file, dpi=110)
         plt.close(figure)
@@ -326,7 +323,7 @@ def cost(
     cells: Sequence[tuple[str, str, Sequence[tuple[float, float, float]]]], file: Path, title: str, label: str,
     legend: str = "",
 ) -> None:  # fmt: skip
-    """Draw what runs took against what came of it, with the spread of both.
+    """Draw the cost of runs against their quality, with the spread of both.
 
     cells: variant, group, and (encoder passes, seconds, quality) per run.
     """
@@ -345,11 +342,11 @@ def cost(
         for variant, group, runs in cells:
             v, g = variants.index(variant), groups.index(group)
             passes, seconds, quality = np.array(runs).T
-            # Many variants have the same passes: side by side they can be told apart.
-            aside = 0.025 * most * (v - (len(variants) - 1) / 2)
-            for panel, x, moved in zip(axes, (passes / 1e3, seconds), (aside, 0), strict=True):
+            # Many variants have the same passes, and would hide each other.
+            offset = 0.025 * most * (v - (len(variants) - 1) / 2)
+            for panel, x, shift in zip(axes, (passes / 1e3, seconds), (offset, 0), strict=True):
                 spread = [np.std(a, ddof=1) if len(a) > 1 else 0.0 for a in (x, quality)]
-                panel.errorbar(x.mean() + moved, quality.mean(), xerr=spread[0] or None, yerr=spread[1] or None,
+                panel.errorbar(x.mean() + shift, quality.mean(), xerr=spread[0] or None, yerr=spread[1] or None,
                                capsize=2, linewidth=1.2, **style(v, g))  # fmt: skip
         for v, variant in enumerate(variants):
             axes[0].plot([], [], **style(v, 0), label=variant)

@@ -1,4 +1,4 @@
-"""Pieces of HTML that reports and notebooks show: all text is escaped, images are in the page."""
+"""HTML for reports and notebooks. All text is escaped, and images are embedded."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def table(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    """A table of texts."""
+    """A table of text."""
     lines = [("th", header), *(("td", line) for line in body)]
     return "<table>" + "".join(
         "<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in line) + "</tr>" for tag, line in lines
@@ -17,18 +17,18 @@ def table(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
 
 
 def paragraph(text: str) -> str:
-    """A text, with its line breaks."""
+    """A paragraph with its line breaks."""
     return f"<p>{escape(text)}</p>".replace("\n", "<br>")
 
 
-def image(file: Path, about: str, style: str = "") -> str:
-    """A PNG and what is told of it below; nothing where the file cannot be read."""
+def image(file: Path, caption: str, style: str = "") -> str:
+    """A PNG with a caption; empty if the file cannot be read."""
     try:
         data = base64.b64encode(file.read_bytes()).decode()
     except OSError:
         return ""
-    told = escape(about)
+    text = escape(caption)
     styled = f' style="{style}"' if style else ""
     return (
-        f'<figure><img alt="{told}" src="data:image/png;base64,{data}"{styled}><figcaption>{told}</figcaption></figure>'
+        f'<figure><img alt="{text}" src="data:image/png;base64,{data}"{styled}><figcaption>{text}</figcaption></figure>'
     )

@@ -84,7 +84,7 @@ class Evaluator:
         decoded: list[Tensor | None] = []
         if again:
             store = ImageStore.from_config(places, config, cache, progress)
-            if store.kept != "none":
+            if store.kept_in != "none":
                 decoded = [_or_none(store, i) for i in range(len(store))]
                 self.images = [d for d in decoded if d is not None]
         # Where they are not kept, it shows when they are first decoded.

@@ -120,7 +120,7 @@ def test_more_than_the_first_images_promise_is_noticed(
     assert not list((tmp_path / "cache").glob("*.pixels"))
 
 
-def test_a_image_that_cannot_be_decoded_says_so_at_access(places: list[Location], tmp_path: Path) -> None:
+def test_an_image_that_cannot_be_decoded_says_so_at_access(places: list[Location], tmp_path: Path) -> None:
     Path(places[2].file).write_bytes(b"not an image")
     for keep in ("ram", "disk"):
         kept = kept_images(places, tmp_path / "cache", keep)

@@ -1,10 +1,10 @@
-"""How well near-duplicate images are found: copies made of a data set's own images, false pairs, and the time.
+"""Recall of the search for near-duplicates on altered copies of a data set's images, false pairs, and run time.
 
     python -m benchmarks.duplicates --data FOLDER [--every 7] [--large 1000000]
 
-Every 7th image is changed in each of the ways below and looked for among all images. The pairs found among
-the images as they are may be true or false: look at them with `amclr inspect`. The time is that of `--large`
-hashes: those of the data set with signs changed at random, 5 % of them copies, 10 % a crowd of one image's.
+Every 7th image is altered in each of the ways below and searched for among all images. Pairs among the unaltered
+images may be true or false: view them with `amclr inspect`. The time is that of `--large` hashes: those of the data
+set with signs flipped at random, 5 % of them near-copies of others, 10 % near-copies of one image.
 """
 
 from __future__ import annotations
@@ -72,24 +72,24 @@ def main() -> None:
     samples = manifest.load(config, manifest.cache_folder(config)).samples
     images = [read_image(s.image, SIZE) for s in samples]
     start = time.perf_counter()
-    own = duplicates.as_rows(map(duplicates.image_hash, images))
-    took = 1e3 * (time.perf_counter() - start) / len(own)
-    sets = duplicates.largest(duplicates.near_duplicates(own))
-    pairs, every = sum(len(s) * (len(s) - 1) // 2 for s in sets), len(own) * (len(own) - 1) / 2
-    print(f"{len(own)} images, {took:.2f} ms each; as they are, {sum(map(len, sets))} in {len(sets)} groups: "
-          f"{pairs} pairs, {1e6 * pairs / every:.2f} per million")  # fmt: skip
-    some = np.arange(0, len(own), options.every)
+    hashes = duplicates.as_rows(map(duplicates.image_hash, images))
+    milliseconds = 1e3 * (time.perf_counter() - start) / len(hashes)
+    sets = duplicates.largest(duplicates.near_duplicates(hashes))
+    pairs, all_pairs = sum(len(s) * (len(s) - 1) // 2 for s in sets), len(hashes) * (len(hashes) - 1) / 2
+    print(f"{len(hashes)} images, {milliseconds:.2f} ms each; unaltered, {sum(map(len, sets))} in {len(sets)} groups: "
+          f"{pairs} pairs, {1e6 * pairs / all_pairs:.2f} per million")  # fmt: skip
+    chosen = np.arange(0, len(hashes), options.every)
     print("| change | found |\n|---|---|")
     for name, change in CHANGES.items():
-        changed = (change(Image.fromarray(images[i].permute(1, 2, 0).numpy())) for i in some)
-        hashes = duplicates.as_rows(duplicates.image_hash(read_image(p, SIZE)) for p in changed)
-        groups = duplicates.near_duplicates(np.concatenate([own, hashes]))
-        found = (groups[some] == groups[len(own) :]) & (groups[some] >= 0)
+        changed = (change(Image.fromarray(images[i].permute(1, 2, 0).numpy())) for i in chosen)
+        altered = duplicates.as_rows(duplicates.image_hash(read_image(p, SIZE)) for p in changed)
+        groups = duplicates.near_duplicates(np.concatenate([hashes, altered]))
+        found = (groups[chosen] == groups[len(hashes) :]) & (groups[chosen] >= 0)
         print(f"| {name} | {100 * found.mean():.1f} % |", flush=True)
-    time_of_many(own, options.large)
+    time_of_many(hashes, options.large)
 
 
-def time_of_many(own: np.ndarray, size: int) -> None:
+def time_of_many(hashes: np.ndarray, size: int) -> None:
     draw = np.random.default_rng(0)
 
     def change(rows: np.ndarray, chance: float) -> None:
@@ -97,7 +97,7 @@ def time_of_many(own: np.ndarray, size: int) -> None:
             part = rows[start : start + (1 << 16), :SIGNS]
             part ^= np.packbits(draw.random((len(part), 8 * SIGNS), dtype=np.float32) < chance, axis=1)
 
-    many = own[draw.integers(0, len(own), size)]
+    many = hashes[draw.integers(0, len(hashes), size)]
     change(many, 0.3)
     copies, crowd = many[: size // 20], many[size // 2 : size // 2 + size // 10]
     copies[:] = many[size // 20 : 2 * (size // 20)]
@@ -106,9 +106,9 @@ def time_of_many(own: np.ndarray, size: int) -> None:
     change(crowd, 0.02)
     start = time.perf_counter()
     groups = duplicates.near_duplicates(many)
-    took = time.perf_counter() - start
+    seconds = time.perf_counter() - start
     found = (groups[: size // 20] == groups[size // 20 : 2 * (size // 20)]) & (groups[: size // 20] >= 0)
-    print(f"{size:,} hashes in {took:.1f} s on one core; of {len(copies):,} copies {100 * found.mean():.2f} % found")
+    print(f"{size:,} hashes in {seconds:.1f} s on one core; of {len(copies):,} copies {100 * found.mean():.2f} % found")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
-"""Images per second that loaders deliver: amclr's from files, tars and the decoded cache, and open_clip's two.
+"""Images per second of data loaders: amclr's from files, tars and the decoded cache, and open_clip's two.
 
     python -m benchmarks.loader --data flickr8k [--images 3000] [--size 128] [--repeats 5]
 
 The same JPEG files, once in a folder and once in tars; the same random crop (0.9 to 1 of the area, ratio
 3/4 to 4/3, bicubic: open_clip's training transform) to the same size, in batches of 128, with the same
-number of worker processes; one thread each. Captions are drawn and tokenised on neither side. All loaders
-take turns, several times; a figure is the median of its runs from the first batch to the last, a ratio the
-median of the ratios within each turn, with the smallest and largest. open_clip's batches are normalised
-float32; amclr's are uint8, which the image tower normalises where it is: rows "as float32" add that step.
-Below them: views of decoded images on one core, against the same policy by torchvision image by image.
+number of worker processes, one thread each. Neither side tokenises captions. All loaders take turns, several
+times; a figure is the median of its runs, from the first batch to the last, and a ratio the median of the
+ratios within each turn, with the smallest and largest. open_clip's batches are normalised float32; amclr's are
+uint8, which the image tower normalises on its device: rows "as float32" add that step. The last tables compare
+views of decoded images on one core with the same policy in torchvision, image by image.
 Needs amclr[bench].
 """
 
@@ -45,15 +45,15 @@ from amclr.data.manifest import Sample, load
 BATCH = 128
 SHARDS = 8
 EPOCHS = 3
-"""Of ours, in one loader, as the engine has it; open_clip makes a new one for each epoch."""
+"""Epochs of one amclr loader, as in training; open_clip creates a new loader for each epoch."""
 
-# open_clip's crop as a policy of ours, for this comparison alone.
+# open_clip's crop as an amclr policy, for this comparison only.
 POLICIES["open_clip"] = lambda draw, sides, size, flip: Drawn(
     boxes(draw, sides, 0.9, ratio=4 / 3), np.zeros(len(sides), dtype=bool)
 )
 
 Loader = Callable[[int], Iterable[Any]]
-"""Batches, by the number of workers."""
+"""Number of workers -> batches."""
 
 
 def main() -> None:
@@ -98,7 +98,7 @@ def prepare(samples: list[Sample], size: int, folder: Path) -> dict[str, Loader]
 
 
 def write_tars(samples: list[Sample], folder: Path) -> tuple[str, list[Location]]:
-    """The images and first captions as WebDataset shards: their pattern, and where each image lies in them."""
+    """Write the images and first captions as WebDataset shards; return their pattern and each image's location."""
     for k in range(SHARDS):
         with tarfile.open(folder / f"{k:02}.tar", "w") as tar:
             for s in samples[k::SHARDS]:
@@ -106,23 +106,23 @@ def write_tars(samples: list[Sample], folder: Path) -> tuple[str, list[Location]
                 text.write_text(s.captions[0])
                 tar.add(s.image.file, f"{stem}.jpg")
                 tar.add(text, f"{stem}.txt")
-    where: dict[str, Location] = {}
+    locations: dict[str, Location] = {}
     for k in range(SHARDS):
         file = folder / f"{k:02}.tar"
         with tarfile.open(file) as tar:
-            where |= {
+            locations |= {
                 Path(m.name).stem: Location(str(file), m.offset_data, m.size) for m in tar if m.name[-3:] == "jpg"
             }
-    return f"{folder}/{{00..{SHARDS - 1:02}}}.tar", [where[Path(s.name).stem] for s in samples]
+    return f"{folder}/{{00..{SHARDS - 1:02}}}.tar", [locations[Path(s.name).stem] for s in samples]
 
 
 def no_tokens(texts: list[str]) -> Tensor:
-    """What stands for the tokens of captions on both sides."""
+    """Placeholder for the tokens of captions, on both sides."""
     return torch.zeros(len(texts), 77, dtype=torch.long)
 
 
 def ours(samples: list[Sample], store: ImageStore, size: int, then: Callable[[Tensor], Any] = id) -> Loader:
-    """Batches of `ImageBatches`, as the engine asks for them; `then` is done to the images of each."""
+    """Batches of `ImageBatches`, loaded as in training; `then` is applied to the images of each."""
     config = Config(batch_size=BATCH, model=ModelConfig(image_size=size), views=ViewsConfig(image="open_clip"))  # type: ignore[arg-type]
     plan = BatchPlan(np.array([s.id for s in samples]), BATCH, 0)
     batches = ImageBatches(samples, store, plan, ("image", "text"), lambda t: {"input_ids": no_tokens(t)}, config)
@@ -138,7 +138,7 @@ def ours(samples: list[Sample], store: ImageStore, size: int, then: Callable[[Te
 
 
 def normalise(images: Tensor) -> Tensor:
-    """What the image tower does first."""
+    """The first step of the image tower."""
     return images.float().sub_(120.0).div_(70.0)
 
 
@@ -165,14 +165,14 @@ def theirs(kind: str, source: str, count: int, size: int) -> Loader:
 
 
 def measure(loaders: dict[str, Loader], workers: int, repeats: int) -> dict[str, list[float]]:
-    """Images a second of each loader, turn by turn; a first turn warms up."""
+    """Images per second of each loader, turn by turn, after a warm-up turn."""
     speeds: dict[str, list[float]] = {name: [] for name in loaders}
     for turn in range(repeats + 1):
         for name, loader in loaders.items():
             count, begin, end = 0, 0.0, 0.0
             for images in loader(workers):
                 end = time.perf_counter()
-                begin = begin or end  # to start and to stop workers is not a matter of speed
+                begin = begin or end  # starting and stopping workers is not measured
                 count += len(images)
             if turn:
                 speeds[name].append((count - BATCH) / (end - begin))
@@ -180,7 +180,7 @@ def measure(loaders: dict[str, Loader], workers: int, repeats: int) -> dict[str,
 
 
 def views(samples: list[Sample], size: int, repeats: int) -> None:
-    """Views of decoded images a second, on one core: a batch at once, and image by image with torchvision."""
+    """Views of decoded images per second on one core: batch-wise, and image by image with torchvision."""
     store = ImageStore([s.image for s in samples[:BATCH]], size, "ram", progress=False)
     images, ids = [store[i] for i in range(BATCH)], np.array([s.id for s in samples[:BATCH]])
     kernel = max(3, int(0.1 * size) // 2 * 2 + 1)
@@ -208,7 +208,7 @@ def views(samples: list[Sample], size: int, repeats: int) -> None:
 
 
 def table(speeds: dict[str, list[float]], what: str, bases: list[str]) -> None:
-    """Print a Markdown table of speeds and of their ratios to some."""
+    """Print a Markdown table of speeds and of their ratios to those of `bases`."""
     print(f"\n| {what} | images/s | {' | '.join(f'x {base}' for base in bases)} |\n|---{'|---' * (1 + len(bases))}|")
     for name, values in speeds.items():
         cells = [f"{statistics.median(values):.0f} ({min(values):.0f} to {max(values):.0f})"]

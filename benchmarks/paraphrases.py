@@ -1,10 +1,10 @@
-"""What paraphrases cost: making them by rules, and a training step that draws its second text views from a store.
+"""The cost of paraphrases: generating them by rules, and drawing second text views from a store while training.
 
     python -m benchmarks.paraphrases --data FLICKR8K [--captions 2000] [--steps 60]
 
-Steps of the recipe `frozen` on cached features: SogCLR, which has no second views; AmCLR with other
-captions as second text views; AmCLR with paraphrases from a store that the rules make here, one per
-caption. Milliseconds are medians over steps in which the three take turns. Needs amclr[pretrained].
+Steps of the recipe `frozen` on cached features: SogCLR, which has no second views; AmCLR with other captions as second
+text views; AmCLR with paraphrases from a store, one per caption, that the rules generate first. Milliseconds are
+medians over interleaved steps. Needs amclr[pretrained].
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ def main() -> None:
     cache = manifests.cache_folder(base)
     captions = sorted({c for s in manifests.load(base, cache).samples for c in s.captions})
     begin = time.perf_counter()
-    made = [reword(c, 3) for c in captions[:: max(1, len(captions) // options.captions)]]
+    rewordings = [reword(c, 3) for c in captions[:: max(1, len(captions) // options.captions)]]
     seconds = time.perf_counter() - begin
-    print(f"rules: {len(made) / seconds:.0f} captions/s, {sum(map(len, made)) / len(made):.1f} of 3 paraphrases each, "
-          f"none for {sum(not m for m in made) / len(made):.0%}")  # fmt: skip
+    print(f"rules: {len(rewordings) / seconds:.0f} captions/s, {sum(map(len, rewordings)) / len(rewordings):.1f} of 3 paraphrases each, "
+          f"none for {sum(not r for r in rewordings) / len(rewordings):.0%}")  # fmt: skip
 
     with tempfile.TemporaryDirectory() as folder:
         store = Path(folder) / "store"
@@ -67,15 +67,15 @@ def main() -> None:
 
 
 def one_step(training: Training, step: int) -> tuple[float, float]:
-    """Seconds to put a batch together, and seconds to train on it."""
+    """Seconds to assemble a batch, and seconds to train on it."""
     begin = time.perf_counter()
     batch = training.batches[step]
-    there = time.perf_counter()
+    ready = time.perf_counter()
     training.wrapped.train()
     backward(training, batch)
     training.optimizer.step()
     training.optimizer.zero_grad()
-    return there - begin, time.perf_counter() - there
+    return ready - begin, time.perf_counter() - ready
 
 
 if __name__ == "__main__":

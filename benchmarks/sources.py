@@ -1,8 +1,8 @@
-"""Time and memory of reading a large data set: tars that are indexed, and tars that were indexed before.
+"""Time and memory of reading a large data set: tars that are indexed first, and tars with a cached index.
 
     python -m benchmarks.sources [--samples 200000]
 
-The images are not decoded, so they need not be any.
+The images are not decoded, so their content is arbitrary.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ def memory():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 before, start = memory(), time.perf_counter()
-found = manifest.load(Config(data=sys.argv[1]), Path(sys.argv[2]), progress=False)
-seconds, count = time.perf_counter() - start, len(found.samples)
+samples = manifest.load(Config(data=sys.argv[1]), Path(sys.argv[2]), progress=False).samples
+seconds, count = time.perf_counter() - start, len(samples)
 print(f"| {sys.argv[3]} | {count} | {seconds:.1f} s | {1e6 * seconds / count:.1f} us | {1024 * (memory() - before) / count:.2f} kB |")
 """
 
@@ -49,7 +49,7 @@ def main() -> None:
                         member = tarfile.TarInfo(f"{shard:06d}{k:06d}.{suffix}")
                         member.size = len(content)
                         tar.addfile(member, io.BytesIO(content))
-        print("| tars | samples | time | a sample | memory a sample |\n|---|---|---|---|---|", flush=True)
+        print("| tars | samples | time | per sample | memory per sample |\n|---|---|---|---|---|", flush=True)
         for what in ("indexed now", "indexed before"):
             subprocess.run([sys.executable, "-c", READ, str(data), str(Path(folder) / "cache"), what], check=True)
 

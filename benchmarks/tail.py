@@ -1,11 +1,11 @@
-"""Zero-shot accuracy by how often training images show a kind, for the runs of a comparison on `scenes`.
+"""Zero-shot accuracy by the frequency of a kind in the training images, for a comparison on `scenes`.
 
     amclr compare experiments/scenes-tail.yaml
     python -m benchmarks.tail runs/compare-scenes-tail
 
-Kinds are grouped by their rank in the tail that the seed of the scenes draws, the same at every `scenes.tail`: at 0
-they come equally often, and the groups differ by how hard they are. Accuracy in percent, mean and standard deviation
-over the seeds of training; in brackets, how many training images show a kind of the group, fewest to most.
+Kinds are grouped by their rank in the tail, which the seed of the scenes draws, the same at every `scenes.tail`: at 0
+they are equally frequent, and the groups differ only in difficulty. Accuracy in percent, mean and standard deviation
+over the training seeds; in brackets, the smallest and largest number of training images that show a kind.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from amclr.compare.statistics import spread
 from amclr.compare.tables import with_spread
 from amclr.data import manifest
 from amclr.data.scenes.scene import ranked_kinds
-from amclr.data.sources import folders
+from amclr.data.sources.folders import class_folders, read_lines
 from amclr.runs.folder import Run
 from amclr.utils.errors import UserError
 from amclr.utils.files import read_arrays
@@ -29,7 +29,7 @@ GROUPS = {"10 commonest": slice(0, 10), "20 between": slice(10, 30), "10 rarest"
 
 
 def by_group(folder: Path) -> dict[str, tuple[float, int, int]]:
-    """Accuracy of a run for each group of kinds, and the fewest and most training images of a kind in it."""
+    """Accuracy of a run per group of kinds, and the smallest and largest number of training images of a kind in it."""
     config = Run.open(folder).config
     if config.data != "scenes":
         raise UserError(f"'{folder}' was trained on {config.data}: give a comparison on scenes")
@@ -37,21 +37,21 @@ def by_group(folder: Path) -> dict[str, tuple[float, int, int]]:
     hits = read_arrays(folder / "queries-zeroshot.npz")
     if root is None or hits is None:
         raise UserError(f"'{folder}' has no zero-shot results: the run is not finished, or --scenes.zeroshot was 0")
-    paths, _, _ = folders.class_folders(root)
+    paths, _, _ = class_folders(root)
     kinds = [f"{colour}_{shape}" for colour, shape in ranked_kinds(config.scenes.seed)]
     rank = np.array([kinds.index(p.parent.name) for p in paths])
-    shown = dict(line.split("\t") for line in folders.read_lines(root / "shown.tsv"))
+    shown = dict(line.split("\t") for line in read_lines(root / "shown.tsv"))
     counts = np.array([int(shown[k]) for k in kinds])
-    found = {}
+    groups = {}
     for name, group in GROUPS.items():
-        own = hits["top1"][np.isin(rank, np.arange(len(kinds))[group]), 0]
-        found[name] = (100 * float(own.mean()), int(counts[group].min()), int(counts[group].max()))
-    return found
+        correct = hits["top1"][np.isin(rank, np.arange(len(kinds))[group]), 0]
+        groups[name] = (100 * float(correct.mean()), int(counts[group].min()), int(counts[group].max()))
+    return groups
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="of a comparison: what amclr compare has written")
+    parser.add_argument("folder", type=Path, help="folder of a comparison, written by amclr compare")
     folder = parser.parse_args().folder
     try:
         rows = json.loads((folder / "results.json").read_text(encoding="utf-8"))["rows"]

@@ -139,7 +139,7 @@ def test_unused_views_are_not_made(folder: Path, monkeypatch: pytest.MonkeyPatch
     assert batches(folder, ("image", "image_aug"))[0].tokens is None
 
 
-def test_a_image_that_goes_bad_is_replaced_and_named(folder: Path) -> None:
+def test_an_image_that_goes_bad_is_replaced_and_named(folder: Path) -> None:
     data = batches(folder, ram=0.0)
     victim = int(data[0].ids[2])
     Path(data.store.places[victim].file).write_bytes(b"")

@@ -365,7 +365,7 @@ def test_tars_of_every_make(tmp_path: Path, own_cache: Path) -> None:
     with pytest.raises(UserError, match="is compressed.*unpack it"):
         read(tmp_path / "zip.tar", own_cache)
     (tmp_path / "no.tar").write_bytes(b"this is no tar" * 500)
-    with pytest.raises(UserError, match="'.*no.tar' is no tar"):
+    with pytest.raises(UserError, match="'.*no.tar' is not a tar"):
         read(tmp_path / "no.tar", own_cache)
 
 
@@ -391,7 +391,7 @@ def test_a_damaged_table_is_named(tmp_path: Path, own_cache: Path) -> None:
     content = bytearray(file.read_bytes())
     content[len(content) // 3 : len(content) // 3 + 4000] = bytes(4000)
     file.write_bytes(content)
-    with pytest.raises(UserError, match="'train-00000-of-00001.parquet' is damaged: .*mend it"):
+    with pytest.raises(UserError, match="'train-00000-of-00001.parquet' is damaged: .*repair it"):
         read(tmp_path / "set", own_cache)
     file.write_bytes(content[: len(content) // 2])
     with pytest.raises(UserError, match="cannot read '.*train-00000-of-00001.parquet' as Parquet"):

@@ -1,4 +1,4 @@
-"""Batches as a function of (seed, step): `BatchPlan` says which samples, the data sets say what is in them."""
+"""Batches as a function of (seed, step): `BatchPlan` chooses the samples, `ImageBatches` loads them."""
 
 from __future__ import annotations
 
@@ -29,14 +29,13 @@ Tokenize = Callable[[list[str]], dict[str, Tensor]]
 
 @dataclass(frozen=True, eq=False)
 class BatchPlan:
-    """Which samples make up each step: an order per epoch, cut into whole batches.
+    """The samples of each step: an order per epoch, cut into whole batches.
 
-    samples: their ids (N,) int64. weights: visits of each an epoch (N,), on average; 1 if None.
-    process: (rank, how many): of several processes, each has its share of every batch; B is then that share.
-    `plan[step]` is (epoch, rows (B,) of the samples); a pure function, so that step k needs no step
-    before it. Each epoch's order sorts the samples by a hash of their ids, so that of two samples the
-    same comes first whatever others there are. Up to B - 1 visits are left out of an epoch, others
-    each time.
+    samples: their ids (N,) int64. weights: average visits of each sample per epoch (N,); 1 if None.
+    process: (rank, number of processes). Each process has a share of every batch; B is then the size of the share.
+    `plan[step]` is (epoch, rows (B,) of the samples), a pure function, so step k needs no earlier step. Each epoch
+    sorts the samples by a hash of their ids, so the relative order of two samples does not depend on the others.
+    An epoch leaves out up to B - 1 visits, different ones each time.
     """
 
     samples: np.ndarray
@@ -60,17 +59,17 @@ class BatchPlan:
 
     @property
     def share(self) -> slice:
-        """Which places of a batch this process has."""
+        """The part of each batch that belongs to this process."""
         return share_of(self.batch_size, *self.process)
 
     @property
     def steps_per_epoch(self) -> int:
-        """Steps in one epoch."""
+        """Steps per epoch."""
         return self._visits // self.batch_size
 
     @property
     def _visits(self) -> int:
-        """Visits of any epoch at the least: their number differs by one from epoch to epoch for odd weights."""
+        """The minimum number of visits in an epoch; fractional weights let it vary by one between epochs."""
         if self.weights is None:
             return len(self.samples)
         return sum(int(w * n) for w, n in zip(*np.unique(self.weights, return_counts=True), strict=True))
@@ -80,26 +79,27 @@ class BatchPlan:
         return self.visits(step)[:2]
 
     def visits(self, step: int) -> tuple[int, np.ndarray, np.ndarray]:
-        """Epoch, rows (B,) of a step's samples, and how often the epoch has visited each of them before, (B,)."""
+        """Epoch, rows (B,) of a step's samples, and the number of earlier visits of each in this epoch, (B,)."""
         epoch, k = divmod(step, self.steps_per_epoch)
         if epoch not in self._orders:
             self._orders.clear()
             self._orders[epoch] = self._order(epoch)
-        rows, copies = (of[k * self.batch_size : (k + 1) * self.batch_size][self.share] for of in self._orders[epoch])
+        batch = slice(k * self.batch_size, (k + 1) * self.batch_size)
+        rows, copies = (column[batch][self.share] for column in self._orders[epoch])
         return epoch, rows, copies
 
     def _order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Rows of the samples in the order of an epoch's visits, and the number of the visit for each, from 0 on."""
+        """Rows of the samples in the order of an epoch's visits, and for each the visit's number, from 0."""
         if self.weights is None:
             order = np.argsort(mixed(self.samples, self.seed, "order", epoch, 0), kind="stable")
             return order, np.zeros_like(order)
         visits = np.empty(len(self.samples), dtype=np.int64)
         for weight in np.unique(self.weights):
-            # Samples of a weight come due one after the other, evenly over the epochs.
-            own = np.flatnonzero(self.weights == weight)
-            turn = np.argsort(np.argsort(mixed(self.samples[own], self.seed, "turn"), kind="stable"))
-            phase = (turn + 0.5) / len(own)
-            visits[own] = np.floor(weight * (epoch + 1) + phase) - np.floor(weight * epoch + phase)
+            # Samples of the same weight take turns, spread evenly over the epochs.
+            members = np.flatnonzero(self.weights == weight)
+            turn = np.argsort(np.argsort(mixed(self.samples[members], self.seed, "turn"), kind="stable"))
+            phase = (turn + 0.5) / len(members)
+            visits[members] = np.floor(weight * (epoch + 1) + phase) - np.floor(weight * epoch + phase)
         rows = [np.flatnonzero(visits > copy) for copy in range(int(visits.max(initial=0)))]
         keys = [mixed(self.samples[r], self.seed, "order", epoch, copy) for copy, r in enumerate(rows)]
         order = np.argsort(np.concatenate(keys), kind="stable")
@@ -108,20 +108,20 @@ class BatchPlan:
 
 
 def drawn_by(samples: np.ndarray, copies: np.ndarray) -> np.ndarray:
-    """What views are drawn by, (B,) int64: the samples' ids at an epoch's first visit, others at its later ones."""
+    """The ids (B,) int64 that views are drawn by: the sample's id at the first visit in an epoch, others later."""
     return np.where(copies > 0, mixed(samples, "copy").view(np.int64) + copies, samples)
 
 
 @dataclass
 class Batch:
-    """What the model and the objective need of one step.
+    """The input of the model and the objective for one step.
 
     images: uint8 (V_i * B, 3, S, S), or cached tower features (V_i * B, F), view by view.
     tokens: token tensors of V_t * B captions, or cached features (V_t * B, F), view by view.
     ids: (B,) int64, the samples. replaced: names of samples that could not be read, and why.
-    groups: view -> (B,) int64, equal where samples show the same, as an objective takes them. They stay on the
-    CPU, where a batch without a match shows at no cost.
-    edits: what is still to be done to the V_i * B images, on the device that they come to.
+    groups: view -> (B,) int64, equal for samples with duplicate content, as an objective takes them. They stay on
+    the CPU, where checking that a batch has no match costs nothing.
+    edits: operations that remain to be applied to the V_i * B images, on their device.
     """
 
     image_views: tuple[str, ...]
@@ -134,42 +134,42 @@ class Batch:
     edits: Edits | None = None
 
     def chunks(self, size: int, count: int = 0) -> list[Batch]:
-        """The batch in parts of at most `size` samples, each with all its views; of like size if `count` is given."""
+        """The batch in parts of at most `size` samples with all their views, or in `count` parts of similar size."""
 
-        def part(value: Any, views: int, own: slice) -> Any:
+        def part(value: Any, views: int, rows: slice) -> Any:
             if isinstance(value, dict):
-                return {k: part(v, views, own) for k, v in value.items()}
+                return {k: part(v, views, rows) for k, v in value.items()}
             if value is None:
                 return None
-            return value.unflatten(0, (views, -1))[:, own].flatten(0, 1)
+            return value.unflatten(0, (views, -1))[:, rows].flatten(0, 1)
 
         shares = [share_of(len(self.ids), k, count) for k in range(count)]
         shares = shares or [slice(start, start + size) for start in range(0, len(self.ids), size)]
-        rows = np.arange(len(self.image_views) * len(self.ids)).reshape(len(self.image_views), -1)
+        image_rows = np.arange(len(self.image_views) * len(self.ids)).reshape(len(self.image_views), -1)
         return [
             replace(
                 self,
-                images=part(self.images, len(self.image_views), own),
-                tokens=part(self.tokens, len(self.text_views), own),
-                ids=self.ids[own],
+                images=part(self.images, len(self.image_views), rows),
+                tokens=part(self.tokens, len(self.text_views), rows),
+                ids=self.ids[rows],
                 replaced={},
-                groups={v: g[own] for v, g in self.groups.items()},
-                edits=self.edits[rows[:, own].ravel()] if self.edits else None,
+                groups={v: g[rows] for v, g in self.groups.items()},
+                edits=self.edits[image_rows[:, rows].ravel()] if self.edits else None,
             )
-            for own in shares
+            for rows in shares
         ]
 
     def to(self, device: torch.device) -> Batch:
-        """The batch with its tensors on a device, and its edits made there."""
+        """The batch with its tensors on a device, and its edits applied there."""
         moved = self._each(lambda tensor: tensor.to(device, non_blocking=True))
         if self.edits is None or moved.images is None:
             return moved
-        # Edits are made in place, and this batch may be asked for again.
+        # Edits are applied in place, and this batch may be used again.
         images = moved.images.clone() if moved.images is self.images else moved.images
         return replace(moved, images=self.edits(images), edits=None)
 
     def pin_memory(self) -> Batch:
-        """The batch in page-locked memory, from which a GPU copies by itself; the loader asks for it."""
+        """The batch in page-locked memory, for asynchronous copies to a GPU; called by the data loader."""
         return self._each(Tensor.pin_memory)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
@@ -185,9 +185,9 @@ def draw_texts(
     policy: TextPolicy, visited: Sequence[tuple[Sample, int]], views: Sequence[str], seed: int, epoch: int,
     words: Callable[[Sample, int, int], str] | None = None,
 ) -> dict[str, list[str]]:  # fmt: skip
-    """The texts of a step by view: of the samples visited, each with how often the epoch has visited it before.
+    """The texts of a step by view. visited: samples, each with the number of its earlier visits in the epoch.
 
-    words: (sample, that number, caption's index) -> what stands for word noise; None draws it.
+    words: (sample, earlier visits, caption's index) -> text for word noise; None draws it.
     """
     both: dict[str, list[str]] = {"text": [], "text_aug": []}
     for s, copy in visited:
@@ -199,15 +199,15 @@ def draw_texts(
 
 
 def split_views(required: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The image views and the text views among those that an objective needs, first view first."""
-    of = {m: tuple(v for v in (m, f"{m}_aug") if v in required) for m in ("image", "text")}
-    return of["image"], of["text"]
+    """The image views and the text views that an objective requires, in order."""
+    image, text = (tuple(v for v in (m, f"{m}_aug") if v in required) for m in ("image", "text"))
+    return image, text
 
 
 class ImageBatches(Dataset[Batch]):
-    """Batches of images and captions, drawn and tokenised by step: `self[step]` is a whole batch.
+    """Batches of image views and tokenised captions: `self[step]` is a whole batch.
 
-    edited: whether views are finished here, or have edits left for the device that they come to.
+    edited: apply edits here; otherwise they are left to the device that the batch is moved to.
     """
 
     def __init__(
@@ -229,7 +229,7 @@ class ImageBatches(Dataset[Batch]):
         self.policies = policies(config)
 
     def __getitem__(self, step: int) -> Batch:
-        """The batch of a step. An image that cannot be read is replaced by the next sample that can."""
+        """The batch of a step. A sample whose image cannot be read is replaced by the next one that can."""
         epoch, planned, copies = self.plan.visits(step)
         decoded, ids, replaced = self._decoded([int(i) for i in planned])
         images, edits = None, None
@@ -244,7 +244,7 @@ class ImageBatches(Dataset[Batch]):
         return Batch(self.image_views, self.text_views, images, tokens, torch.tensor(ids), replaced, groups, edits)
 
     def _image_views(self, decoded: list[Tensor], draws: np.ndarray, epoch: int) -> tuple[Tensor, Edits | None]:
-        """All image views (V_i * B, 3, S, S), view by view, and the edits left for the device."""
+        """All image views (V_i * B, 3, S, S), view by view, and the edits that remain for the device."""
         drawn = [self.policies[view].draw(decoded, draws, self.seed, epoch, view) for view in self.image_views]
         if self.edited:
             drawn = [(edits(views), edits) for views, edits in drawn]

@@ -59,7 +59,7 @@ class Evaluator:
         decoded: list[Tensor | None] = []
         if repeated:
             store = ImageStore.from_config(sources, config, cache, progress)
-            if store.kept != "none":
+            if store.kept_in != "none":
                 decoded = [image_or_none(store.__getitem__, i) for i in range(len(store))]
                 self.images = [image for image in decoded if image is not None]
         # Otherwise `embeddings` finds the images that cannot be decoded.

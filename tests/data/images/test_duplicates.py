@@ -182,7 +182,7 @@ def test_inspect_reports_and_draws_them(copied: Path, tmp_path: Path) -> None:
     said = inspect(config, tmp_path / "sheet.png", progress=False)
     assert "look-alikes  5 images in 2 groups look the same; the largest is of 3: 008.png, 009.png, 010.png" in said
     assert "leakage      1 images of val look like one of train, such as 001.png and 007.png" in said
-    assert "repeated     2 captions, 1 different ones, stand under several images, such as 'a green patch" in said
+    assert "repeated     2 captions, 1 different ones, occur with several images, such as 'a green patch" in said
     with Image.open(tmp_path / "sheet-duplicates.png") as drawn:
         assert min(drawn.size) > 200
 

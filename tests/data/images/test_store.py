@@ -62,7 +62,7 @@ def test_kept_images_are_those_that_are_decoded(
     keep: str, places: list[Location], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kept = kept_images(places, tmp_path / "cache", keep)
-    assert kept.kept == ("ram" if keep == "auto" else keep)
+    assert kept.kept_in == ("ram" if keep == "auto" else keep)
     wanted = [read_image(p, 24) for p in places]
     if keep != "none":
         no_decoding(monkeypatch)
@@ -76,8 +76,8 @@ def test_the_file_is_found_again_until_something_that_matters_changes(
     kept_images(places, tmp_path / "cache")
     with monkeypatch.context() as patch:
         no_decoding(patch)
-        assert kept_images(places, tmp_path / "cache").kept == "disk"
-        assert kept_images(places, tmp_path / "cache", "auto").kept == "disk", "auto takes what is there already"
+        assert kept_images(places, tmp_path / "cache").kept_in == "disk"
+        assert kept_images(places, tmp_path / "cache", "auto").kept_in == "disk", "auto takes what is there already"
     Path(places[3].file).write_bytes(jpeg(99, (63, 44)))
     assert_right(kept_images(places, tmp_path / "cache"), places)
     assert_right(kept_images(places[5:30], tmp_path / "cache"), places[5:30])
@@ -88,16 +88,16 @@ def test_the_file_is_found_again_until_something_that_matters_changes(
 def test_auto_goes_from_memory_to_disk_to_neither(
     places: list[Location], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert kept_images(places, tmp_path / "a", "auto", ram=0.0).kept == "disk"
+    assert kept_images(places, tmp_path / "a", "auto", ram=0.0).kept_in == "disk"
     assert not capsys.readouterr().err
     none = kept_images(places, tmp_path / "b", "auto", ram=0.0, disk=1e-6)
     assert (
-        none.kept == "none"
+        none.kept_in == "none"
         and "decoded at each visit: they need 0.0 GB of disk: raise --disk_cache" in capsys.readouterr().err
     )
     assert_right(none, places)
     small = kept_images(places, None, "ram", ram=1e-6)
-    assert small.kept == "none" and "raise --ram_cache, or give --decoded disk" in capsys.readouterr().err
+    assert small.kept_in == "none" and "raise --ram_cache, or give --decoded disk" in capsys.readouterr().err
     assert_right(small, places)
 
 
@@ -113,18 +113,18 @@ def test_more_than_the_first_images_promise_is_noticed(
         found.append(Location(str(file)))
     need = 32 * (48 * 48 + 64) * 3
     assert_right(kept_images(found, None, "ram", ram=need / 1e9), found)
-    assert kept_images(found, None, "ram", ram=(need - 1) / 1e9).kept == "none"
+    assert kept_images(found, None, "ram", ram=(need - 1) / 1e9).kept_in == "none"
     kept = kept_images(found, tmp_path / "cache", ram=0.0, disk=need / 2e9)
-    assert kept.kept == "none" and "more than 0.0 GB needed: raise --disk_cache" in capsys.readouterr().err
+    assert kept.kept_in == "none" and "more than 0.0 GB needed: raise --disk_cache" in capsys.readouterr().err
     assert_right(kept, found)
     assert not list((tmp_path / "cache").glob("*.pixels"))
 
 
-def test_a_image_that_cannot_be_decoded_says_so_at_access(places: list[Location], tmp_path: Path) -> None:
+def test_an_image_that_cannot_be_decoded_says_so_at_access(places: list[Location], tmp_path: Path) -> None:
     Path(places[2].file).write_bytes(b"not an image")
     for keep in ("ram", "disk"):
         kept = kept_images(places, tmp_path / "cache", keep)
-        assert kept.kept == keep
+        assert kept.kept_in == keep
         with pytest.raises(BadImage, match=r"2\.jpg: image cannot be decoded"):
             kept[2]
         assert torch.equal(kept[3], read_image(places[3], 24))
@@ -167,7 +167,7 @@ def test_a_kill_while_the_file_is_written_loses_little_and_corrupts_nothing(
     real = store.read_image
     monkeypatch.setattr(store, "read_image", lambda *a: decoded.append(a[0]) or real(*a))
     kept = kept_images(places, cache)
-    assert kept.kept == "disk" and set(places[:done]) & set(decoded[-(40 - done) :]) == set()
+    assert kept.kept_in == "disk" and set(places[:done]) & set(decoded[-(40 - done) :]) == set()
     monkeypatch.setattr(store, "read_image", real)
     assert_right(kept, places)
 
@@ -190,7 +190,7 @@ def test_a_full_disk_is_left_as_it_was_and_the_run_goes_on(
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     said = capsys.readouterr().err
-    assert kept.kept == "none" and said.count("\n") == 1 and "File too large. Give another --cache" in said
+    assert kept.kept_in == "none" and said.count("\n") == 1 and "File too large. Give another --cache" in said
     assert not list((tmp_path / "cache").glob("*.pixels"))
     assert_right(kept, places)
     assert_right(kept_images(places, tmp_path / "cache"), places)
@@ -201,7 +201,7 @@ def test_too_little_room_is_noticed_before_anything_is_written(
 ) -> None:
     free = type(store.shutil.disk_usage(tmp_path))(10**9, 10**9, 1000)
     monkeypatch.setattr(store.shutil, "disk_usage", lambda _: free)
-    assert kept_images(places, tmp_path).kept == "none" and "0.0 GB needed, 0.0 GB free" in capsys.readouterr().err
+    assert kept_images(places, tmp_path).kept_in == "none" and "0.0 GB needed, 0.0 GB free" in capsys.readouterr().err
 
 
 def test_a_cache_folder_that_cannot_be_made_is_named(
@@ -209,7 +209,7 @@ def test_a_cache_folder_that_cannot_be_made_is_named(
 ) -> None:
     (tmp_path / "file").write_text("in the way")
     kept = kept_images(places, tmp_path / "file" / "cache")
-    assert kept.kept == "none" and "file/cache': Not a directory. Give another --cache" in capsys.readouterr().err
+    assert kept.kept_in == "none" and "file/cache': Not a directory. Give another --cache" in capsys.readouterr().err
     assert_right(kept, places)
 
 
@@ -223,4 +223,4 @@ def test_what_other_data_sets_left_makes_room_the_oldest_first(places: list[Loca
     kept_images(places[:39], tmp_path)  # used again, so no longer among the oldest
     newest = kept_images(places[:36], tmp_path, disk=3.2 * gigabytes)
     left = {p.name for p in tmp_path.glob("*.pixels")}
-    assert newest.kept == "disk" and len(left) == 3 and files[0].name not in left and files[1].name in left
+    assert newest.kept_in == "disk" and len(left) == 3 and files[0].name not in left and files[1].name in left

@@ -128,4 +128,4 @@ def test_refusals_say_what_to_do(tmp_path: Path) -> None:
     (tmp_path / "empty" / "captions.txt").write_text("")
     assert "is empty: expected a header line image,caption" in message(tmp_path / "empty")
     (tmp_path / "photos.zip").write_bytes(b"PK")
-    assert "is of no known format: its name must end with .csv" in message(tmp_path / "photos.zip")
+    assert "has no known format: its name must end with .csv" in message(tmp_path / "photos.zip")

@@ -35,7 +35,7 @@ def test_folds_are_parts_of_the_training_images(tmp_path: Path) -> None:
 
     def parts(fold: str) -> tuple[set[str], set[str]]:
         found = manifests.load(Config(data=str(root), source=SourceConfig(fold=fold)), tmp_path)
-        assert any("10 of val rest" in note for note in found.notes)
+        assert any("10 images of val are not used" in note for note in found.notes)
         return {s.name for s in found.split("train")}, {s.name for s in found.split("val")}
 
     folds = [parts(f"{k}/4") for k in range(1, 5)]

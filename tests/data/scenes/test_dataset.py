@@ -50,7 +50,7 @@ def test_a_finished_set_is_reused_and_another_is_refused(tmp_path: Path, monkeyp
     write_scenes(tmp_path / "set", TINY, workers=1, progress=False)
     monkeypatch.setattr(dataset, "_render_all", lambda *_: pytest.fail("rendered again"))
     write_scenes(tmp_path / "set", TINY)
-    with pytest.raises(UserError, match="holds something else than these scenes"):
+    with pytest.raises(UserError, match="contains something other than these scenes"):
         write_scenes(tmp_path / "set", replace(TINY, seed=1))
 
 
@@ -147,7 +147,7 @@ def test_tail_and_noise_are_told(tmp_path: Path) -> None:
     settings = replace(TINY, train=20, zeroshot=0, tail=1.0, noise=0.3)
     told = manifest.load(Config(scenes=settings), tmp_path, progress=False).notes
     shown, wrong = told
-    assert re.match(r"of 20 training images 1?\d show the commonest of 40 kinds, 0 the rarest: .*shown.tsv", shown)
-    assert re.match(r"6 of 20 training images have another's captions: .*noise.csv", wrong)
+    assert re.match(r"of 20 training images 1?\d show the most common of 40 kinds, 0 the rarest: .*shown.tsv", shown)
+    assert re.match(r"6 of 20 training images have the captions of another image: .*noise.csv", wrong)
     assert Path(wrong.split(": ")[1]).is_file() and Path(shown.split(": ")[1]).is_file()
     assert not manifest.load(Config(scenes=replace(TINY, zeroshot=0)), tmp_path, progress=False).notes

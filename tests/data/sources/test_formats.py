@@ -119,7 +119,7 @@ def test_tables_however_they_are_parted(name: str, tmp_path: Path, own_cache: Pa
 def test_a_table_without_a_header_says_so(tmp_path: Path, own_cache: Path) -> None:
     images(tmp_path, "a.jpg")
     (tmp_path / "captions.csv").write_text("a.jpg,3,a dog\n")
-    assert "is no header: add one that names the columns, such as image,caption" in message(tmp_path, own_cache)
+    assert "is not a header: add one that names the columns, such as image,caption" in message(tmp_path, own_cache)
     (tmp_path / "captions.csv").write_text("image\na.jpg\n")
     assert "has no column 'caption': it has 'image'" in message(tmp_path, own_cache)
 
@@ -177,8 +177,7 @@ def test_only_what_is_named_is_opened_outside(tmp_path: Path, own_cache: Path) -
     os.symlink(tmp_path / "secret.csv", root / "captions.csv")
     told = message(root, own_cache)
     assert (
-        "captions.csv' is a link out of the data set: if that is meant, name it: --data" in told
-        and "secret line" not in told
+        "captions.csv' is a link out of the data set: to read it, name it: --data" in told and "secret line" not in told
     )
     # A data set may itself be reached over a link, and its paths written over it.
     (root / "captions.csv").unlink()
@@ -207,9 +206,9 @@ def test_class_folders_by_split_and_what_archivers_leave(tmp_path: Path, own_cac
     assert captions(found)["val/dog/1.jpg"] == ("a photo of a dog",) and len(found.samples) == 4
     assert found.splits["val"] == {"val/cat/0.jpg", "val/dog/1.jpg"}
     images(tmp_path / "numbers", "00000/0.jpg", "00001/1.jpg")
-    assert "are numbers, which say nothing of them: name the classes in" in message(tmp_path / "numbers", own_cache)
+    assert "are numbers, not names: name the classes in" in message(tmp_path / "numbers", own_cache)
     images(tmp_path / "pets", "birds/0.jpg")
-    assert "has both splits and classes, train and birds" in message(tmp_path / "pets", own_cache)
+    assert "mixes splits and classes, train and birds" in message(tmp_path / "pets", own_cache)
 
 
 def test_splits_that_leave_nothing_to_train_on(tmp_path: Path, own_cache: Path) -> None:
@@ -235,7 +234,7 @@ def test_patterns_that_name_what_is_not_there(tmp_path: Path, own_cache: Path) -
     for k in range(2):
         tar_of(tmp_path / f"{k}.tar", [(f"{k}{name}", c) for name, c in content])
     told = message(f"{tmp_path}/{{0..9}}.tar", own_cache)
-    assert "8 of the 10 files of" in told and "are not there, such as" in told
+    assert "8 of the 10 files of" in told and "do not exist, such as" in told
     assert len(read(f"{tmp_path}/{{0..1}}.tar", own_cache).samples) == 4
 
 
@@ -260,7 +259,7 @@ def test_a_shard_that_is_none_is_listed_and_the_others_read(tmp_path: Path, own_
     found = read(tmp_path / "shards", own_cache, image_column="input.png")
     assert len(found.samples) == 8
     assert [(r.file, r.reason[:22]) for r in found.rejects] == [
-        ("2.tar", "tar has no end: it may"), ("3.tar", "is no tar: corrupt tar"), ("4.tar", "is empty (0 bytes)"),
+        ("2.tar", "tar has no end marker:"), ("3.tar", "is not a tar: corrupt "), ("4.tar", "is empty (0 bytes)"),
     ]  # fmt: skip
     assert [n[:30] for n in found.notes] == ["3.tar cannot be read at all: i", "4.tar cannot be read at all: i"]
 

@@ -96,8 +96,8 @@ def test_hostile_text_stays_text(tmp_path: Path) -> None:
     [
         ("p.csv", "image,caption\n1.png,a dog\n", "needs a header line with the columns caption,paraphrase: it has 'image', 'caption'"),
         ("p.csv", "", "needs a header line with the columns caption,paraphrase: it has nothing"),
-        ("p.jsonl", '{"text": "a", "reworded": "b"}\n', "has no caption and paraphrase: it has 'text', 'reworded'. Name the keys so"),
-        ("p.parquet", "PAR1", "is no table of paraphrases: expected a .csv, .tsv or .jsonl file"),
+        ("p.jsonl", '{"text": "a", "reworded": "b"}\n', "has no caption and paraphrase: it has 'text', 'reworded'. Rename them"),
+        ("p.parquet", "PAR1", "is not a table of paraphrases: expected a .csv, .tsv or .jsonl file"),
     ],
 )  # fmt: skip
 def test_tables_that_are_none(name: str, content: str, message: str, tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
-"""Near-duplicate images and identical captions: found by hashes, joined into groups, reported.
+"""Near-duplicate images and identical captions: found by hashes, joined into groups, and reported.
 
-A group is a number that its members share; -1 stands for what is like nothing else.
+A group is a number that its members share; -1 marks an item without duplicates.
 """
 
 from __future__ import annotations
@@ -20,35 +20,35 @@ from torch.nn import functional as F
 from amclr.utils.randomness import mixed
 
 SIDE, COARSE = 32, 8
-"""An image is hashed at these sizes: its waves, and its patches."""
+"""Sides in pixels at which an image is hashed: for the cosine transform, and for the patches."""
 LUMA_BITS, CHROMA_BITS = 128, 32
 SIGNS = (LUMA_BITS + 2 * CHROMA_BITS) // 8
 LEVEL_BITS = 5
 HASH_BYTES = SIGNS + 3 * COARSE**2 * LEVEL_BITS // 8
 DISTANCE, LEVELS = 24, 3
-"""Of 192 signs, so many may differ between near-duplicates, and by so many steps each patch."""
+"""Near-duplicates differ in at most this many of 192 signs, and in each patch by at most this many steps."""
 STEPS, COLOUR = 4.0, 1.5
-"""Steps of a patch per standard deviation of luma; weight of its colour."""
+"""Steps of a patch per standard deviation of luma; weight of chroma."""
 FAINT = 1.0
-"""Waves below this are nothing: else the signs of a blank image would be rounding errors."""
+"""Smaller coefficients count as zero; otherwise the signs of a blank image would be rounding errors."""
 FLAT = 4.0
-"""Added to the standard deviation, in grey levels, so that noise is not stretched to an image."""
+"""Added to the standard deviation, in grey levels, so that noise in a flat image is not amplified."""
 INDEXED = (0, 1, 2, 3, 4, 5, 16, 17, 20, 21)
-"""Bytes that make the keys of the search: the coarsest of luma and of both chromas, which change least."""
+"""Bytes that form the search keys: the lowest frequencies of luma and both chromas, which change least."""
 NEXT = 64
-"""An image is compared with so many that share a key with it. Only in crowds are there more."""
+"""An image is compared with at most this many others that share a key with it."""
 FULL_STOPS = " .!?,;:…。！？"
 YCC = ((0.299, 0.587, 0.114), (-0.168736, -0.331264, 0.5), (0.5, -0.418688, -0.081312))
 
 
 def image_hash(image: Tensor) -> bytes:
-    """A hash of what an image looks like: 144 bytes that change little when it is saved anew or made brighter.
+    """The perceptual hash of an image: 144 bytes that change little when it is re-encoded or brightened.
 
-    image: uint8 (3, H, W). The first 24 bytes are the signs of the lowest frequencies of a cosine transform, 128
-    of luma and 32 of each chroma, whatever the size and proportions: Zauner 2010, "Implementation and
-    Benchmarking of Perceptual Image Hash Functions", section 3.2.1, without its median, and with colour. The others
-    are 8 x 8 patches of luma and both chromas in 5 bits each, in units of the contrast: of images on one
-    background, the signs are often the same whatever small thing is before it.
+    image: uint8 (3, H, W) of any size. The first 24 bytes are the signs of the lowest frequencies of a cosine
+    transform, 128 of luma and 32 of each chroma: Zauner 2010, "Implementation and Benchmarking of Perceptual Image
+    Hash Functions", section 3.2.1, with colour and without its median. The others are 8 x 8 patches of luma and
+    both chromas at 5 bits each, in units of the contrast: they tell apart images of small objects on the same
+    background, whose signs are often equal.
     """
     ycc = torch.tensordot(torch.tensor(YCC), F.adaptive_avg_pool2d(image.float(), SIDE), 1)
     cosines, order = _transform()
@@ -64,7 +64,7 @@ def image_hash(image: Tensor) -> bytes:
 
 @cache
 def _transform() -> tuple[Tensor, Tensor]:
-    """Cosines (K, SIDE) of an orthonormal transform, and which of its (K, K) coefficients count, coarsest first."""
+    """Cosines (K, SIDE) of an orthonormal transform, and indices of the (K, K) coefficients used, coarsest first."""
     k = 16
     cosines = np.cos(np.pi / SIDE * np.outer(np.arange(k), np.arange(SIDE) + 0.5)) * np.sqrt(2 / SIDE)
     down, across = np.indices((k, k))
@@ -78,15 +78,15 @@ def as_rows(hashes: Iterable[bytes]) -> np.ndarray:
 
 
 def near_duplicates(hashes: np.ndarray) -> np.ndarray:
-    """Groups (N,) int64 of images by their hashes (N, 144) uint8: the least index of the group's members, or -1.
+    """Groups (N,) int64 of images from their hashes (N, 144) uint8: the smallest index in the group, or -1.
 
-    Two images whose hashes differ in at most `DISTANCE` signs, and by at most `LEVELS` in every patch, are of a
-    group, and so are those that each is in a group with. Only images that agree in three whole bytes of
-    `INDEXED` are compared (as in Manku et al. 2007, "Detecting near-duplicates for web crawling"): each of the 120
-    choices of three sorts the images by a key of 24 bits. So it takes O(N log N) time and O(N) memory, and
-    misses few pairs: some of those that differ in more than 7 of the indexed signs.
+    Two images are near-duplicates if their hashes differ in at most `DISTANCE` signs, and by at most `LEVELS` in
+    every patch; groups are the transitive closure. Only images that agree in three whole bytes of `INDEXED` are
+    compared (as in Manku et al. 2007, "Detecting near-duplicates for web crawling"): each of the 120 choices of
+    three bytes sorts the images by a key of 24 bits. This takes O(N log N) time and O(N) memory, and misses few
+    pairs: some of those that differ in more than 7 of the indexed signs.
     """
-    first, every = _collapsed(hashes)
+    first, set_of_row = _distinct(hashes)
     unique = hashes[first]
     signs = unique[:, :SIGNS].copy().view(np.uint16)
     label = np.arange(len(unique))
@@ -106,41 +106,42 @@ def near_duplicates(hashes: np.ndarray) -> np.ndarray:
             one, other = order[here], order[here + ahead]
             apart = label[one] != label[other]
             one, other = one[apart], other[apart]
-            near = _alike(unique, signs, one, other)
+            near = _near(unique, signs, one, other)
             label = joined(label, one[near], other[near])
-    return alone_unnumbered(first[label][every])
+    return alone_unnumbered(first[label][set_of_row])
 
 
 def image_groups(hashes: Sequence[bytes | None]) -> np.ndarray:
-    """Groups (N,) of images as by `near_duplicates`, -1 where a hash is not known."""
+    """Groups (N,) of images as in `near_duplicates`; -1 where the hash is None."""
     known = np.array([k for k, h in enumerate(hashes) if h is not None], dtype=np.int64)
     groups = np.full(len(hashes), -1, dtype=np.int64)
-    found = near_duplicates(as_rows(h for h in hashes if h is not None))
-    groups[known[found >= 0]] = known[found[found >= 0]]
+    among_known = near_duplicates(as_rows(h for h in hashes if h is not None))
+    grouped = among_known >= 0
+    groups[known[grouped]] = known[among_known[grouped]]
     return groups
 
 
-def _collapsed(hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The first of each set of equal rows, and which of those each row is."""
+def _distinct(hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The index of the first row of each set of equal rows, and for each row which set it is in."""
     words = np.ascontiguousarray(hashes).view(np.uint64)
     factors = mixed(np.arange(words.shape[1]), "columns") | np.uint64(1)
     order = np.argsort((words * factors).sum(1, dtype=np.uint64), kind="stable")
     starts = np.ones(len(order), dtype=bool)
     starts[1:] = (words[order[1:]] != words[order[:-1]]).any(1)
-    every = np.empty(len(order), dtype=np.int64)
-    every[order] = np.cumsum(starts) - 1
-    return order[starts], every
+    set_of_row = np.empty(len(order), dtype=np.int64)
+    set_of_row[order] = np.cumsum(starts) - 1
+    return order[starts], set_of_row
 
 
-def _alike(hashes: np.ndarray, signs: np.ndarray, one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """Whether the images of each pair of rows are near-duplicates, bool; some pairs at a time."""
-    found = np.zeros(len(one), dtype=bool)
+def _near(hashes: np.ndarray, signs: np.ndarray, one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Whether each pair of rows is a pair of near-duplicates, bool; computed in chunks."""
+    result = np.zeros(len(one), dtype=bool)
     for start in range(0, len(one), 1 << 16):
         a, b = one[start : start + (1 << 16)], other[start : start + (1 << 16)]
-        near = np.flatnonzero(_ones()[signs[a] ^ signs[b]].sum(1, dtype=np.int64) <= DISTANCE)
+        near = np.flatnonzero(_bit_counts()[signs[a] ^ signs[b]].sum(1, dtype=np.int64) <= DISTANCE)
         apart = np.abs(_levels(hashes[a[near]]) - _levels(hashes[b[near]])).max(1, initial=0)
-        found[start + near[apart <= LEVELS]] = True
-    return found
+        result[start + near[apart <= LEVELS]] = True
+    return result
 
 
 def _levels(hashes: np.ndarray) -> np.ndarray:
@@ -150,13 +151,13 @@ def _levels(hashes: np.ndarray) -> np.ndarray:
 
 
 @cache
-def _ones() -> np.ndarray:
-    """How many bits are set in each number of 16 bits."""
+def _bit_counts() -> np.ndarray:
+    """The number of set bits of every 16-bit number."""
     return np.unpackbits(np.arange(1 << 16, dtype=np.uint16).view(np.uint8)).reshape(-1, 16).sum(1, dtype=np.uint8)
 
 
 def joined(label: np.ndarray, one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """Labels with the sets of each pair joined under the lower of their labels; `label[label] == label` throughout."""
+    """Labels with the sets of each pair merged under the lower label; `label[label] == label` before and after."""
     while len(one):
         a, b = label[one], label[other]
         np.minimum.at(label, np.maximum(a, b), np.minimum(a, b))
@@ -168,30 +169,30 @@ def joined(label: np.ndarray, one: np.ndarray, other: np.ndarray) -> np.ndarray:
 
 
 def alone_unnumbered(groups: np.ndarray) -> np.ndarray:
-    """Groups with the least index of their members as their number, and -1 for those of one."""
+    """Renumber groups by the smallest index of their members, with -1 for groups of one."""
     _, first, which, size = np.unique(groups, return_index=True, return_inverse=True, return_counts=True)
     return np.where(size > 1, first, -1)[which]
 
 
 def normalised(caption: str) -> str:
-    """A caption without what does not change its meaning: case, white space, width of letters, final punctuation."""
+    """A caption without differences of case, white space, letter width and final punctuation."""
     text = " ".join(unicodedata.normalize("NFKC", caption).casefold().split())
     return text.rstrip(FULL_STOPS) or text
 
 
 def caption_groups(captions: Sequence[str]) -> np.ndarray:
-    """Groups (T,) int64 of captions that are the same once normalised: the index of the first of them, or -1."""
+    """Groups (T,) int64 of captions that are equal once normalised: the index of the first of them, or -1."""
     first: dict[str, int] = {}
-    found = np.array([first.setdefault(normalised(c), k) for k, c in enumerate(captions)], dtype=np.int64)
-    return alone_unnumbered(found)
+    groups = np.array([first.setdefault(normalised(c), k) for k, c in enumerate(captions)], dtype=np.int64)
+    return alone_unnumbered(groups)
 
 
 @dataclass(frozen=True)
 class Duplicates:
-    """What stands more than once in a data set.
+    """The duplicates in a data set.
 
-    images: groups (N,) of the samples' images, or None where their hashes are not known.
-    captions: the group of each caption that stands, but for `normalised`, under several samples.
+    images: groups (N,) of the samples' images, or None if their hashes are not known.
+    captions: the group of each caption that several samples share, up to `normalised`.
     """
 
     images: np.ndarray | None = None
@@ -199,30 +200,30 @@ class Duplicates:
 
     @classmethod
     def find(cls, texts: Sequence[Sequence[str]], hashes: Sequence[bytes | None] | None) -> Duplicates:
-        """Among N samples: texts, the captions of each, and hashes, of their images, as far as they are known."""
-        every = [t for own in texts for t in own]
-        sample = np.repeat(np.arange(len(texts)), [len(own) for own in texts])
-        group = caption_groups(every)
-        elsewhere = (group >= 0) & (sample[group] != sample)
-        shared = set(group[elsewhere].tolist())
-        captions = {t: g for t, g in zip(every, group.tolist(), strict=True) if g in shared}
-        return cls(None if hashes is None else image_groups(hashes), captions)
+        """The duplicates among N samples. texts: captions of each. hashes: perceptual hashes, None where not known."""
+        all_texts = [t for captions in texts for t in captions]
+        sample = np.repeat(np.arange(len(texts)), [len(captions) for captions in texts])
+        group = caption_groups(all_texts)
+        in_another_sample = (group >= 0) & (sample[group] != sample)
+        shared = set(group[in_another_sample].tolist())
+        group_of = {t: g for t, g in zip(all_texts, group.tolist(), strict=True) if g in shared}
+        return cls(None if hashes is None else image_groups(hashes), group_of)
 
     def groups(self, rows: Sequence[int] | np.ndarray, texts: Mapping[str, Sequence[str]]) -> dict[str, Tensor]:
-        """The groups of a batch by view, as an objective takes them: of the samples `rows` (B,) and of drawn texts."""
-        found: dict[str, Tensor] = {}
+        """The groups of a batch by view, as an objective takes them, for samples `rows` (B,) and their drawn texts."""
+        groups: dict[str, Tensor] = {}
         if self.captions:
-            found = {view: torch.tensor([self.captions.get(t, -1) for t in drawn]) for view, drawn in texts.items()}
+            groups = {view: torch.tensor([self.captions.get(t, -1) for t in drawn]) for view, drawn in texts.items()}
         if self.images is not None:
-            found["image"] = torch.from_numpy(self.images[np.asarray(rows)])
-        return found
+            groups["image"] = torch.from_numpy(self.images[np.asarray(rows)])
+        return groups
 
 
 def largest(groups: np.ndarray) -> list[np.ndarray]:
     """The members of each group, the largest group first."""
     order = np.argsort(groups, kind="stable")[np.count_nonzero(groups < 0) :]
-    found = np.split(order, np.flatnonzero(np.diff(groups[order])) + 1) if len(order) else []
-    return sorted(found, key=len, reverse=True)
+    members = np.split(order, np.flatnonzero(np.diff(groups[order])) + 1) if len(order) else []
+    return sorted(members, key=len, reverse=True)
 
 
 def report(
@@ -231,9 +232,9 @@ def report(
     captions: Sequence[Sequence[str]],
     splits: Mapping[str, Iterable[str]],
 ) -> list[str]:
-    """What stands more than once in a data set, a line each: near-duplicate images, also across splits; captions.
+    """Lines on the duplicates in a data set: near-duplicate images, leakage between splits, repeated captions.
 
-    images: groups (N,), None where they are not known; names and captions of the N samples; names by split.
+    images: groups (N,) or None if not known. names, captions: of the N samples. splits: names by split.
     """
     return [*([] if images is None else _report_images(images, names, splits)), _report_captions(captions)]
 
@@ -243,11 +244,13 @@ def _report_images(images: np.ndarray, names: Sequence[str], splits: Mapping[str
     count = f"{len(sets)} group{'s' * (len(sets) != 1)}"
     lines = [f"look-alikes  {sum(map(len, sets))} images in {count} look the same"]
     if sets:
-        some = ", ".join(names[i] for i in sets[0][:3])
-        lines[0] += f"; the largest is of {len(sets[0])}: {some}{', ...' if len(sets[0]) > 3 else ''}"
-    within = {split: np.isin(np.array(names), list(own)) for split, own in splits.items()}
+        examples = ", ".join(names[i] for i in sets[0][:3])
+        lines[0] += f"; the largest is of {len(sets[0])}: {examples}{', ...' if len(sets[0]) > 3 else ''}"
+    within = {split: np.isin(np.array(names), list(in_split)) for split, in_split in splits.items()}
     for one, other in combinations(within, 2):
-        leaks = [(i, j) for own in sets for i in own[within[other][own]] for j in own[within[one][own]][:1] if i != j]
+        leaks = [
+            (i, j) for rows in sets for i in rows[within[other][rows]] for j in rows[within[one][rows]][:1] if i != j
+        ]
         if leaks:
             i, j = leaks[0]
             lines.append(f"leakage      {len(leaks)} images of {other} look like one of {one}, "
@@ -256,11 +259,11 @@ def _report_images(images: np.ndarray, names: Sequence[str], splits: Mapping[str
 
 
 def _report_captions(captions: Sequence[Sequence[str]]) -> str:
-    stands = Counter(text for own in captions for text in {normalised(c) for c in own})
-    shared = {text: count for text, count in stands.items() if count > 1}
-    those = sum(normalised(c) in shared for own in captions for c in own)
-    line = f"repeated     {those} captions, {len(shared)} different ones, stand under several images"
+    images_with = Counter(text for texts in captions for text in {normalised(c) for c in texts})
+    shared = {text: count for text, count in images_with.items() if count > 1}
+    repeated = sum(normalised(c) in shared for texts in captions for c in texts)
+    line = f"repeated     {repeated} captions, {len(shared)} different ones, occur with several images"
     if shared:
         text, most = max(shared.items(), key=lambda item: item[1])
-        line += f", such as '{text[:60]}' under {most}"
+        line += f", such as '{text[:60]}' with {most}"
     return line

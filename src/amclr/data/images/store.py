@@ -69,7 +69,7 @@ class ImageStore:
         )  # fmt: skip
 
     @property
-    def kept(self) -> str:
+    def kept_in(self) -> str:
         """Where the decoded images are: ram, disk or none."""
         return "disk" if self._file else "none" if self._pixels is None else "ram"
 

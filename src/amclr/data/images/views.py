@@ -1,8 +1,7 @@
-"""Views of images: renderings, each a pure function of (seed, epoch, sample, view).
+"""Views of images: augmentations, each a pure function of (seed, epoch, sample, view).
 
-They work on uint8 images before normalisation, so the value range is kept whatever they do.
-A policy crops, resizes and mirrors image by image, where they lie decoded; what is then done to
-them all, on the CPU or a GPU, are `Edits`.
+They work on uint8 images before normalisation, so the value range is always kept. A policy crops, resizes and
+mirrors image by image on the CPU; the operations that follow are `Edits` of the whole batch, on the CPU or a GPU.
 """
 
 from __future__ import annotations
@@ -25,10 +24,10 @@ from amclr.utils.randomness import Key, mixed, torch_seeded, uniforms
 
 
 class Policy(Protocol):
-    """How views of images are drawn. `ids` (B,) int64 name the samples: draws follow from them and the key alone."""
+    """How views of images are drawn: a function of the samples' `ids` (B,) int64 and the key alone."""
 
     def draw(self, images: Sequence[Tensor], ids: np.ndarray, *key: Key) -> tuple[Tensor, Edits]:
-        """Views of uint8 images (3, H, W): (B, 3, S, S) uint8, and the edits that are still to be made to them."""
+        """Views of uint8 images (3, H, W): (B, 3, S, S) uint8, and the edits that remain to be applied to them."""
         ...
 
     def __call__(self, images: Sequence[Tensor], ids: np.ndarray, *key: Key) -> Tensor:
@@ -37,13 +36,13 @@ class Policy(Protocol):
 
 
 def policy(name: str | list[Any], size: int, flip: bool = True) -> Policy:
-    """The image view policy of a name, or of a list of torchvision transforms; views are `size` pixels wide.
+    """The image view policy for a name or a list of torchvision transforms; views have `size` x `size` pixels.
 
     none: resize and centre crop, as in evaluation. weak: mild crop and flip. paper: the first view of
     arXiv 2412.07979 (crop 0.5-1, flip, RandAugment 2 ops of magnitude 7). single: its second view,
     one operation drawn from blur, flip, noise, brightness, contrast, sharpen and 0.9 centre crop.
-    strong: SimCLR's (arXiv 2002.05709, appendix A). Without `flip` none of them mirrors an image.
-    Raises UserError for what is neither.
+    strong: SimCLR's (arXiv 2002.05709, appendix A). Without `flip`, none of them mirrors an image.
+    Raises UserError for an unknown name or an invalid list.
     """
     if isinstance(name, str):
         if name not in POLICIES:
@@ -53,18 +52,18 @@ def policy(name: str | list[Any], size: int, flip: bool = True) -> Policy:
 
 
 def policies(config: Config) -> dict[str, Policy]:
-    """The policy of each image view, as the settings name them. Raises UserError for one that will not do."""
+    """The policy of each image view in the settings. Raises UserError for an invalid one."""
     views, size = config.views, config.model.image_size
     return {"image": policy(views.image, size, views.flip), "image_aug": policy(views.image_aug, size, views.flip)}
 
 
 def title(name: str | list[Any]) -> str:
-    """What to call a policy in an image or a log."""
+    """The name of a policy in figures and logs."""
     return name if isinstance(name, str) else f"{len(name)} transforms"
 
 
 def whole(image: Tensor, size: int) -> Tensor:
-    """An image as evaluation sees it, the policy none: (3, H, W) -> (3, S, S) uint8, shorter side resized, centre."""
+    """An image as evaluation sees it (policy `none`): (3, H, W) -> (3, S, S) uint8, resized and centre-cropped."""
     height, width = image.shape[1:]
     shorter = min(height, width)
     height, width = size * height // shorter, size * width // shorter
@@ -73,31 +72,31 @@ def whole(image: Tensor, size: int) -> Tensor:
 
 
 class Draws:
-    """Uniform numbers, one column (B,) after another, for a batch of samples."""
+    """A stream of uniform random columns (B,) for a batch of samples."""
 
     def __init__(self, ids: np.ndarray, *key: Key) -> None:
         self._columns = iter(uniforms(ids, 40, *key).T)
 
     def __call__(self, low: float = 0.0, high: float = 1.0) -> np.ndarray:
-        """The next column, between two bounds."""
+        """The next column, uniform between two bounds."""
         return low + (high - low) * next(self._columns)
 
-    def chance(self, share: float) -> np.ndarray:
-        """True with a probability of `share`."""
-        return self() < share
+    def chance(self, probability: float) -> np.ndarray:
+        """The next column, True with the given probability."""
+        return self() < probability
 
     def index(self, count: int) -> np.ndarray:
-        """One of 0 to count - 1."""
+        """The next column, one of 0 to count - 1."""
         return (self() * count).astype(np.int64)
 
 
 @dataclass
 class Drawn:
-    """What a named policy drew for a batch.
+    """The draws of a named policy for a batch.
 
-    boxes: (B, 4), top, left, height and width of what is seen of each image. mirrored: (B,) bool.
-    steps: operations and amounts, (B,) each, one step after the other. stretched: whether a box is
-    resized to the square as it is, or by its shorter side and cut at the centre.
+    boxes: (B, 4), top, left, height and width of each crop. mirrored: (B,) bool. steps: operations and amounts,
+    (B,) each, in order. stretched: resize crops to the square; otherwise resize their shorter side, and crop at
+    the centre.
     """
 
     boxes: np.ndarray
@@ -115,7 +114,7 @@ def _weak(draw: Draws, sides: np.ndarray, size: int, flip: bool) -> Drawn:
 
 
 def _paper(draw: Draws, sides: np.ndarray, size: int, flip: bool) -> Drawn:
-    """RandAugment (arXiv 1909.13719) with torchvision's operations: 2 of them, at 7 of 30 in magnitude."""
+    """RandAugment (arXiv 1909.13719) with torchvision's operations: 2 of them at magnitude 7 of 30."""
     part = 7 / 30
     shift = 150 / 331 * size * part
     signed = {"shear_x": 0.3 * part, "shear_y": 0.3 * part, "translate_x": shift, "translate_y": shift,
@@ -159,29 +158,28 @@ def _strong(draw: Draws, sides: np.ndarray, size: int, flip: bool) -> Drawn:
 
 
 def boxes(draw: Draws, sides: np.ndarray, low: float, ratio: float = 1.25) -> np.ndarray:
-    """Boxes (B, 4) of a share of `low` to 1 of the image's area, their sides' ratio at most `ratio`.
+    """Crops (B, 4) of a share of `low` to 1 of the image's area, with an aspect ratio of at most `ratio`.
 
-    Each is the first of ten that fits, as in torchvision's RandomResizedCrop; where none does, the
-    largest at the centre.
+    Each is the first of ten that fits, as in torchvision's RandomResizedCrop, or else the largest at the centre.
     """
     height, width = sides.T
-    found = np.zeros((len(sides), 2), dtype=np.int64)
+    chosen = np.zeros((len(sides), 2), dtype=np.int64)
     for _ in range(10):
         area, shape = draw(low, 1.0) * height * width, np.exp(draw(-math.log(ratio), math.log(ratio)))
         tried = np.rint(np.sqrt(np.stack([area / shape, area * shape], axis=1))).astype(np.int64)
-        fits = ((tried > 0) & (tried <= sides)).all(axis=1) & (found[:, 0] == 0)
-        found[fits] = tried[fits]
+        fits = ((tried > 0) & (tried <= sides)).all(axis=1) & (chosen[:, 0] == 0)
+        chosen[fits] = tried[fits]
     place = np.stack([draw(), draw()], axis=1)
-    none = found[:, 0] == 0
-    found[none] = np.minimum(sides, np.rint(sides[:, ::-1] * ratio).astype(np.int64))[none]
-    corner = np.where(none[:, None], (sides - found) // 2, place * (sides - found + 1)).astype(np.int64)
-    return np.hstack([corner, found])
+    none = chosen[:, 0] == 0
+    chosen[none] = np.minimum(sides, np.rint(sides[:, ::-1] * ratio).astype(np.int64))[none]
+    corner = np.where(none[:, None], (sides - chosen) // 2, place * (sides - chosen + 1)).astype(np.int64)
+    return np.hstack([corner, chosen])
 
 
 POLICIES: dict[str, Callable[[Draws, np.ndarray, int, bool], Drawn]] = {
     "none": _none, "weak": _weak, "paper": _paper, "single": _single, "strong": _strong,
 }  # fmt: skip
-"""Every named policy: (draws, sides (B, 2), size, flip) -> what is drawn."""
+"""Every named policy: (draws, sides (B, 2), size, flip) -> its draws."""
 
 
 @dataclass(frozen=True)
@@ -193,11 +191,10 @@ class NamedPolicy:
     flip: bool = True
 
     def draw(self, images: Sequence[Tensor], ids: np.ndarray, *key: Key) -> tuple[Tensor, Edits]:
-        """As `Policy.draw` says."""
+        """See `Policy.draw`."""
         sides = np.array([p.shape[1:] for p in images], dtype=np.int64).reshape(-1, 2)
         drawn = POLICIES[self.name](Draws(ids, *key), sides, self.size, self.flip)
-        # Decoded images have their colours side by side, which suits resizing and convolutions; edits go plane by
-        # plane, where they do.
+        # Decoded images are channels-last, which suits resizing and convolutions; edits prefer contiguous planes.
         layout = torch.contiguous_format if drawn.steps else torch.channels_last
         out = torch.empty(len(ids), 3, self.size, self.size, dtype=torch.uint8, memory_format=layout)
         for row, image, box, mirrored in zip(out, images, drawn.boxes.tolist(), drawn.mirrored.tolist(), strict=True):
@@ -211,7 +208,7 @@ class NamedPolicy:
         return out, edits
 
     def __call__(self, images: Sequence[Tensor], ids: np.ndarray, *key: Key) -> Tensor:
-        """As `Policy` says."""
+        """See `Policy`."""
         views, edits = self.draw(images, ids, *key)
         return edits(views)
 
@@ -224,19 +221,19 @@ ALLOWED = (
     "RandomResize", "RandomResizedCrop", "RandomRotation", "RandomShortestSize", "RandomSolarize",
     "RandomVerticalFlip", "RandomZoomOut", "Resize", "ScaleJitter", "TrivialAugmentWide",
 )  # fmt: skip
-"""The transforms of torchvision.transforms.v2 that a list of settings may name."""
+"""The transforms of torchvision.transforms.v2 that the settings may name."""
 
 NESTED = ("RandomApply", "RandomChoice", "RandomOrder")
-"""Those that hold a list of others as `transforms`."""
+"""Transforms that take a list of others as `transforms`."""
 
 MIRRORING = ("RandomHorizontalFlip", "RandomVerticalFlip")
 
 
 class Transforms:
-    """A policy from a list of torchvision.transforms.v2 classes: a name, or {name: {argument: value}}, each.
+    """A policy from a list of torchvision.transforms.v2 classes, each a name or {name: {argument: value}}.
 
-    Its transforms draw from torch's global generator, seeded for each image and put back after it.
-    Raises UserError for an unknown name or argument, and where what comes out is not (3, S, S) uint8.
+    The transforms draw from torch's global generator, which is seeded for each image and restored after it.
+    Raises UserError for an unknown name or argument, and if the result is not (3, S, S) uint8.
     """
 
     def __init__(self, entries: list[Any], size: int, flip: bool = True) -> None:
@@ -246,27 +243,27 @@ class Transforms:
 
         self.size = size
         self.transform = v2.Compose([_transform(entry, flip) for entry in entries])
-        # Shown an image now, a list that will not do says so before the data is read.
+        # Try the list on an image, so that an invalid one fails before the data is read.
         self([torch.zeros(3, 2 * size, 3 * size, dtype=torch.uint8)], np.zeros(1, dtype=np.int64))
 
     def draw(self, images: Sequence[Tensor], ids: np.ndarray, *key: Key) -> tuple[Tensor, Edits]:
-        """As `Policy.draw` says; no edits are left."""
+        """See `Policy.draw`; no edits remain."""
         return self(images, ids, *key), Edits.none(len(ids))
 
     def __call__(self, images: Sequence[Tensor], ids: np.ndarray, *key: Key) -> Tensor:
-        """As `Policy` says."""
+        """See `Policy`."""
         return torch.stack([self._view(p, int(i), *key) for p, i in zip(images, ids, strict=True)])
 
     def _view(self, image: Tensor, sample: int, *key: Key) -> Tensor:
         try:
             with torch_seeded(*key, sample):
                 out = self.transform(image.contiguous())
-        except Exception as error:  # torchvision raises many kinds
+        except Exception as error:  # torchvision raises many types
             raise UserError(f"image views: {first_line(error)}") from None
         if not isinstance(out, Tensor) or out.dtype != torch.uint8 or out.shape != (3, self.size, self.size):
-            found = " x ".join(map(str, out.shape)) + f" {out.dtype}".replace("torch.", "")
+            result = " x ".join(map(str, out.shape)) + f" {out.dtype}".replace("torch.", "")
             raise UserError(
-                f"image views: the transforms give {found}, the tower wants 3 x {self.size} x {self.size} uint8: "
+                f"image views: the transforms give {result}, the tower wants 3 x {self.size} x {self.size} uint8: "
                 f"end with {{Resize: {{size: [{self.size}, {self.size}]}}}}, or colours of {{Grayscale: "
                 "{num_output_channels: 3}}"
             )
@@ -290,8 +287,9 @@ def _transform(entry: Any, flip: bool) -> nn.Module:
         raise UserError(
             f"image views: {name} mirrors, which views.flip forbids: leave it out, or give --views.flip true"
         )
-    made, accepted = getattr(v2, name), list(inspect.signature(getattr(v2, name)).parameters)
-    given: dict[str, Any] = {}
+    transform = getattr(v2, name)
+    accepted = list(inspect.signature(transform).parameters)
+    settings: dict[str, Any] = {}
     for argument, value in (arguments or {}).items():
         if argument not in accepted:
             raise UserError(
@@ -303,14 +301,14 @@ def _transform(entry: Any, flip: bool) -> nn.Module:
             value = [_transform(inner, flip) for inner in value]
         elif not _plain(value):
             raise UserError(f"image views: {argument} of {name} must be a number, text or a list, not {value!r}")
-        given[argument] = value
+        settings[argument] = value
     try:
-        if "interpolation" in given:
-            given["interpolation"] = v2.InterpolationMode(given["interpolation"])
-        if name == "AutoAugment" and "policy" in given:
-            given["policy"] = v2.AutoAugmentPolicy(given["policy"])
-        return made(**given)
-    except Exception as error:  # torchvision raises many kinds
+        if "interpolation" in settings:
+            settings["interpolation"] = v2.InterpolationMode(settings["interpolation"])
+        if name == "AutoAugment" and "policy" in settings:
+            settings["policy"] = v2.AutoAugmentPolicy(settings["policy"])
+        return transform(**settings)
+    except Exception as error:  # torchvision raises many types
         raise UserError(f"image views: {name}: {first_line(error)}") from None
 
 

@@ -23,16 +23,16 @@ class Sample:
     """One image and its captions. `paraphrases[k]` reword `captions[k]`."""
 
     name: str
-    """What the data set calls it. Its draws and its place in the estimators follow from it alone."""
+    """Its name in the data set. It alone determines the sample's random draws and its place in the estimators."""
     image: Location
     captions: tuple[str, ...]
     paraphrases: tuple[tuple[str, ...], ...] = ()
     weight: float = 1.0
-    """Visits an epoch, on average."""
+    """Average visits per epoch."""
 
     @property
     def id(self) -> int:
-        """A 63-bit number that stays the same whatever other samples there are, and wherever the image lies."""
+        """A 63-bit number that depends on the name alone, not on other samples or the image's path."""
         return derive("sample", self.name)
 
     @property
@@ -55,21 +55,21 @@ class Manifest:
     zeroshot: Path | None = None
     """A folder of images by class that belongs to the data set."""
     format: str = ""
-    """What it was read as."""
+    """The format it was read as."""
     parts: dict[str, float] = field(default_factory=dict)
-    """Of a mix: the weight of each data set, whose name and a slash precede the names of its samples."""
+    """The weight of each data set of a mix, by its name: the prefix of its samples' names."""
     lost: int = 0
-    """Images that rejects of rows name and that are no samples."""
+    """Images without a sample because their rows were rejected."""
     bad_images: int = 0
-    """How many of the rejects are images that cannot be decoded."""
+    """The number of rejects that are images that cannot be decoded."""
     notes: tuple[str, ...] = ()
-    """What is no reject and yet should be known, a sentence each."""
+    """Other things that the user should know, a sentence each."""
     paraphrases: tuple[str, ...] = ()
-    """The stores that paraphrases came from."""
+    """Paths of the paraphrase stores that were joined."""
     perceptual_hashes: dict[Location, bytes] = field(default_factory=dict)
     """By image, for the images that were hashed."""
     order: tuple[str, ...] = ()
-    """Names in the order in which they were read, where a split was read alone, or is a fold of another."""
+    """Names in reading order, if a split was read alone or the data set is folded; else empty."""
 
     def split(self, name: str) -> tuple[Sample, ...]:
         """The samples of a split (`train`, `val`, `test`, or `all`), in the manifest's order."""
@@ -106,7 +106,7 @@ class Manifest:
                 handle.write(json.dumps(row, ensure_ascii=False) + "\n")
 
     def enforce_limit(self, max_bad: float) -> None:
-        """Raise UserError if more than a share of `max_bad` of the rows, or of the images, cannot be used."""
+        """Raise UserError if a share of more than `max_bad` of the rows, or of the images, is unusable."""
         if not self.samples:
             raise UserError(f"{self.root} has no usable sample; {self._summary()}")
         rows, images = len(self.rejects) - self.bad_images, self.lost + self.bad_images
@@ -117,14 +117,14 @@ class Manifest:
             if bad > max_bad * total:
                 raise UserError(
                     f"{bad} of {total} {what} cannot be used, over the limit of {max_bad:.1%}; "
-                    f"{self._summary()}. Mend them, or raise --source.max_bad"
+                    f"{self._summary()}. Fix them, or raise --source.max_bad"
                 )
 
     def _summary(self) -> str:
         if not self.rejects:
             return "no row was read"
         reasons = Counter(r.reason.split(":")[0] for r in self.rejects)
-        commonest = ", ".join(f"{n} x {printable(reason)}" for reason, n in reasons.most_common(3))
-        elsewhere = any(reason.startswith((OUTSIDE, ABSENT)) for reason in reasons)
-        hint = " (images elsewhere: --source.images FOLDER)" if elsewhere else ""
-        return f"{commonest}{hint}; the first: {self.rejects[0]}"
+        most_common = ", ".join(f"{n} x {printable(reason)}" for reason, n in reasons.most_common(3))
+        not_found = any(reason.startswith((OUTSIDE, ABSENT)) for reason in reasons)
+        hint = " (images elsewhere: --source.images FOLDER)" if not_found else ""
+        return f"{most_common}{hint}; the first: {self.rejects[0]}"

@@ -1,7 +1,7 @@
-"""scenes: the built-in generated data set. Rendered objects on a ground, and captions that are true of them.
+"""The built-in data set `scenes`: rendered objects on a ground, with captions that are true of them.
 
-A scene is symbolic first: one to three objects, each with shape, colour, size, material and a place,
-on a ground. `render` draws it by casting rays at exact shapes; `describe` words it. All of it is a
-function of the seed, and the splits share no symbolic scene. What training images show may have a long
-tail, and some of their captions may be wrong, both in known measure; the other splits stay as they are.
+A scene is symbolic: one to three objects, each with a shape, colour, size, material and place, on a ground. `render`
+draws it by casting rays at exact shapes, and `describe` writes its captions. All of it is a function of the seed,
+and the splits share no symbolic scene. The training split may have a long tail of object kinds and a known share of
+wrong captions; the other splits are not affected.
 """

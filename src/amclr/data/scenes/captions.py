@@ -30,7 +30,7 @@ PLACE_WORDS = {
 
 
 def describe(scene: Scene, count: int) -> list[str]:
-    """`count` different true captions of a scene, from 1 up; the same ones first for every count."""
+    """`count` different true captions of a scene; a larger count extends the same list."""
     draw = np.random.default_rng(stable_hash("captions", scene.seed))
     captions: dict[str, None] = {}
     for _ in range(200 * count):
@@ -43,8 +43,8 @@ def describe(scene: Scene, count: int) -> list[str]:
 
 
 def _sentence(scene: Scene, draw: np.random.Generator) -> str:
-    def pick(among: tuple[str, ...]) -> str:
-        return among[int(draw.integers(len(among)))]
+    def pick(options: tuple[str, ...]) -> str:
+        return options[int(draw.integers(len(options)))]
 
     def name(thing: Thing) -> str:
         words = [pick(SHAPE_WORDS[thing.shape])]

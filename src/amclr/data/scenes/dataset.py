@@ -1,4 +1,4 @@
-"""The scenes as a data set on disk: images, captions, splits, zero-shot images."""
+"""Scenes as a data set on disk: images, captions, splits and zero-shot images."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ FORMAT = 2
 def write_scenes(folder: Path, settings: ScenesConfig, *, workers: int | None = None, progress: bool = True) -> Path:
     """Write the set in the Kaggle Flickr8k layout, with split lists and a zero-shot folder; return `folder`.
 
-    Images/NAME.png, captions.txt (image,caption), train.txt, val.txt, test.txt, and
-    zeroshot/COLOUR_SHAPE/N.png with zeroshot/classnames.txt, templates.txt and shown.tsv: how many training
-    images show a kind. With noise, noise.csv lists what is wrong. A folder that holds the set already is
-    left as it is. The folder appears only when it is complete.
+    Files: Images/NAME.png, captions.txt (image,caption), train.txt, val.txt, test.txt, and
+    zeroshot/COLOUR_SHAPE/N.png with zeroshot/classnames.txt, templates.txt and shown.tsv (how many training images
+    show each kind). With noise, noise.csv lists the wrong captions. The folder appears once it is complete; an
+    existing folder with the same set is kept.
 
-    Raises UserError if the folder holds something else, or the settings ask for what cannot be.
+    Raises UserError if the folder contains something else, or the settings are impossible.
     """
     record = {"format": FORMAT, **asdict(settings)}
     if folder.exists():
@@ -59,7 +59,7 @@ def write_scenes(folder: Path, settings: ScenesConfig, *, workers: int | None = 
                 return folder
         except (OSError, ValueError):
             pass
-        raise UserError(f"'{folder}' holds something else than these scenes: remove it or choose another folder")
+        raise UserError(f"'{folder}' contains something other than these scenes: remove it or choose another folder")
     part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
     jobs: list[tuple[Scene, Path]] = []
     try:
@@ -69,17 +69,19 @@ def write_scenes(folder: Path, settings: ScenesConfig, *, workers: int | None = 
             table.writerow(["image", "caption"])
             for split in SPLITS:
                 tail, noise = (settings.tail, settings.noise) if split == "train" else (0.0, 0.0)
-                made = list(itertools.islice(sample_scenes(settings.seed, split, tail=tail), getattr(settings, split)))
-                names = [f"{split}-{i:06d}.png" for i in range(len(made))]
-                texts = [describe(scene, settings.captions) for scene in made]
-                wrong = exchanged(made, noise, settings.seed)
+                scenes = list(
+                    itertools.islice(sample_scenes(settings.seed, split, tail=tail), getattr(settings, split))
+                )
+                names = [f"{split}-{i:06d}.png" for i in range(len(scenes))]
+                texts = [describe(scene, settings.captions) for scene in scenes]
+                wrong = exchanged(scenes, noise, settings.seed)
                 for i, name in enumerate(names):
                     table.writerows([name, text] for text in texts[wrong.get(i, i)])
                 if wrong:
                     _write_wrong(part / "noise.csv", names, texts, wrong)
                 if split == "train":
-                    shown = Counter(kind for scene in made for kind in scene.kinds)
-                jobs += [(scene, part / "Images" / name) for scene, name in zip(made, names, strict=True)]
+                    shown = Counter(kind for scene in scenes for kind in scene.kinds)
+                jobs += [(scene, part / "Images" / name) for scene, name in zip(scenes, names, strict=True)]
                 (part / f"{split}.txt").write_text("".join(f"{name}\n" for name in names))
         jobs += _zeroshot_jobs(settings, part / "zeroshot")
         lines = [f"{colour}_{shape}\t{shown[colour, shape]}\n" for colour, shape in KINDS]
@@ -88,7 +90,7 @@ def write_scenes(folder: Path, settings: ScenesConfig, *, workers: int | None = 
         (part / "settings.json").write_text(json.dumps(record, indent=2) + "\n")
         try:
             part.rename(folder)
-        except OSError:  # another run made the same set meanwhile
+        except OSError:  # another run wrote the same set in the meantime
             if not (folder / "settings.json").is_file():
                 raise
     finally:
@@ -97,26 +99,26 @@ def write_scenes(folder: Path, settings: ScenesConfig, *, workers: int | None = 
 
 
 def exchanged(scenes: Sequence[Scene], noise: float, seed: int) -> dict[int, int]:
-    """Scenes that are to have another's captions, and whose: exactly a share of `noise`, rounded to whole scenes.
+    """Scenes that get the captions of another scene, and of which one: a share of `noise` of all scenes, rounded.
 
-    They come in an order of the seed, so that more noise adds to less. Each takes those of the next in this order
-    that has a thing of a kind which it has not: captions name all things, so every one of them is false.
+    The seed determines their order, so more noise extends the set of less noise. Each scene takes the captions of
+    the next one in this order with a thing of a kind that it lacks: captions name all things, so all are false.
 
-    Raises UserError where there is none.
+    Raises UserError if there is no such scene.
     """
     order = np.random.default_rng(stable_hash(seed, "noise")).permutation(len(scenes)).tolist()
     wrong: dict[int, int] = {}
-    for k, own in enumerate(order[: round(noise * len(scenes))]):
-        others = (order[(k + step) % len(order)] for step in range(1, len(order)))
-        other = next((o for o in others if not scenes[o].kinds <= scenes[own].kinds), None)
-        if other is None:
+    for k, scene in enumerate(order[: round(noise * len(scenes))]):
+        candidates = (order[(k + step) % len(order)] for step in range(1, len(order)))
+        source = next((c for c in candidates if not scenes[c].kinds <= scenes[scene].kinds), None)
+        if source is None:
             raise UserError("--scenes.noise needs training images of different things: raise --scenes.train")
-        wrong[own] = other
+        wrong[scene] = source
     return wrong
 
 
 def _write_wrong(file: Path, names: Sequence[str], texts: Sequence[list[str]], wrong: Mapping[int, int]) -> None:
-    """List the images with captions of another: which, whose, the first caption, and the one that is true."""
+    """List the images with wrong captions: the image, the source, the first caption, and the true first caption."""
     with file.open("w", newline="", encoding="utf-8") as handle:
         table = csv.writer(handle)
         table.writerow(["image", "captions_of", "caption", "true_caption"])
@@ -124,26 +126,28 @@ def _write_wrong(file: Path, names: Sequence[str], texts: Sequence[list[str]], w
 
 
 def notes(folder: Path, settings: ScenesConfig) -> tuple[str, ...]:
-    """What to know of a set that `write_scenes` has written, a sentence each: its tail, its noise."""
-    found = []
+    """Notes on the tail and the noise of a set that `write_scenes` wrote, a sentence each."""
+    sentences = []
     if settings.tail:
         shown = folder / "zeroshot" / "shown.tsv"
         counts = sorted(int(line.split("\t")[1]) for line in shown.read_text().splitlines())
-        found.append(
-            f"of {settings.train} training images {counts[-1]} show the commonest of {len(counts)} kinds, "
+        sentences.append(
+            f"of {settings.train} training images {counts[-1]} show the most common of {len(counts)} kinds, "
             f"{counts[0]} the rarest: {shown}"
         )
     if wrong := round(settings.noise * settings.train):
-        found.append(f"{wrong} of {settings.train} training images have another's captions: {folder / 'noise.csv'}")
-    return tuple(found)
+        sentences.append(
+            f"{wrong} of {settings.train} training images have the captions of another image: {folder / 'noise.csv'}"
+        )
+    return tuple(sentences)
 
 
 TEMPLATES = ("a {}", "there is a {}", "a picture of a {}", "a {} on grass", "a {} on sand", "a {} on tiles")
-"""Prompts in the words of the captions."""
+"""Prompts in the style of the captions."""
 
 
 def _zeroshot_jobs(settings: ScenesConfig, root: Path) -> list[tuple[Scene, Path]]:
-    """Single things of the test split, as equally many per class as the number allows."""
+    """Single things of the test split, split as evenly over the classes as the number allows."""
     root.mkdir()
     (root / "templates.txt").write_text("".join(f"{t}\n" for t in TEMPLATES))
     (root / "classnames.txt").write_text("".join(f"{c}_{s}\t{c} {s}\n" for c, s in KINDS))
@@ -152,30 +156,30 @@ def _zeroshot_jobs(settings: ScenesConfig, root: Path) -> list[tuple[Scene, Path
     jobs: list[tuple[Scene, Path]] = []
     if not settings.zeroshot:
         return jobs
-    made = dict.fromkeys(KINDS, 0)
-    # The set of symbolic scenes is finite: past it, the same ones are drawn with other seeds.
+    counts = dict.fromkeys(KINDS, 0)
+    # There are finitely many symbolic scenes; after all of them, they repeat with other seeds.
     for round_ in range(10_000):
         for scene in _all_singles(settings.seed, round_):
             pair = (scene.things[0].colour, scene.things[0].shape)
-            if made[pair] < wanted[pair]:
-                file = root / f"{pair[0]}_{pair[1]}" / f"{made[pair]:04d}.png"
+            if counts[pair] < wanted[pair]:
+                file = root / f"{pair[0]}_{pair[1]}" / f"{counts[pair]:04d}.png"
                 file.parent.mkdir(exist_ok=True)
                 jobs.append((scene, file))
-                made[pair] += 1
+                counts[pair] += 1
         if len(jobs) == settings.zeroshot:
             break
     return jobs
 
 
 def _all_singles(seed: int, round_: int) -> list[Scene]:
-    """Every scene of one thing in the test split, in a drawn order, with seeds of this round."""
+    """Every scene of one thing in the test split, in random order, with seeds of this round."""
     scenes = [
         Scene(g, (Thing(s, c, z, m, k, row),), stable_hash("single", seed, round_, g, s, c, z, m, k, row) >> 24)
         for g in GROUNDS for s in SHAPES for c in COLOURS for z in SIZES for m in MATERIALS
         for k in range(COLUMNS) for row in range(ROWS)
     ]  # fmt: skip
-    kept = [s for s in scenes if split_of(s.signature) == "test"]
-    return [kept[i] for i in np.random.default_rng(stable_hash(seed, "singles", round_)).permutation(len(kept))]
+    test = [s for s in scenes if split_of(s.signature) == "test"]
+    return [test[i] for i in np.random.default_rng(stable_hash(seed, "singles", round_)).permutation(len(test))]
 
 
 def _render_all(jobs: list[tuple[Scene, Path]], size: int, workers: int, progress: bool) -> None:

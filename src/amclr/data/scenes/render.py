@@ -1,4 +1,4 @@
-"""Drawing a scene: rays cast at exact shapes, with light, shadow and ground."""
+"""Rendering of a scene: rays cast at exact shapes, with light, shadows and ground."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SUPERSAMPLING = 2
 
 @dataclass(frozen=True)
 class _Solid:
-    """A thing in the world: where it stands, how large, how turned. Lengths in world units."""
+    """A thing in the world: its position, size and rotation. Lengths are in world units."""
 
     thing: Thing
     x: float
@@ -32,7 +32,7 @@ class _Solid:
 
 
 def render(scene: Scene, size: int) -> Array:
-    """Draw a scene: (size, size, 3) uint8."""
+    """Render a scene: (size, size, 3) uint8."""
     draw = np.random.default_rng(stable_hash("render", scene.seed))
     solids = [
         _Solid(
@@ -62,7 +62,7 @@ def render(scene: Scene, size: int) -> Array:
             points = eye + t[:, None] * rays[index]
             colour[index] = _shade(solid, points, normal, rays[index], sun, scene.ground)
     pixels = colour.reshape(size, SUPERSAMPLING, size, SUPERSAMPLING, 3).mean(axis=(1, 3))
-    # Linear light to sRGB, roughly.
+    # Linear light to sRGB, approximately.
     return (255 * np.clip(pixels, 0, 1) ** (1 / 1.8) + 0.5).astype(np.uint8)
 
 
@@ -71,7 +71,7 @@ def _unit(v: Array) -> Array:
 
 
 def _camera_rays(eye: Array, target: Array, n: int) -> Array:
-    """Unit directions through the n x n pixels, row by row from the top left: (n * n, 3)."""
+    """Unit directions (n * n, 3) through the n x n pixels, row by row from the top left."""
     forward = _unit(target - eye)
     right = _unit(np.cross(np.array([0.0, 1.0, 0.0], dtype=np.float32), forward))
     up = np.cross(forward, right)
@@ -82,7 +82,7 @@ def _camera_rays(eye: Array, target: Array, n: int) -> Array:
 
 
 def _screen_box(solid: _Solid, eye: Array, rays: Array) -> Array:
-    """Indices of the rays that pass the solid's bounding sphere."""
+    """Indices of the rays that hit the solid's bounding sphere."""
     middle = np.array([solid.x, solid.height / 2, solid.z], dtype=np.float32)
     reach = np.hypot(1.25 * solid.radius, solid.height / 2)
     offset = middle - eye
@@ -91,7 +91,7 @@ def _screen_box(solid: _Solid, eye: Array, rays: Array) -> Array:
 
 
 def _local(solid: _Solid, points: Array, turn_only: bool = False) -> Array:
-    """World points (or directions) in the solid's own frame: it stands at the origin, not turned."""
+    """World points (or directions) in the solid's frame, with the solid at the origin and not rotated."""
     c, s = np.float32(np.cos(solid.angle)), np.float32(np.sin(solid.angle))
     p = points if turn_only else points - np.array([solid.x, 0, solid.z], dtype=np.float32)
     return np.stack([c * p[:, 0] - s * p[:, 2], p[:, 1], s * p[:, 0] + c * p[:, 2]], axis=1)
@@ -104,7 +104,7 @@ def _world(solid: _Solid, directions: Array) -> Array:
 
 
 def _intersect(solid: _Solid, origins: Array, directions: Array) -> tuple[Array, Array]:
-    """First hits of rays: distances (M,), infinite where there is none, and world normals (M, 3)."""
+    """First hits of rays: distances (M,), infinite without a hit, and world normals (M, 3)."""
     o, d = _local(solid, origins), _local(solid, directions, turn_only=True)
     r, h = solid.radius, solid.height
     with np.errstate(all="ignore"):
@@ -147,7 +147,7 @@ def _hit_planes(o: Array, d: Array, normals: Array, bounds: Array) -> tuple[Arra
 
 
 def _hit_round(o: Array, d: Array, r: float, h: float, cone: bool) -> tuple[Array, Array]:
-    """A standing cylinder, or a cone with its tip at height h."""
+    """Hits of an upright cylinder, or of a cone with its tip at height h."""
     k = r / h if cone else 0.0
     reach, slope = (r - k * o[:, 1] if cone else r), -k * d[:, 1]
     a = d[:, 0] ** 2 + d[:, 2] ** 2 - slope**2
@@ -169,7 +169,7 @@ def _hit_round(o: Array, d: Array, r: float, h: float, cone: bool) -> tuple[Arra
 
 
 def _shade(solid: _Solid, points: Array, normal: Array, rays: Array, sun: Array, ground: str) -> Array:
-    """Light that comes back from a solid's surface, (M, 3) linear."""
+    """Linear light (M, 3) reflected by a solid's surface."""
     albedo: Array = np.array(COLOURS[solid.thing.colour], dtype=np.float32)[None]
     light = np.clip(normal @ sun, 0, 1)[:, None]
     sky = (0.5 + 0.5 * normal[:, 1:2]) * np.array([0.62, 0.70, 0.82], dtype=np.float32)
@@ -206,7 +206,7 @@ GROUND_COLOURS: dict[str, Array] = {
 def _backdrop(
     ground: str, eye: Array, rays: Array, solids: list[_Solid], sun: Array, draw: np.random.Generator
 ) -> Array:
-    """Sky and ground with the solids' shadows, (M, 3) linear."""
+    """Linear light (M, 3) of the sky, and of the ground with the solids' shadows."""
     height = np.clip(rays[:, 1:2] * 2.2 + 0.45, 0, 1)
     warm, cold = np.array([0.85, 0.84, 0.80], dtype=np.float32), np.array([0.32, 0.52, 0.82], dtype=np.float32)
     colour: Array = ((1 - height) * warm + height * cold).astype(np.float32)
@@ -224,7 +224,7 @@ def _backdrop(
 
 
 def _shadow(solid: _Solid, points: Array, sun: Array, draw: np.random.Generator) -> Array:
-    """Share of sunlight that reaches ground points past a solid, (M,): a few rays into a sun of some size."""
+    """Share of sunlight (M,) that reaches ground points past a solid: a few rays into an extended sun."""
     light = np.ones(len(points), dtype=np.float32)
     away = points - np.array([solid.x, 0, solid.z], dtype=np.float32)
     length = solid.height * np.hypot(sun[0], sun[2]) / sun[1]
@@ -247,7 +247,7 @@ def _shadow(solid: _Solid, points: Array, sun: Array, draw: np.random.Generator)
 
 
 def _ground(kind: str, points: Array, seed: int) -> Array:
-    """Colour of the ground at points, (M, 3)."""
+    """Colour (M, 3) of the ground at points."""
     x, z = points[:, 0], points[:, 2]
     base = GROUND_COLOURS[kind][None]
     tone: Array

@@ -1,4 +1,4 @@
-"""What a scene is, and the endless sequence of different scenes that a seed gives."""
+"""The symbolic scene, and the endless sequence of different scenes of a seed."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ MATERIALS = ("rubber", "metal", "wooden")
 SIZES = {"small": 0.38, "medium": 0.53, "large": 0.70}
 GROUNDS = ("grass", "sand", "snow", "boards", "tiles")
 KINDS = tuple((colour, shape) for colour in COLOURS for shape in SHAPES)
-"""Kinds of things: the classes of the zero-shot images, and what a long tail ranks."""
+"""Kinds of things: the zero-shot classes, and the ranks of a long tail."""
 COLUMNS, ROWS = 3, 2
 SPLITS = {"train": 8, "val": 9, "test": 10}
-"""A scene whose hash modulo 10 lies below the bound (and not below the one before) belongs to the split."""
+"""Upper bounds: a scene belongs to the first split whose bound exceeds its hash modulo 10."""
 
 
 @dataclass(frozen=True)
 class Thing:
-    """An object of a scene. column 0 is left, 2 right; row 0 is in front, 1 behind."""
+    """An object of a scene. Column 0 is left, 2 right; row 0 is in front, 1 behind."""
 
     shape: str
     colour: str
@@ -46,7 +46,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """What an image shows, things from left to right; `seed` moves only what captions leave open."""
+    """The content of an image, things from left to right; `seed` varies only what captions leave open."""
 
     ground: str
     things: tuple[Thing, ...]
@@ -54,12 +54,12 @@ class Scene:
 
     @property
     def signature(self) -> str:
-        """The scene without its seed: what the splits must not share."""
+        """The scene without its seed. No two splits share a signature."""
         return "|".join([self.ground, *("-".join(map(str, vars(t).values())) for t in self.things)])
 
     @property
     def kinds(self) -> set[tuple[str, str]]:
-        """Colour and shape of each thing: no two are alike in both."""
+        """Colour and shape of each thing; no two things of a scene share both."""
         return {(t.colour, t.shape) for t in self.things}
 
 
@@ -75,11 +75,11 @@ def split_of(signature: str) -> str:
 
 
 def sample_scenes(seed: int, split: str, objects: int | None = None, tail: float = 0.0) -> Iterator[Scene]:
-    """Endless different scenes of a split (`train`, `val` or `test`); the first n are the same for every n.
+    """An endless sequence of different scenes of a split (`train`, `val` or `test`).
 
-    objects: how many each has; None draws 1 to 3. tail: above 0, things are of the kind of rank k (`ranked_kinds`)
-    with a probability in proportion to k ** -tail. Of the commonest kinds there are then fewer different scenes
-    than it takes, and they come again with other seeds.
+    objects: things per scene; None draws 1 to 3. tail: if above 0, the kind of rank k (`ranked_kinds`) occurs with
+    a probability proportional to k ** -tail. Scenes of the most common kinds then repeat, with other seeds, as
+    there are not enough different ones.
     """
     if tail:
         yield from _tailed(seed, split, objects, tail)
@@ -95,28 +95,28 @@ def sample_scenes(seed: int, split: str, objects: int | None = None, tail: float
 
 
 def ranked_kinds(seed: int) -> list[tuple[str, str]]:
-    """The kinds of things from the commonest to the rarest, where there is a tail."""
+    """The kinds of things from the most common to the rarest, if there is a tail."""
     return [KINDS[i] for i in np.random.default_rng(stable_hash(seed, "tail")).permutation(len(KINDS))]
 
 
 def _tailed(seed: int, split: str, objects: int | None, tail: float) -> Iterator[Scene]:
     """Scenes whose things follow Zipf's law over `ranked_kinds`, however many things a scene has.
 
-    Were kinds drawn one after the other, each other than those before, the commonest would come less often than
-    the law says. Systematic sampling (Madow 1949) puts each kind in a scene with exactly the probability that it
-    should: points one apart on a line, of which each kind, in random order, has its probability as length.
+    Drawing different kinds one after the other would make the most common ones too rare. Systematic sampling
+    (Madow 1949) includes each kind in a scene with exactly the right probability: the kinds, in random order, cover
+    a line with segments as long as their expected counts, and points at distance one select them.
     """
     ranked, share = ranked_kinds(seed), np.arange(1.0, len(KINDS) + 1) ** -tail
     share /= share.sum()
     if COLUMNS * share[0] > 1:
-        raise UserError(f"--scenes.tail {tail:g} has the commonest kind stand in a scene twice: give at most 1.25")
+        raise UserError(f"--scenes.tail {tail:g} puts the most common kind into a scene twice: give at most 1.25")
     for number in itertools.count():
         draw = np.random.default_rng(stable_hash(seed, split, objects, "tail", number))
         count = objects or _how_many(draw)
         order = draw.permutation(len(KINDS))
         points = np.searchsorted(np.cumsum(count * share[order]), draw.random() + np.arange(count), side="right")
         kinds = [ranked[order[min(p, len(KINDS) - 1)]] for p in draw.permutation(points)]
-        while True:  # the kinds stay, or those with fewer scenes in this split would come less often
+        while True:  # keep the kinds, or those with fewer scenes in this split would become rarer
             scene = _draw_scene(draw, count, kinds)
             if split_of(scene.signature) == split:
                 yield scene
@@ -128,16 +128,16 @@ def _how_many(draw: np.random.Generator) -> int:
 
 
 def _draw_scene(draw: np.random.Generator, count: int, kinds: Sequence[tuple[str, str]] = ()) -> Scene:
-    """A scene of so many things; kinds: theirs, from left to right, where they are not to be drawn too."""
+    """Draw a scene of `count` things. kinds: their kinds from left to right; if empty, drawn too."""
     columns = sorted(int(c) for c in draw.choice(COLUMNS, count, replace=False))
     things: list[Thing] = []
-    looks: set[tuple[str, str]] = set()
+    used_kinds: set[tuple[str, str]] = set()
     while len(things) < count:
         shape, colour, size, material = (str(draw.choice(list(a))) for a in (SHAPES, COLOURS, SIZES, MATERIALS))
         if kinds:
             colour, shape = kinds[len(things)]
-        if (shape, colour) in looks:  # "a red ball left of a red ball" would name nothing
+        if (shape, colour) in used_kinds:  # "a red ball left of a red ball" would be ambiguous
             continue
-        looks.add((shape, colour))
+        used_kinds.add((shape, colour))
         things.append(Thing(shape, colour, size, material, columns[len(things)], int(draw.integers(ROWS))))
     return Scene(str(draw.choice(GROUNDS)), tuple(things), int(draw.integers(2**40)))

@@ -1,4 +1,4 @@
-"""Readers of folders of images: by class, with a text file beside each, or images alone."""
+"""Readers of folders of images: one folder per class, a text file beside each image, or images alone."""
 
 from __future__ import annotations
 
@@ -12,31 +12,31 @@ from amclr.data.sources.rows import (
     MAX_LINE,
     SPLIT_NAMES,
     Reading,
-    Row,
+    SourceRow,
 )
 from amclr.utils.errors import UserError
 
 
-def read_class_folders(reading: Reading) -> Iterator[Row]:
-    """A folder of images by class, or one of these per split: the caption says what the class is."""
-    inside = subfolders(reading.root)
-    by_split = [f for f in inside if f.name.lower() in SPLIT_NAMES]
-    if by_split and len(by_split) < len(inside):
-        raise UserError(f"'{reading.root}' has both splits and classes, {by_split[0].name} and "
-                        f"{next(f.name for f in inside if f not in by_split)}: give one of them")  # fmt: skip
+def read_class_folders(reading: Reading) -> Iterator[SourceRow]:
+    """A folder of images per class, or such folders per split; the caption names the class."""
+    folders = subfolders(reading.root)
+    by_split = [f for f in folders if f.name.lower() in SPLIT_NAMES]
+    if by_split and len(by_split) < len(folders):
+        raise UserError(f"'{reading.root}' mixes splits and classes, {by_split[0].name} and "
+                        f"{next(f.name for f in folders if f not in by_split)}: give one of them")  # fmt: skip
     for root in by_split or [reading.root]:
         paths, labels, names = class_folders(root)
         if all(re.fullmatch(r"\d+", name) for name in names):
-            raise UserError(f"the folders of '{root}' are numbers, which say nothing of them: name the classes "
+            raise UserError(f"the folders of '{root}' are numbers, not names: name the classes "
                             f"in '{root / 'classnames.txt'}' (FOLDER<tab>NAME), or add a captions file")  # fmt: skip
         split = SPLIT_NAMES[root.name.lower()] if by_split else ""
         for path, label in zip(paths, labels, strict=True):
             name = path.relative_to(reading.root).as_posix()
-            yield Row(name, [reading.source.class_caption.replace("{}", names[label])], split=split, file=name)
+            yield SourceRow(name, [reading.source.class_caption.replace("{}", names[label])], split=split, file=name)
 
 
-def read_sidecars(reading: Reading) -> Iterator[Row]:
-    """Images each with a text file of its name beside it, as img2dataset and captioners leave them."""
+def read_sidecars(reading: Reading) -> Iterator[SourceRow]:
+    """Images, each with a text file of the same name beside it, as img2dataset and captioning tools write them."""
     for path in images_in(reading.root):
         name = path.relative_to(reading.root).as_posix()
         text = sidecar(path)
@@ -46,21 +46,21 @@ def read_sidecars(reading: Reading) -> Iterator[Row]:
         try:
             caption = text.read_text(encoding="utf-8-sig") if text.stat().st_size <= MAX_LINE else "x" * MAX_LINE
         except (OSError, UnicodeDecodeError) as error:
-            what = getattr(error, "reason", None) or getattr(error, "strerror", None) or error
-            reading.reject(text, f"caption cannot be read ({what})", key=name)
+            reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or error
+            reading.reject(text, f"caption cannot be read ({reason})", key=name)
             continue
-        yield Row(name, [caption], file=reading.name(text))
+        yield SourceRow(name, [caption], file=reading.name(text))
 
 
-def read_images(reading: Reading) -> Iterator[Row]:
-    """Images at any depth in a folder, with or without a text file of their names beside them."""
+def read_images(reading: Reading) -> Iterator[SourceRow]:
+    """Images at any depth in a folder, with or without a text file beside them."""
     for path in images_in(reading.root):
         text = sidecar(path)
         captions: list[str] = []
         with suppress(OSError, UnicodeDecodeError):
             if text and text.stat().st_size <= MAX_LINE:
                 captions = [text.read_text(encoding="utf-8-sig")]
-        yield Row(path.relative_to(reading.root).as_posix(), captions, file=reading.name(path))
+        yield SourceRow(path.relative_to(reading.root).as_posix(), captions, file=reading.name(path))
 
 
 def sidecar(image: Path) -> Path | None:
@@ -69,12 +69,12 @@ def sidecar(image: Path) -> Path | None:
 
 
 def subfolders(root: Path) -> list[Path]:
-    """The folders in a folder, without hidden ones and what archivers leave (__MACOSX)."""
+    """The subfolders of a folder, except hidden ones and those of archivers (__MACOSX)."""
     return sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith((".", "__")))
 
 
 def images_in(root: Path) -> list[Path]:
-    """The images at any depth in a folder, without hidden ones."""
+    """The images at any depth in a folder, except hidden ones."""
     return sorted(
         p for p in root.rglob("*")
         if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith(".") and "__MACOSX" not in p.parts
@@ -82,42 +82,41 @@ def images_in(root: Path) -> list[Path]:
 
 
 def class_folders(root: Path, classnames: Path | None = None) -> tuple[list[Path], list[int], list[str]]:
-    """A folder of images by class, for zero-shot classification: image paths, labels, class names.
+    """Image paths, labels and class names of a folder with one subfolder per class, for zero-shot classification.
 
-    Class names come from `classnames` (folder name, tab, name; further names after a comma are
-    left out), or from classnames.txt in the folder or beside it, else from the folders' names.
-    Raises UserError where there is no such folder or no image in it.
+    Class names come from the file `classnames` (lines of folder name, tab, name; synonyms after a comma are
+    dropped), or else from classnames.txt in the folder or beside it, or else from the names of the subfolders.
+    Raises UserError if there is no such folder or no image in it.
     """
     if not root.is_dir():
         raise UserError(f"no folder '{root}': zero-shot classification needs a folder with one folder per class")
-    inside = subfolders(root)
     if classnames and not classnames.is_file():
         raise UserError(f"no class names file '{classnames}'")
     file = classnames or names_file(root)
     pairs = [text.partition("\t") for text in read_lines(file)] if file else []
-    named = {key: name.split(",")[0].strip() for key, _, name in pairs}
+    name_of = {key: name.split(",")[0].strip() for key, _, name in pairs}
     paths: list[Path] = []
     labels: list[int] = []
     names: list[str] = []
-    for folder in inside:
-        found = images_in(folder)
-        if not found:
+    for folder in subfolders(root):
+        images = images_in(folder)
+        if not images:
             continue
-        labels += [len(names)] * len(found)
-        paths += found
-        names.append(named.get(folder.name) or folder.name.replace("_", " "))
+        labels += [len(names)] * len(images)
+        paths += images
+        names.append(name_of.get(folder.name) or folder.name.replace("_", " "))
     if not names:
         raise UserError(f"'{root}' holds no folder with images: expected {root}/CLASS/IMAGE.jpg")
     return paths, labels, names
 
 
 def names_file(root: Path) -> Path | None:
-    """The file with names of the classes that a folder of images by class has in it or beside it, if any."""
+    """The file classnames.txt in a folder of classes or beside it, if there is one."""
     return next((f for f in (root / "classnames.txt", root.parent / "classnames.txt") if f.is_file()), None)
 
 
 def read_lines(file: Path) -> list[str]:
-    """The lines of a list that are not blank, without the space around them. Raises UserError if it is not UTF-8."""
+    """The non-blank lines of a text file, stripped. Raises UserError if it is not UTF-8."""
     try:
         text = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -126,7 +125,7 @@ def read_lines(file: Path) -> list[str]:
 
 
 def read_split_lists(folder: Path) -> dict[str, frozenset[str]]:
-    """Names by split from train.txt, val.txt and test.txt in a folder, where they are no links out of it."""
+    """Names by split from train.txt, val.txt and test.txt in a folder; links that leave it are ignored."""
     files = {split: folder / f"{split}.txt" for split in ("train", "val", "test")}
     return {
         split: frozenset(read_lines(file))

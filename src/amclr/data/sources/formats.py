@@ -1,4 +1,4 @@
-"""What a data set is: the formats of files, and which of them lie in a folder."""
+"""The formats of data sets, and how to tell which one a folder or file has."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from amclr.config.schema import SourceConfig
 from amclr.data.sources import columnar, folders, json_files, tables, tars
 from amclr.data.sources.remote import braces
-from amclr.data.sources.rows import IMAGE_SUFFIXES, Reading, Row
+from amclr.data.sources.rows import IMAGE_SUFFIXES, Reading, SourceRow
 from amclr.utils.errors import UserError
 
 IMAGE_FOLDERS = ("Images", "images", "Flicker8k_Dataset", "flickr30k_images", "flickr30k-images")
@@ -22,17 +22,17 @@ CAPTION_FILES = (
     "annotations/captions_*.json", "results.csv", "Flickr8k.token.txt",
     "*/metadata.csv", "*/metadata.jsonl", "*/metadata.parquet", "*/captions.csv", "*/captions.jsonl",
 )  # fmt: skip
-"""Where captions are looked for in a folder: of the first pattern that matches, all matches are read."""
+"""Patterns of captions files in a folder; all matches of the first pattern that matches are read."""
 NO_CAPTIONS = ("dataset_info.json", "dataset_infos.json")
 
 
 @dataclass(frozen=True)
 class Format:
-    """A format of files: what messages call it, the names that its files end with, and its reader."""
+    """A file format: its name in messages, the suffixes of its files, and its reader."""
 
     name: str
     suffixes: tuple[str, ...]
-    read: Callable[[Reading], Iterator[Row]]
+    read: Callable[[Reading], Iterator[SourceRow]]
 
 
 FORMATS = (
@@ -42,7 +42,7 @@ FORMATS = (
     Format("Parquet", (".parquet",), columnar.read_parquet),
     Format("WebDataset tars", (".tar",), tars.read_tars),
 )
-"""What a file can be. Add a format here."""
+"""The known file formats. Add a format here."""
 SAVED = Format("saved Hugging Face dataset", (), columnar.read_saved_dataset)
 CLASSES = Format("images by class", (), folders.read_class_folders)
 SIDECARS = Format("images with captions beside them", (), folders.read_sidecars)
@@ -50,14 +50,13 @@ IMAGES = Format("images", (), folders.read_images)
 
 
 def find(path: Path, source: SourceConfig, bare: bool = False) -> tuple[Path, list[Path], Format]:
-    """The folder of a data set, the files to read in it, and what they are; `path` is a folder, file or pattern.
+    """The root folder of a data set, the files to read, and their format; `path` is a folder, a file or a pattern.
 
-    bare: images are wanted with captions or without.
-
-    Raises UserError, saying what is looked for, where there is nothing to read.
+    bare: include images without captions.
+    Raises UserError, saying what is expected, if there is nothing to read.
     """
     if path.is_dir():
-        return path, *_look_into(path, source, bare)
+        return path, *_inspect(path, source, bare)
     if path.is_file():
         if source.captions_file:
             raise UserError(f"'{path}' is a file: leave out --source.captions_file, or give the folder")
@@ -69,17 +68,17 @@ def find(path: Path, source: SourceConfig, bare: bool = False) -> tuple[Path, li
             f"no data set at '{path}': give a folder with images and a captions file, a captions file, tars, "
             "Parquet files, hf:NAME, or --data scenes"
         )
-    absent = [p for p in patterns if not glob.has_magic(p) and not os.path.exists(p)]
-    if absent:
-        raise UserError(f"{len(absent)} of the {len(patterns)} files of '{path}' are not there, such as '{absent[0]}'")
+    missing = [p for p in patterns if not glob.has_magic(p) and not os.path.exists(p)]
+    if missing:
+        raise UserError(f"{len(missing)} of the {len(patterns)} files of '{path}' do not exist, such as '{missing[0]}'")
     kinds = {format_of(f) for f in files}
     if len(kinds) > 1:
-        raise UserError(f"'{path}' matches files of several kinds: {', '.join(sorted(k.name for k in kinds))}")
+        raise UserError(f"'{path}' matches files of several formats: {', '.join(sorted(k.name for k in kinds))}")
     return Path(os.path.commonpath([f.parent for f in files])), files, kinds.pop()
 
 
-def _look_into(root: Path, source: SourceConfig, bare: bool) -> tuple[list[Path], Format]:
-    """What lies in a folder: a captions file, a saved data set, Parquet or tars, images with texts, or by class."""
+def _inspect(root: Path, source: SourceConfig, bare: bool) -> tuple[list[Path], Format]:
+    """The files and format of a folder: captions file, saved data set, tars, Parquet, images with texts or by class."""
     if source.captions_file:
         file = root / source.captions_file
         if not file.is_file():
@@ -88,17 +87,17 @@ def _look_into(root: Path, source: SourceConfig, bare: bool) -> tuple[list[Path]
     if (root / "dataset_dict.json").is_file() or (root / "state.json").is_file():
         return [], SAVED
     for pattern in CAPTION_FILES:
-        if files := _own(root, [f for f in root.glob(pattern) if f.name not in NO_CAPTIONS]):
+        if files := _inside(root, [f for f in root.glob(pattern) if f.name not in NO_CAPTIONS]):
             return files, format_of(files[0])
-    # Of tars with a table of the same name beside each, as img2dataset leaves them, the tars have the images.
-    shards = _own(root, [*root.glob("*.tar"), *root.glob("*/*.tar")])
-    listed = _own(root, [*root.glob("*.parquet"), *root.glob("*/*.parquet")])
-    if shards and ({f.stem for f in listed} & {f.stem for f in shards} or not listed):
+    # img2dataset writes a Parquet table beside each tar; the images are in the tars.
+    shards = _inside(root, [*root.glob("*.tar"), *root.glob("*/*.tar")])
+    parquets = _inside(root, [*root.glob("*.parquet"), *root.glob("*/*.parquet")])
+    if shards and ({f.stem for f in parquets} & {f.stem for f in shards} or not parquets):
         return shards, format_of(shards[0])
-    if listed:
-        return listed, format_of(listed[0])
+    if parquets:
+        return parquets, format_of(parquets[0])
     if any(root.glob("*.tar.*")) or any(root.glob("*.tgz")):
-        raise UserError(f"the tars in '{root}' are compressed, so that images cannot be read at their places: "
+        raise UserError(f"the tars in '{root}' are compressed, so single images cannot be read from them: "
                         "unpack them to plain .tar files")  # fmt: skip
     if bare:
         return [], IMAGES
@@ -108,7 +107,7 @@ def _look_into(root: Path, source: SourceConfig, bare: bool) -> tuple[list[Path]
         return [], SIDECARS
     if loose := sorted(f for f in root.iterdir() if f.suffix in (".csv", ".tsv", ".jsonl", ".json") and f.is_file()):
         names = ", ".join(f.name for f in loose[:5])
-        raise UserError(f"'{root}' has no captions file of a known name, but {names}: name one of them with "
+        raise UserError(f"'{root}' has no captions file with a known name, but {names}: name one of them with "
                         "--source.captions_file")  # fmt: skip
     usual = any((root / f).is_dir() for f in IMAGE_FOLDERS)
     if not usual and any(folders.images_in(d) for d in folders.subfolders(root)):
@@ -120,25 +119,25 @@ def _look_into(root: Path, source: SourceConfig, bare: bool) -> tuple[list[Path]
     )
 
 
-def _own(root: Path, files: list[Path]) -> list[Path]:
-    """Files found in a folder, sorted. Raises UserError for a link that leaves it: nobody has named that file."""
+def _inside(root: Path, files: list[Path]) -> list[Path]:
+    """The files, sorted. Raises UserError for a link that leaves the folder, as the user did not name its target."""
     for file in files:
         if file.is_symlink() and not file.resolve().is_relative_to(root.resolve()):
-            raise UserError(f"'{file}' is a link out of the data set: if that is meant, name it: --data '{file}'")
+            raise UserError(f"'{file}' is a link out of the data set: to read it, name it: --data '{file}'")
     return sorted(f for f in files if f.is_file())
 
 
 def format_of(file: Path) -> Format:
-    """The format of a file by its name. Raises UserError, naming those that there are, if it is of none."""
+    """The format of a file by its suffix. Raises UserError, listing the known suffixes, if it has none of them."""
     for kind in FORMATS:
         if file.suffix.lower() in kind.suffixes:
             return kind
     known = ", ".join(s for kind in FORMATS for s in kind.suffixes)
-    raise UserError(f"'{file}' is of no known format: its name must end with {known}")
+    raise UserError(f"'{file}' has no known format: its name must end with {known}")
 
 
 def label(data: str) -> str:
-    """A short name for a data set, good for a folder or a title."""
+    """A short name of a data set, fit for a folder or a title."""
     stem = re.split(r"[/:]", (data.partition("?")[0] if "://" in data else data).rstrip("/"))[-1]
     if "://" not in data and not data.startswith("hf:") and data != "scenes":
         stem = Path(data).expanduser().resolve().name

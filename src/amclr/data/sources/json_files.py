@@ -11,7 +11,7 @@ from amclr.data.sources.rows import (
     IMAGE_COLUMNS,
     MAX_LINE,
     Reading,
-    Row,
+    SourceRow,
     as_captions,
     find_column,
     read_json,
@@ -20,11 +20,11 @@ from amclr.data.sources.rows import (
 from amclr.utils.errors import UserError
 
 MAX_JSON = 4 << 30
-"""Larger JSON files are not read whole: bytes."""
+"""Larger JSON files, in bytes, are not read."""
 
 
-def read_json_lines(reading: Reading) -> Iterator[Row]:
-    """JSON lines: a mapping a line, with an image's path and one caption or a list of them."""
+def read_json_lines(reading: Reading) -> Iterator[SourceRow]:
+    """JSON lines: a mapping per line, with an image's path and one caption or a list of them."""
     for file in reading.files:
         split = reading.split_of(file)
         with file.open("rb") as handle:
@@ -43,7 +43,7 @@ def read_json_lines(reading: Reading) -> Iterator[Row]:
 
 
 def _lines(handle: BinaryIO) -> Iterator[bytes | None]:
-    """Lines of a binary file; None for one beyond MAX_LINE, which is passed over in parts."""
+    """Lines of a binary file; None for one longer than MAX_LINE, which is skipped in pieces."""
     while line := handle.readline(MAX_LINE):
         if line.endswith(b"\n") or len(line) < MAX_LINE:
             yield line
@@ -53,11 +53,11 @@ def _lines(handle: BinaryIO) -> Iterator[bytes | None]:
         yield None
 
 
-def read_json_files(reading: Reading) -> Iterator[Row]:
+def read_json_files(reading: Reading) -> Iterator[SourceRow]:
     """JSON files: a list of {image, caption} (the paper's), COCO captions, or a Karpathy split."""
     for file in reading.files:
         if file.stat().st_size > MAX_JSON:
-            raise UserError(f"'{file}' is larger than {MAX_JSON >> 30} GB: give it as JSON lines, an entry a line")
+            raise UserError(f"'{file}' is larger than {MAX_JSON >> 30} GB: convert it to JSON lines, an entry per line")
         try:
             data = read_json(file.read_bytes().removeprefix(b"\xef\xbb\xbf"))
         except ValueError as error:
@@ -70,15 +70,15 @@ def read_json_files(reading: Reading) -> Iterator[Row]:
             data = next((data[k] for k in ("images", "data", "samples") if isinstance(data.get(k), list)), data)
         if not isinstance(data, list):
             raise UserError(
-                f"'{file}' is none of the JSON layouts known: a list of {{image, caption}}, COCO's {{images, "
+                f"'{file}' has none of the known JSON layouts: a list of {{image, caption}}, COCO's {{images, "
                 "annotations}, or Karpathy's {images: [{filename, sentences, split}]}"
             )
         for number, entry in enumerate(data, 1):
             yield from _entry(reading, file, number, entry, split)
 
 
-def _entry(reading: Reading, file: Path, number: int, entry: Any, split: str) -> Iterator[Row]:
-    """The row of one {image, caption} or one image of a Karpathy split."""
+def _entry(reading: Reading, file: Path, number: int, entry: Any, split: str) -> Iterator[SourceRow]:
+    """The row of one {image, caption} entry or of one image of a Karpathy split."""
     if not isinstance(entry, Mapping):
         reading.reject(file, f"entry is not a mapping but {type(entry).__name__}", number)
         return
@@ -93,36 +93,36 @@ def _entry(reading: Reading, file: Path, number: int, entry: Any, split: str) ->
         return
     row = row_of(entry, reading.source, image.strip())
     row.file, row.line, row.split = reading.name(file), number, row.split or split
-    row.beside = _beside(reading, file)
+    row.folder = _image_folder(reading, file)
     yield row
 
 
-def _beside(reading: Reading, file: Path) -> Path | None:
-    """Where the images of a captions file lie, if not in the usual folder: beside it; COCO's in one of its name."""
-    if named := re.fullmatch(r"captions_(\w+)", file.stem):
+def _image_folder(reading: Reading, file: Path) -> Path | None:
+    """Where to look first for the images of a captions file: its folder; for COCO, the folder that its name names."""
+    if coco := re.fullmatch(r"captions_(\w+)", file.stem):
         for parent in (file.parent, file.parent.parent):
-            if (parent / named[1]).is_dir():
-                return parent / named[1]
+            if (parent / coco[1]).is_dir():
+                return parent / coco[1]
     return file.parent if file.parent != reading.root and file.parent.name != "annotations" else None
 
 
-def _coco(reading: Reading, file: Path, data: Mapping[str, Any], split: str) -> Iterator[Row]:
-    """COCO captions: annotations name images by number. `line` counts the annotations."""
+def _coco(reading: Reading, file: Path, data: Mapping[str, Any], split: str) -> Iterator[SourceRow]:
+    """COCO captions: annotations refer to images by id. `line` counts the annotations."""
     names: dict[object, str] = {}
-    images, beside, called = data.get("images"), _beside(reading, file), reading.name(file)
+    images, folder, file_name = data.get("images"), _image_folder(reading, file), reading.name(file)
     for number, image in enumerate(images if isinstance(images, list) else [], 1):
-        if isinstance(image, Mapping) and isinstance(image.get("file_name"), str) and _plain(image.get("id")):
+        if isinstance(image, Mapping) and isinstance(image.get("file_name"), str) and _is_id(image.get("id")):
             names[image["id"]] = image["file_name"]
         else:
             reading.reject(file, "entry of images has no id and file_name", number)
-    for number, note in enumerate(data["annotations"], 1):
-        number_of = note.get("image_id") if isinstance(note, Mapping) else None
-        if not _plain(number_of) or number_of not in names:
-            reading.reject(file, "annotation of an image that is not in images", number, str(number_of)[:100])
+    for number, annotation in enumerate(data["annotations"], 1):
+        image_id = annotation.get("image_id") if isinstance(annotation, Mapping) else None
+        if not _is_id(image_id) or image_id not in names:
+            reading.reject(file, "annotation of an image that is not in images", number, str(image_id)[:100])
             continue
-        captions = as_captions(note.get("caption"))
-        yield Row(names[number_of], captions, split=split, file=called, line=number, beside=beside)
+        captions = as_captions(annotation.get("caption"))
+        yield SourceRow(names[image_id], captions, split=split, file=file_name, line=number, folder=folder)
 
 
-def _plain(value: object) -> bool:
+def _is_id(value: object) -> bool:
     return isinstance(value, (int, str))

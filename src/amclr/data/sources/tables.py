@@ -1,4 +1,4 @@
-"""Reader of tables with a caption a row: CSV, TSV and their like."""
+"""Reader of tables with one caption per row: CSV, TSV and the like."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from amclr.data.sources.rows import (
     PARAPHRASE_COLUMNS,
     SPLIT_COLUMNS,
     Reading,
-    Row,
+    SourceRow,
     caption_columns,
     cell_captions,
     find_column,
@@ -28,11 +28,11 @@ from amclr.data.sources.rows import (
 from amclr.utils.errors import UserError
 
 
-def read_tables(reading: Reading) -> Iterator[Row]:
-    """CSV files and their like: a row per caption. Columns image and caption; maybe paraphrase and split.
+def read_tables(reading: Reading) -> Iterator[SourceRow]:
+    """CSV files and the like: a row per caption, with columns image, caption and optionally paraphrase and split.
 
-    Columns are parted by whatever of comma, tab, semicolon and bar makes a header of them. A table of two
-    columns may be without one.
+    The delimiter is the one of comma, tab, semicolon and bar with which the first line is a valid header. A table
+    of two columns may lack a header.
     """
     for file in reading.files:
         yield from _read_table(reading, file)
@@ -40,7 +40,7 @@ def read_tables(reading: Reading) -> Iterator[Row]:
 
 @dataclass
 class _Layout:
-    """How a table is read: what parts its columns, and which of them hold what."""
+    """How to read a table: its delimiter, its number of columns, and the index of each column."""
 
     delimiter: str
     width: int
@@ -52,7 +52,7 @@ class _Layout:
 
 
 def _layout(file: Path, first: str, source: SourceConfig) -> _Layout:
-    """The layout that a table's first line tells. Raises UserError, naming the columns that there are."""
+    """The layout that the first line implies. Raises UserError, listing the columns, if it implies none."""
     usual = "\t" if file.suffix.lower() == ".tsv" else ","
     headers = {d: next(csv.reader([first], delimiter=d), []) for d in dict.fromkeys((usual, ",", "\t", ";", "|"))}
     for delimiter, header in headers.items():
@@ -60,34 +60,34 @@ def _layout(file: Path, first: str, source: SourceConfig) -> _Layout:
         captions = caption_columns(header, source.caption_column)
         if image and captions:
             places = {name: header.index(name) for name in header}
-            again, split = (find_column(header, "", known) for known in (PARAPHRASE_COLUMNS, SPLIT_COLUMNS))
+            paraphrase, split = (find_column(header, "", known) for known in (PARAPHRASE_COLUMNS, SPLIT_COLUMNS))
             return _Layout(
                 delimiter, len(header), places[image], [places[c] for c in captions],
-                places[again] if again else None, places[split] if split else None,
+                places[paraphrase] if paraphrase else None, places[split] if split else None,
             )  # fmt: skip
     for delimiter, cells in headers.items():
-        named = [k for k, cell in enumerate(cells) if _image_name(cell)]
-        if len(cells) == 2 and len(named) == 1 and not (source.image_column or source.caption_column):
-            return _Layout(delimiter, 2, named[0], [1 - named[0]], header=False)
+        images = [k for k, cell in enumerate(cells) if _is_image_name(cell)]
+        if len(cells) == 2 and len(images) == 1 and not (source.image_column or source.caption_column):
+            return _Layout(delimiter, 2, images[0], [1 - images[0]], header=False)
     header = max(headers.values(), key=len) if len(headers[usual]) < 2 else headers[usual]
     if any("\ufffd" in h for h in header):
         raise UserError(f"'{file}' is not text in the given encoding: try --source.encoding utf-16-le")
-    if any(map(_image_name, header)):
+    if any(map(_is_image_name, header)):
         raise UserError(
-            f"the first line of '{file}' is no header: add one that names the columns, such as image,caption"
+            f"the first line of '{file}' is not a header: add one that names the columns, such as image,caption"
         )
     need_column(file, header, source.image_column, IMAGE_COLUMNS, "image")
     need_captions(file, header, source.caption_column)
     raise AssertionError("a header with both columns is a layout")
 
 
-def _image_name(cell: str) -> bool:
-    """Whether a cell names an image; `#0` and the like behind it number its captions (Flickr8k.token.txt)."""
+def _is_image_name(cell: str) -> bool:
+    """Whether a cell names an image. A suffix such as `#0` numbers its captions (Flickr8k.token.txt)."""
     return Path(re.sub(r"#\d+$", "", cell.strip())).suffix.lower() in IMAGE_SUFFIXES
 
 
 class _Lines:
-    """The lines of a table, one by one, with those taken since `start`; some of them can be put back."""
+    """An iterator over the lines of a table that records the lines read since `start`, and can put them back."""
 
     def __init__(self, lines: Iterator[tuple[int, str | None]]) -> None:
         self.lines = lines
@@ -108,12 +108,12 @@ class _Lines:
         self.taken = []
 
     def put_back(self) -> None:
-        """Put back all lines taken since `start` but the first."""
+        """Put back all lines read since `start` except the first."""
         self.ahead.extendleft(reversed(self.taken[1:]))
         del self.taken[1:]
 
 
-def _read_table(reading: Reading, file: Path) -> Iterator[Row]:
+def _read_table(reading: Reading, file: Path) -> Iterator[SourceRow]:
     source = reading.source
     encoding = _encoding(file, source.encoding)
     csv.field_size_limit(MAX_LINE)
@@ -125,7 +125,7 @@ def _read_table(reading: Reading, file: Path) -> Iterator[Row]:
         layout = _layout(file, first, source)
         if not layout.header:
             lines.ahead.append((1, first))
-        of_file, beside = reading.split_of(file), file.parent if file.parent != reading.root else None
+        file_split, folder = reading.split_of(file), file.parent if file.parent != reading.root else None
         for line, row, fault in _records(lines, layout):
             if fault is None and len(row) != layout.width:
                 fault = f"row has {len(row)} columns: expected {layout.width}"
@@ -135,20 +135,21 @@ def _read_table(reading: Reading, file: Path) -> Iterator[Row]:
             if fault:
                 reading.reject(file, fault, line)
                 continue
-            again = row[layout.paraphrase].strip() if layout.paraphrase is not None else ""
-            own = row[layout.split] if layout.split is not None else of_file
+            paraphrase = row[layout.paraphrase].strip() if layout.paraphrase is not None else ""
+            split = row[layout.split] if layout.split is not None else file_split
             cells = [row[k] for k in layout.captions if len(layout.captions) == 1 or row[k].strip()]
             image = row[layout.image].strip()
             image = image if layout.header else re.sub(r"#\d+$", "", image)
-            yield Row(image, [c for cell in cells for c in cell_captions(cell)], [[again]] if again else (), "", own,
-                      reading.name(file), line, beside)  # fmt: skip
+            captions = [caption for cell in cells for caption in cell_captions(cell)]
+            paraphrases = [[paraphrase]] if paraphrase else ()
+            yield SourceRow(image, captions, paraphrases, "", split, reading.name(file), line, folder)
 
 
 def _records(lines: _Lines, layout: _Layout) -> Iterator[tuple[int, list[str], str | None]]:
-    """(line, cells, what is wrong) of each record.
+    """(line, cells, fault) of each record; the fault is None if the record is sound.
 
-    A quote that is opened by mistake takes in the records after it. So where a later line of a record is
-    one by itself, that names an image, the first is taken as it is written, and the others are read again.
+    A stray opening quote would swallow the records after it. So if a later line of a record is a record by itself
+    that names an image, the first line is parsed without quoting, and the others are read again.
     """
     reader = csv.reader(lines, delimiter=layout.delimiter)
     while True:
@@ -179,11 +180,11 @@ def _is_record(line: str | None, layout: _Layout) -> bool:
         cells = next(csv.reader([line], delimiter=layout.delimiter), [])
     except csv.Error:
         return False
-    return len(cells) == layout.width and _image_name(cells[layout.image])
+    return len(cells) == layout.width and _is_image_name(cells[layout.image])
 
 
 def _decoded(file: Path, handle: TextIO, encoding: str) -> Iterator[str | None]:
-    """The lines of a table, None for one that is too long. CSV readers refuse NUL: it becomes a mark of its own."""
+    """The lines of a table, None for one that is too long. NUL, which CSV readers refuse, becomes U+FFFD."""
     try:
         while line := handle.readline(MAX_LINE):
             if line.endswith("\n") or len(line) < MAX_LINE:
@@ -192,9 +193,9 @@ def _decoded(file: Path, handle: TextIO, encoding: str) -> Iterator[str | None]:
             while (rest := handle.readline(MAX_LINE)) and not rest.endswith("\n"):
                 pass
             yield None
-    except UnicodeError as error:  # bytes that the encoding cannot even mark as wrong, such as half of a UTF-16 unit
-        what = getattr(error, "reason", error)
-        raise UserError(f"'{file}' is not {encoding} text ({what}): give the right --source.encoding") from None
+    except UnicodeError as error:  # surrogateescape cannot mark these bytes, such as half of a UTF-16 unit
+        reason = getattr(error, "reason", error)
+        raise UserError(f"'{file}' is not {encoding} text ({reason}): give the right --source.encoding") from None
 
 
 def _encoding(file: Path, encoding: str) -> str:
@@ -204,7 +205,7 @@ def _encoding(file: Path, encoding: str) -> str:
     except (LookupError, UnicodeError):
         raise UserError(f"unknown encoding '{encoding}': try utf-8, latin-1, cp1252 or utf-16") from None
     with file.open("rb") as handle:
-        mark = handle.read(3)
-    if mark[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        byte_order_mark = handle.read(2)
+    if byte_order_mark in (b"\xff\xfe", b"\xfe\xff"):
         return "utf-16"
     return "utf-8-sig" if encoding == "utf-8" else encoding

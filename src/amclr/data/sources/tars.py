@@ -1,8 +1,8 @@
-"""WebDataset tars, read by an index: an image is a place in its tar, so that order and losses are exact.
+"""Reader of WebDataset tars. An index gives each image's place in its tar, so samples can be read in any order.
 
-Members that share the name before the first dot make a sample: `key.jpg` with `key.txt` or
-`key.json`. Members are never unpacked and other kinds never looked at. A corrupt header or a cut-off
-end loses only what it hits, and is named.
+Members that share the name before the first dot form a sample: `key.jpg` with `key.txt` or `key.json`. Members are
+never unpacked, and other suffixes are ignored. A corrupt header or a truncated end loses only the samples it
+affects, and is reported.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from amclr.config.schema import SourceConfig
 from amclr.data.images.decode import Location
-from amclr.data.sources.rows import IMAGE_SUFFIXES, Reading, Row, clean, read_json, row_of
+from amclr.data.sources.rows import IMAGE_SUFFIXES, Reading, SourceRow, clean, read_json, row_of
 from amclr.utils.errors import UserError
 from amclr.utils.files import read_packed, write_packed
 from amclr.utils.randomness import derive
@@ -28,16 +28,16 @@ from amclr.utils.randomness import derive
 FORMAT = 1
 BLOCK = 512
 MAX_TEXT = 4 << 20
-"""Larger members of text are not read: bytes."""
+"""Larger text members, in bytes, are not read."""
 MAX_HEADER = 1 << 20
-"""Longer names and extended headers are taken for damage: bytes."""
+"""Longer names and extended headers, in bytes, count as damage."""
 COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7z", b"(\xb5")
 SUFFIXES = [s.removeprefix(".") for s in dict.fromkeys((".jpg", ".jpeg", ".png", *sorted(IMAGE_SUFFIXES)))]
 
 
 @dataclass(slots=True)
 class Member:
-    """A regular file in a tar: its name, and where its bytes are."""
+    """A regular file in a tar: its name and the place of its bytes."""
 
     name: str
     offset: int
@@ -46,17 +46,17 @@ class Member:
 
 @dataclass(slots=True)
 class Damage:
-    """A stretch of a tar that is no tar, and what is lost by it. blamed: whether a sample's reject names it."""
+    """A damaged stretch of a tar. blamed: whether the reject of a sample names it."""
 
     reason: str
     blamed: bool = False
 
 
 def members(handle: BinaryIO, end: int) -> Iterator[Member | Damage]:
-    """The regular files in a tar of `end` bytes and, between them, what is damaged.
+    """The regular files in a tar of `end` bytes and, between them, damaged stretches.
 
-    After a damaged header the next whole one is looked for, block by block. A member that claims
-    more bytes than there are is damage; nothing is ever set aside for what a header claims.
+    After a damaged header, the next valid one is searched for, block by block. A member that claims more bytes
+    than remain is damage; memory is never allocated by what a header claims.
     """
     offset, name, size, ended = 0, "", -1, False
     while offset < end:
@@ -66,7 +66,7 @@ def members(handle: BinaryIO, end: int) -> Iterator[Member | Damage]:
             if any(block):
                 yield Damage(f"tar is cut off in a header at byte {offset}")
             return
-        if not any(block):  # the end of an archive, after which another may have been appended
+        if not any(block):  # the end of an archive; another may be appended to it
             ended = True
             zeros = handle.read(1 << 20)
             offset += BLOCK + (len(zeros) - len(zeros.lstrip(b"\0"))) // BLOCK * BLOCK
@@ -78,7 +78,7 @@ def members(handle: BinaryIO, end: int) -> Iterator[Member | Damage]:
             while header is None and offset < end:
                 offset += BLOCK
                 header = _header(handle.read(BLOCK))
-            yield Damage(f"corrupt tar header at byte {start}, {offset - start} bytes passed over")
+            yield Damage(f"corrupt tar header at byte {start}, {offset - start} bytes skipped")
             name, size = "", -1
             if header is None:
                 return
@@ -102,7 +102,7 @@ def members(handle: BinaryIO, end: int) -> Iterator[Member | Damage]:
             name, size = "", -1
         offset = after
     if not ended:
-        yield Damage(f"tar has no end: it may be cut off at byte {end}")
+        yield Damage(f"tar has no end marker: it may be cut off at byte {end}")
 
 
 def _header(block: bytes) -> tarfile.TarInfo | None:
@@ -113,24 +113,24 @@ def _header(block: bytes) -> tarfile.TarInfo | None:
 
 
 def _extended(content: bytes) -> dict[str, str]:
-    """The records `LENGTH KEY=VALUE` of an extended header that matter here."""
-    found: dict[str, str] = {}
+    """The path and size records (`LENGTH KEY=VALUE`) of an extended header."""
+    records: dict[str, str] = {}
     while content:
         digits, _, rest = content.partition(b" ")
         if not digits.isdigit() or len(digits) > 7 or not len(digits) < int(digits) <= len(content):
             break
         key, _, value = rest[: int(digits) - len(digits) - 2].partition(b"=")
         if key == b"path" or (key == b"size" and value.isdigit() and len(value) < 20):
-            found[key.decode()] = value.decode("utf-8", "surrogateescape")
+            records[key.decode()] = value.decode("utf-8", "surrogateescape")
         content = content[int(digits) :]
-    return found
+    return records
 
 
 @dataclass
 class _Index:
-    """What a tar holds: rows as (name, offset, size, captions, paraphrases, split), and rejects as (key, reason).
+    """The content of a tar: rows (name, offset, size, captions, paraphrases, split) and rejects (key, reason).
 
-    fault: why nothing in it can be read.
+    fault: why the tar as a whole cannot be read.
     """
 
     rows: list[list[Any]] = field(default_factory=list)
@@ -138,7 +138,7 @@ class _Index:
     fault: str = ""
 
 
-def read_tars(reading: Reading) -> Iterator[Row]:
+def read_tars(reading: Reading) -> Iterator[SourceRow]:
     """WebDataset tars: key.jpg (or .png ...) with key.txt (a caption) or key.json (caption, captions, text ...)."""
     work = partial(_indexed, source=reading.source, cache=reading.cache / "tars", bare=reading.bare)
     workers = min(os.cpu_count() or 1, 16)
@@ -151,71 +151,71 @@ def read_tars(reading: Reading) -> Iterator[Row]:
         yield from _rows(reading, bar(pool.map(work, reading.files)))
 
 
-def _rows(reading: Reading, indices: Iterable[_Index]) -> Iterator[Row]:
-    faults = 0
+def _rows(reading: Reading, indices: Iterable[_Index]) -> Iterator[SourceRow]:
+    unreadable = 0
     for file, index in zip(reading.files, indices, strict=True):
-        of_file, called, path = reading.split_of(file), reading.name(file), str(file.absolute())
+        file_split, file_name, path = reading.split_of(file), reading.name(file), str(file.absolute())
         if index.fault:
             reading.reject(file, index.fault)
-            reading.notes.append(f"{called} cannot be read at all: {index.fault}")
-            faults += 1
-            if faults == len(reading.files):
+            reading.notes.append(f"{file_name} cannot be read at all: {index.fault}")
+            unreadable += 1
+            if unreadable == len(reading.files):
                 raise UserError(f"'{file}' {index.fault}")
         for key, reason in index.rejects:
             reading.reject(file, reason, key=key)
         for name, offset, size, captions, paraphrases, split in index.rows:
             place = Location(path, offset, size)
-            yield Row(place, captions, paraphrases, name=name, split=split or of_file, file=called)
+            yield SourceRow(place, captions, paraphrases, name=name, split=split or file_split, file=file_name)
 
 
 def _indexed(file: Path, source: SourceConfig, cache: Path, bare: bool) -> _Index:
-    """The index of a tar; kept between runs, and made anew where the tar has changed."""
+    """The index of a tar, from the cache unless the tar or the settings have changed."""
     stat = file.stat()
     settings = (source.image_column, source.caption_column, *(["bare"] if bare else []))
-    what = derive(FORMAT, str(file.resolve()), stat.st_size, stat.st_mtime_ns, *settings)
-    kept = cache / f"{what:016x}.json.gz"
+    key = derive(FORMAT, str(file.resolve()), stat.st_size, stat.st_mtime_ns, *settings)
+    cached = cache / f"{key:016x}.json.gz"
     try:
-        return _Index(**read_packed(kept))
-    except TypeError:  # there is none, or not such a one
+        return _Index(**read_packed(cached))
+    except TypeError:  # there is none, or it is damaged
         index = index_tar(file, source, bare)
     cache.mkdir(parents=True, exist_ok=True)
-    write_packed(kept, vars(index))
+    write_packed(cached, vars(index))
     return index
 
 
 def index_tar(file: Path, source: SourceConfig, bare: bool = False) -> _Index:
-    """Group a tar's members into samples; bare: those without a caption too."""
+    """Group the members of a tar into samples. bare: include images without a caption."""
     index = _Index()
     with file.open("rb") as handle:
         start = handle.read(BLOCK)
         if start.startswith(COMPRESSED):
-            index.fault = "is compressed, so that its members cannot be read at their places: unpack it (gunzip ...)"
+            index.fault = "is compressed, so single members cannot be read from it: unpack it (gunzip ...)"
             return index
         if not start:
             index.fault = "is empty (0 bytes)"
             return index
         group: list[Member] = []
         damage: list[Damage] = []
-        near: list[Damage] = []  # damage in front of the group, inside it, or behind it
-        behind: list[Damage] = []
+        near: list[Damage] = []  # damage before the group, inside it, or after it
+        after: list[Damage] = []
         for member in members(handle, file.stat().st_size):
             if isinstance(member, Damage):
-                for some in (damage, near, behind):
-                    some.append(member)
+                for damages in (damage, near, after):
+                    damages.append(member)
                 continue
-            called = PurePosixPath(member.name).name
-            if not called or called.startswith("."):
+            base_name = PurePosixPath(member.name).name
+            if not base_name or base_name.startswith("."):
                 continue
             if group and (_key(member) != _key(group[0]) or _field(member) in map(_field, group)):
                 _finish(handle, group, near, index, source, bare)
-                group, near = [], behind
+                group, near = [], after
             group.append(member)
-            behind = []
+            after = []
         if group:
             _finish(handle, group, near, index, source, bare)
         index.rejects += [["", d.reason] for d in damage if not d.blamed]
         if damage and not index.rows and len(damage) == len(index.rejects):
-            return _Index(fault=f"is no tar: {damage[0].reason}")
+            return _Index(fault=f"is not a tar: {damage[0].reason}")
     return index
 
 
@@ -231,13 +231,13 @@ def _field(member: Member) -> str:
 def _finish(
     handle: BinaryIO, group: list[Member], near: list[Damage], index: _Index, source: SourceConfig, bare: bool
 ) -> None:
-    """Make a row of the members of a sample, or a reject that says what it lacks."""
+    """Turn the members of a sample into a row, or into a reject that says what is missing."""
     key, fields = _key(group[0]), {_field(m): m for m in group}
     wanted = [source.image_column.lower()] if source.image_column else SUFFIXES
     suffix = next((s for s in wanted if s in fields), None)
     row, fault = _captions(handle, fields, source)
     if bare and row is None:
-        row, fault = Row("", []), None
+        row, fault = SourceRow("", []), None
     if suffix is None:
         fault = f"no image beside {', '.join(sorted(fields))[:80]}"
     if fault is None and row and suffix:
@@ -254,8 +254,8 @@ def _finish(
     index.rejects.append([key, str(fault)])
 
 
-def _captions(handle: BinaryIO, fields: dict[str, Member], source: SourceConfig) -> tuple[Row | None, str | None]:
-    """The captions of a sample, from its json where that has some, else from its texts; or what is wrong."""
+def _captions(handle: BinaryIO, fields: dict[str, Member], source: SourceConfig) -> tuple[SourceRow | None, str | None]:
+    """The captions of a sample from its json, or else from its text members; or what is wrong with them."""
     texts = sorted(f for f in fields if f == "txt" or f.endswith(".txt") or f in ("text", "caption"))
     row, fault = None, "no caption"
     for name in (["json"] if "json" in fields else []) + texts:
@@ -273,15 +273,15 @@ def _captions(handle: BinaryIO, fields: dict[str, Member], source: SourceConfig)
         except ValueError as error:
             fault = f"{name} is {error}"
             continue
-        found = row_of(entry, source, "") if isinstance(entry, dict) else None
-        if found is None or not any(map(clean, found.captions)):
+        new = row_of(entry, source, "") if isinstance(entry, dict) else None
+        if new is None or not any(map(clean, new.captions)):
             if name != "json":
-                row = row or found  # its reject says that it is empty
+                row = row or new  # its reject says that it is empty
             continue
         if row is None:
-            row = found
+            row = new
         elif name != "json":
-            row.captions = [*row.captions, *found.captions]
+            row.captions = [*row.captions, *new.captions]
         if name == "json":
             break
     return (row, None) if row else (None, fault)

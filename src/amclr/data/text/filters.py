@@ -1,4 +1,4 @@
-"""Filters: which candidates are paraphrases of a caption."""
+"""Filters that decide which candidates are paraphrases of a caption."""
 
 from __future__ import annotations
 
@@ -13,39 +13,39 @@ MAX_CHARACTERS = 20_000
 REASONS = {
     "unfinished": "cut off before its end",
     "garbled": "unreadable characters",
-    "same": "the caption itself, or a paraphrase that is there already",
+    "same": "the caption itself, or a paraphrase that was kept already",
     "short": "too short",
     "long": "too long",
-    "numbers": "other numbers",
-    "colours": "other colours",
-    "negation": "other negation",
-    "sides": "other sides, left and right",
+    "numbers": "different numbers",
+    "colours": "different colours",
+    "negation": "different negation",
+    "sides": "left and right differ",
     "similarity": "too far from the caption's meaning",
 }
-"""Why a candidate is rejected, in the order in which the filters look."""
+"""Why a candidate is rejected, in the order of the checks."""
 
 
 @dataclass(frozen=True)
 class Filters:
-    """What a candidate must meet to be a paraphrase of its caption."""
+    """The conditions that a candidate must meet to be a paraphrase of its caption."""
 
     shortest: float = 0.5
-    """Words of a paraphrase, as a share of its caption's."""
+    """Minimum number of words, relative to the caption."""
     longest: float = 2.0
-    """The same, from above; four words more than the caption are always allowed."""
+    """Maximum number of words, relative to the caption; four more words than the caption are always allowed."""
     keep_facts: bool = True
-    """Reject what changes numbers, colours, negation, or left and right."""
+    """Reject candidates that change numbers, colours, negation, or left and right."""
 
     def fault(self, caption: str, candidate: str) -> str | None:
-        """Why a candidate is no paraphrase of the caption, one of `REASONS`; None if it may be one."""
+        """The key in `REASONS` of why a candidate is rejected; None if it passes."""
         if "\ufffd" in candidate or any(ord(c) < 32 or 127 <= ord(c) < 160 for c in candidate):
             return "garbled"
-        had, has = words(caption[:MAX_CHARACTERS]), words(candidate[:MAX_CHARACTERS])
-        if had == has:
+        before, after = words(caption[:MAX_CHARACTERS]), words(candidate[:MAX_CHARACTERS])
+        if before == after:
             return "same"
-        if not has or len(has) < self.shortest * len(had):
+        if not after or len(after) < self.shortest * len(before):
             return "short"
-        if len(has) > max(self.longest * len(had), len(had) + 4) or len(candidate) > MAX_CHARACTERS:
+        if len(after) > max(self.longest * len(before), len(before) + 4) or len(candidate) > MAX_CHARACTERS:
             return "long"
         return changed(caption, candidate) if self.keep_facts else None
 
@@ -57,10 +57,10 @@ def choose(
     filters: Filters,
     similar: Callable[[str, str], bool] = lambda caption, candidate: True,
 ) -> tuple[list[str], Counter[str]]:
-    """The first k candidates that pass the filters and differ from each other, and why others were rejected.
+    """The first k candidates that pass the filters and differ from each other, and counts of rejects by reason.
 
-    A candidate that is None was cut off before its end. similar: whether a candidate means what its
-    caption means, of (caption, candidate). Candidates after the k-th that passes are not looked at.
+    A candidate of None was cut off before its end. similar: (caption, candidate) -> whether both mean the same.
+    Candidates after the k-th that passes are not examined.
     """
     kept: list[str] = []
     seen: set[tuple[str, ...]] = set()

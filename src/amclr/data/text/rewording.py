@@ -15,21 +15,21 @@ from amclr.utils.errors import UserError
 
 @dataclass(frozen=True)
 class Rewording:
-    """One paraphrase of a caption, always the same one, for queries in other words."""
+    """One paraphrase per caption, always the same one, for queries in other words."""
 
     by: str
     """`rules`, or the file or folder of a store."""
     digest: str
-    """Of what it says: the same where every caption has the same paraphrase."""
+    """Identifies the paraphrases: equal if every caption has the same paraphrase."""
     of: Callable[[str], str | None]
-    """The paraphrase of a caption, or None where there is none."""
+    """The paraphrase of a caption, or None if there is none."""
 
     @classmethod
     def find(cls, setting: str) -> Rewording:
-        """By `rules`, the first that `amclr paraphrase --model rules` keeps; else the first in a store.
+        """The first paraphrase that `amclr paraphrase --model rules` would keep, or the first in a store.
 
-        setting: `rules`, a file, or a folder that `amclr paraphrase` wrote. Raises UserError for a store that
-        cannot be read, and says what to type.
+        setting: `rules`, a file, or a folder that `amclr paraphrase` wrote. Raises UserError, saying what to type,
+        for a store that cannot be read.
         """
         if setting == "rules":
             filters = Filters()
@@ -45,11 +45,11 @@ class Rewording:
             )
         try:
             store = read_store(path)
-        except UserError as error:  # it knows the options of training
-            told = str(error).replace("--source.paraphrases none", "give rules")
-            raise UserError(told.replace("with --source.paraphrases", "by its folder")) from None
-        asked = hashlib.sha256(dump_json(sorted(store.texts.items())).encode("utf-8", "backslashreplace"))
+        except UserError as error:  # which names options of training
+            message = str(error).replace("--source.paraphrases none", "give rules")
+            raise UserError(message.replace("with --source.paraphrases", "by its folder")) from None
+        digest = hashlib.sha256(dump_json(sorted(store.texts.items())).encode("utf-8", "backslashreplace"))
         return cls(
-            setting, asked.hexdigest(),
+            setting, digest.hexdigest(),
             lambda caption: next((p for p in store.of(caption) if words(p) != words(caption)), None),
         )  # fmt: skip

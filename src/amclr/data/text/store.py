@@ -1,16 +1,16 @@
-"""Paraphrases of captions, kept in a store: computed once, read by every run, joined by the caption's text.
+"""A store of paraphrases: computed once, read by every run, joined to captions by their text.
 
-A store that `amclr paraphrase` writes is a folder, `DATA/paraphrases/`, with a folder per version of the settings:
+`amclr paraphrase` writes a store as a folder, `DATA/paraphrases/`, with a folder per version of the settings:
 
-    latest                    the name of the version that was completed last: the one that is used
+    latest                    the name of the version that was completed last, which is used
     rules-k3-1f2e3d4c/        a version, named by its settings
-        store.json            the settings, and how many captions it holds once it is complete
-        paraphrases.jsonl     a row per caption, in the order of the captions' text
+        store.json            the settings and, once complete, the number of captions
+        paraphrases.jsonl     a row per caption, sorted by caption
         report.json           how many candidates were kept, and how many each filter rejected
-        sample.txt            some captions and their paraphrases, to be read
-        parts/                what is done of a version that is still being made
+        sample.txt            some captions and their paraphrases, for reading
+        parts/                finished batches of an incomplete version
 
-A store that people write is a CSV, TSV or JSONL file with a caption and a paraphrase (or a list of them) a row.
+A store written by hand is a CSV, TSV or JSONL file with a caption and a paraphrase (or a list of them) per row.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ MAX_LINE = 1 << 22
 
 @dataclass(frozen=True)
 class Store:
-    """Paraphrases by caption. Captions are compared by their text, runs of space counted as one."""
+    """Paraphrases by caption. Captions match if they are equal after `clean`, which normalises white space."""
 
     path: Path
     texts: Mapping[str, tuple[str, ...]]
     rows: int
     rejects: tuple[Reject, ...] = ()
-    """Rows of a file that cannot be used."""
+    """Rows that cannot be used."""
     version: str = ""
-    """Name of the version; empty for a file that people wrote."""
+    """Name of the version; empty for a file written by hand."""
 
     def of(self, caption: str) -> tuple[str, ...]:
         """The paraphrases of a caption."""
@@ -49,7 +49,7 @@ class Store:
 
 
 class Captioned(Protocol):
-    """A sample as far as this module knows it: `paraphrases[k]` reword `captions[k]`."""
+    """The fields of a sample that this module needs: `paraphrases[k]` reword `captions[k]`."""
 
     @property
     def captions(self) -> tuple[str, ...]: ...  # noqa: D102
@@ -61,32 +61,33 @@ S = TypeVar("S", bound=Captioned)
 
 
 def attach(samples: Sequence[S], store: Store | None) -> tuple[S, ...]:
-    """The samples with the store's paraphrases after those that they had already, none of them twice."""
+    """The samples with the store's paraphrases appended to their own, without repetitions."""
     if store is None:
         return tuple(samples)
 
     def joined(sample: S) -> S:
-        own = sample.paraphrases or ((),) * len(sample.captions)
+        existing = sample.paraphrases or ((),) * len(sample.captions)
         both = tuple(
-            tuple(dict.fromkeys((*had, *store.of(caption)))) for caption, had in zip(sample.captions, own, strict=True)
+            tuple(dict.fromkeys((*paraphrases, *store.of(caption))))
+            for caption, paraphrases in zip(sample.captions, existing, strict=True)
         )
-        return sample if both == own else replace(sample, paraphrases=both)  # type: ignore[type-var]
+        return sample if both == existing else replace(sample, paraphrases=both)  # type: ignore[type-var]
 
     return tuple(joined(s) for s in samples)
 
 
 def find_store(root: Path, setting: str) -> Store | None:
-    """The store that a setting names: a file, a store's folder, a version's folder or its name in `root`'s store.
+    """The store that a setting names: a file, the folder of a store or of a version, or a version of `root`'s store.
 
-    Empty finds `root/paraphrases` (its latest complete version), if it is there; `none` is no store.
-    Raises UserError for one that is not there, not complete or not readable, and says what to type.
+    Empty means the latest version in `root/paraphrases`, if that exists; `none` means no store. Raises UserError,
+    saying what to type, for a store that is missing, incomplete or unreadable.
     """
     if setting == "none":
         return None
-    beside = root / FOLDER
+    default = root / FOLDER
     if not setting:
-        return read_store(beside) if _versions(beside) else None
-    for path in (Path(setting).expanduser(), beside / setting):
+        return read_store(default) if _versions(default) else None
+    for path in (Path(setting).expanduser(), default / setting):
         if path.exists():
             return read_store(path)
     raise UserError(
@@ -96,10 +97,10 @@ def find_store(root: Path, setting: str) -> Store | None:
 
 
 def read_store(path: Path) -> Store:
-    """Read a store: a file that people wrote, a version's folder, or a folder of versions with its latest one.
+    """Read a store: a file written by hand, the folder of a version, or the latest of a folder of versions.
 
-    Rows of a file that cannot be used are listed in `rejects`. Raises UserError where there is nothing to
-    read, where columns are missing, and for a version that is not complete.
+    Unusable rows of a file are listed in `rejects`. Raises UserError if there is nothing to read, columns are
+    missing, or the version is incomplete.
     """
     if path.is_file():
         return _read_table(path)
@@ -134,40 +135,40 @@ def _read_version(folder: Path) -> Store:
     file = folder / ROWS
     if not file.is_file() or about.get("captions") is None:
         raise _incomplete(folder)
-    found = _read_table(file)
-    # An update may have been stopped between its rows and this number; it never leaves fewer rows.
-    if found.rows < about["captions"] or found.rejects:
-        what = str(found.rejects[0]) if found.rejects else f"{found.rows} rows are left of {about['captions']}"
-        raise UserError(f"'{file}' is damaged ({what}): remove '{folder}' and paraphrase again")
-    return replace(found, path=folder, version=folder.name)
+    store = _read_table(file)
+    # An update that was interrupted after writing its rows leaves more rows than this number, never fewer.
+    if store.rows < about["captions"] or store.rejects:
+        reason = str(store.rejects[0]) if store.rejects else f"{store.rows} rows are left of {about['captions']}"
+        raise UserError(f"'{file}' is damaged ({reason}): remove '{folder}' and paraphrase again")
+    return replace(store, path=folder, version=folder.name)
 
 
 def _incomplete(folder: Path) -> UserError:
     return UserError(
-        f"the paraphrases in '{folder}' are not complete: give the same `amclr paraphrase` command again, which goes "
-        "on, or --source.paraphrases none"
+        f"the paraphrases in '{folder}' are not complete: give the same `amclr paraphrase` command again to resume, "
+        "or --source.paraphrases none"
     )
 
 
 def _load_json(file: Path) -> dict[str, Any]:
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
         raise UserError(f"'{file}' cannot be read ({error}): remove it and paraphrase again") from None
-    return found if isinstance(found, dict) else {}
+    return content if isinstance(content, dict) else {}
 
 
 def _read_table(file: Path) -> Store:
     if file.suffix.lower() not in TABLES:
-        raise UserError(f"'{file}' is no table of paraphrases: expected a .csv, .tsv or .jsonl file")
-    rows = _json_rows if file.suffix.lower() in (".jsonl", ".ndjson") else _csv_rows
+        raise UserError(f"'{file}' is not a table of paraphrases: expected a .csv, .tsv or .jsonl file")
+    parse = _json_rows if file.suffix.lower() in (".jsonl", ".ndjson") else _csv_rows
     texts: dict[str, dict[str, None]] = {}
     rejects: list[Reject] = []
     total = 0
-    for line, caption, found in rows(file):
+    for line, caption, paraphrases in parse(file):
         total += 1
-        cleaned = [] if isinstance(found, str) else [clean(p) for p in found]
-        reason = found if isinstance(found, str) else _row_fault(clean(caption), cleaned)
+        cleaned = [] if isinstance(paraphrases, str) else [clean(p) for p in paraphrases]
+        reason = paraphrases if isinstance(paraphrases, str) else _row_fault(clean(caption), cleaned)
         if reason:
             rejects.append(Reject(file.name, line, reason))
         else:
@@ -182,51 +183,51 @@ def _row_fault(caption: str, paraphrases: Sequence[str]) -> str | None:
     return None
 
 
-Row = tuple[int, str, "list[str] | str"]
-"""Line, caption, and its paraphrases or why there are none."""
+ParsedRow = tuple[int, str, "list[str] | str"]
+"""Line, caption, and its paraphrases or the reason why the row is unusable."""
 
 
 def _lines(file: Path) -> Iterator[str]:
-    """The lines of a file; one that is far too long comes in pieces, so that memory stays bounded."""
+    """The lines of a file; overlong ones come in pieces, so that memory stays bounded."""
     with file.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as handle:
         while line := handle.readline(MAX_LINE):
             yield line
 
 
-def _json_rows(file: Path) -> Iterator[Row]:
-    known, number, inside = False, 0, False
+def _json_rows(file: Path) -> Iterator[ParsedRow]:
+    any_valid, number, continues = False, 0, False
     for text in _lines(file):
-        begins, inside = not inside, not text.endswith("\n")
-        number += begins
-        if not begins or not text.strip():  # the rest of a row that was too long, or a blank line
+        is_start, continues = not continues, not text.endswith("\n")
+        number += is_start
+        if not is_start or not text.strip():  # the rest of an overlong row, or a blank line
             continue
         try:
             row = read_json(text)
         except ValueError as error:
-            cut = len(text) == MAX_LINE
-            yield number, "", f"row of more than {MAX_LINE} characters" if cut else f"row is {error}"
+            overlong = len(text) == MAX_LINE
+            yield number, "", f"row of more than {MAX_LINE} characters" if overlong else f"row is {error}"
             continue
-        found = row.get("paraphrases", row.get("paraphrase")) if isinstance(row, dict) else None
-        found = [found] if isinstance(found, str) else found
+        texts = row.get("paraphrases", row.get("paraphrase")) if isinstance(row, dict) else None
+        texts = [texts] if isinstance(texts, str) else texts
         caption = row.get("caption") if isinstance(row, dict) else None
-        if isinstance(caption, str) and isinstance(found, list) and all(isinstance(p, str) for p in found):
-            known = True
-            yield number, caption, found
-        elif not known:
+        if isinstance(caption, str) and isinstance(texts, list) and all(isinstance(p, str) for p in texts):
+            any_valid = True
+            yield number, caption, texts
+        elif not any_valid:
             keys = ", ".join(map(repr, list(row)[:8])) if isinstance(row, dict) else type(row).__name__
-            raise UserError(f"'{file}':{number} has no caption and paraphrase: it has {keys}. Name the keys so")
+            raise UserError(f"'{file}':{number} has no caption and paraphrase: it has {keys}. Rename them")
         else:
             yield number, "", "row without a caption and a paraphrase"
 
 
-def _csv_rows(file: Path) -> Iterator[Row]:
+def _csv_rows(file: Path) -> Iterator[ParsedRow]:
     csv.field_size_limit(1 << 24)
     lines = (text.replace("\0", "\ufffd") for text in _lines(file))
     reader = csv.reader(lines, delimiter="\t" if file.suffix.lower() == ".tsv" else ",")
     header = [h.strip().lower() for h in next(reader, [])]
     if "caption" not in header or not {"paraphrase", "paraphrases"} & set(header):
-        shown = ", ".join(repr(h[:40]) for h in header[:8]) or "nothing"
-        raise UserError(f"'{file}' needs a header line with the columns caption,paraphrase: it has {shown}")
+        columns = ", ".join(repr(h[:40]) for h in header[:8]) or "nothing"
+        raise UserError(f"'{file}' needs a header line with the columns caption,paraphrase: it has {columns}")
     caption = header.index("caption")
     paraphrase = header.index("paraphrase" if "paraphrase" in header else "paraphrases")
     while True:
@@ -245,5 +246,5 @@ def _csv_rows(file: Path) -> Iterator[Row]:
 
 
 def dump_json(value: Any) -> str:
-    """JSON that is the same for equal values."""
+    """Compact JSON, the same for equal values."""
     return json.dumps(value, ensure_ascii=False, sort_keys=True, separators=(",", ":"))

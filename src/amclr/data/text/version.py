@@ -1,4 +1,4 @@
-"""Writing a store of paraphrases: a version of it, batch by batch."""
+"""Writing a version of a store of paraphrases, batch by batch."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SAMPLED = 20
 
 @dataclass(frozen=True)
 class ParaphrasedCaption:
-    """A caption, the paraphrases kept, and how many candidates each filter rejected."""
+    """A caption, its accepted paraphrases, and how many candidates each filter rejected."""
 
     caption: str
     paraphrases: tuple[str, ...]
@@ -30,7 +30,7 @@ class ParaphrasedCaption:
 
     @classmethod
     def of(cls, row: Mapping[str, Any]) -> ParaphrasedCaption:
-        """The entry that a row of a store's file holds."""
+        """The entry of a row in a store's file."""
         return cls(row["caption"], tuple(row["paraphrases"]), row.get("rejected", {}))
 
     def line(self) -> str:
@@ -40,14 +40,14 @@ class ParaphrasedCaption:
 
 
 class Version:
-    """A version of a store that is being made: what is done of it, batch by batch, by one process or several.
+    """A version of a store in the making, written batch by batch by one or several processes.
 
-    A batch is a line of a part file of its process, synced before the next is begun. A kill leaves
-    at most a last line that is cut off, which is dropped; so a batch is there as a whole or not at all.
+    Each process has a part file, and a batch is one line of it, synced before the next one starts. A kill can only
+    truncate the last line, which is dropped later: a batch is stored completely or not at all.
     """
 
     def __init__(self, store: Path, settings: Mapping[str, Any], rank: int = 0) -> None:
-        """Begin or go on with the version of these settings. Raises UserError where it cannot be written."""
+        """Start or resume the version of these settings. Raises UserError if it cannot be written."""
         digest = hashlib.sha256(dump_json(settings).encode()).hexdigest()[:8]
         plain = re.sub(r"[^A-Za-z0-9]+", "-", Path(str(settings["model"])).name).strip("-").lower()[:40] or "model"
         self.store, self.name = store, f"{plain}-k{settings['k']}-{digest}"
@@ -64,25 +64,25 @@ class Version:
                 f"cannot write paraphrases in '{store}' ({error.strerror}): give a folder with --out, and later "
                 "--source.paraphrases with the same folder"
             ) from None
-        self._base = {e.caption: e for e in self._finished()}
+        self._complete = {e.caption: e for e in self._read_complete()}
 
     def todo(self, captions: Iterable[str]) -> list[str]:
-        """The captions that the finished part of the version lacks, each once, the longest first.
+        """The captions that the completed version lacks, each once, longest first.
 
-        A function of the captions alone until the version is complete: what parts hold is not looked at.
+        The result ignores the part files: until the version is complete, it depends on the captions alone.
         """
-        distinct = {key for c in captions if (key := clean(c)) not in self._base}
+        distinct = {key for c in captions if (key := clean(c)) not in self._complete}
         return sorted(distinct, key=lambda c: (-len(c), c))
 
     def done(self) -> dict[str, ParaphrasedCaption]:
-        """What the parts hold, by caption."""
-        found: dict[str, ParaphrasedCaption] = {}
+        """The entries of the part files, by caption."""
+        entries: dict[str, ParaphrasedCaption] = {}
         for part in sorted((self.folder / PARTS).glob("*.jsonl")):
             for text in _lines_of_part(part):
                 for row in json.loads(text):
                     entry = ParaphrasedCaption.of(row)
-                    found.setdefault(entry.caption, entry)
-        return found
+                    entries.setdefault(entry.caption, entry)
+        return entries
 
     def append(self, batch: Sequence[ParaphrasedCaption]) -> None:
         """Add a batch to this process's part, durably."""
@@ -93,8 +93,8 @@ class Version:
             os.fsync(handle.fileno())
 
     def finish(self) -> dict[str, Any]:
-        """Join the parts with what was finished before into one file, and write the report. Returns the report."""
-        entries = self.done() | self._base
+        """Merge the parts and the previously completed entries into one file; write and return the report."""
+        entries = self.done() | self._complete
         ordered = [entries[c] for c in sorted(entries)]
         write_text(self.folder / ROWS, "".join(f"{e.line()}\n" for e in ordered))
         report = summarise(ordered, int(self.settings["k"]))
@@ -107,7 +107,7 @@ class Version:
         (self.folder / PARTS).rmdir()
         return report
 
-    def _finished(self) -> Iterator[ParaphrasedCaption]:
+    def _read_complete(self) -> Iterator[ParaphrasedCaption]:
         file = self.folder / ROWS
         for line in file.read_text(encoding="utf-8").split("\n")[:-1] if file.is_file() else []:
             try:
@@ -121,7 +121,7 @@ class Version:
 
 
 def summarise(entries: Sequence[ParaphrasedCaption], k: int) -> dict[str, Any]:
-    """What a store holds: captions, paraphrases, captions with fewer than k, and rejects by reason."""
+    """Counts of captions, of paraphrases, of captions by number of paraphrases, and of rejects by reason."""
     rejected: Counter[str] = Counter()
     for e in entries:
         rejected.update(e.rejected)
@@ -134,16 +134,16 @@ def summarise(entries: Sequence[ParaphrasedCaption], k: int) -> dict[str, Any]:
 
 
 def sample_sheet(entries: Sequence[ParaphrasedCaption]) -> str:
-    """Some captions, always the same ones of the same store, with their paraphrases, as plain text."""
-    picked = sorted(entries, key=lambda e: hashlib.sha256(e.caption.encode("utf-8", "surrogatepass")).digest())
-    blocks = ["\n".join([e.caption, *(f"    {p}" for p in e.paraphrases or ["(none)"])]) for e in picked[:SAMPLED]]
+    """A fixed sample of the captions with their paraphrases, as plain text."""
+    shuffled = sorted(entries, key=lambda e: hashlib.sha256(e.caption.encode("utf-8", "surrogatepass")).digest())
+    blocks = ["\n".join([e.caption, *(f"    {p}" for p in e.paraphrases or ["(none)"])]) for e in shuffled[:SAMPLED]]
     return "\n\n".join(blocks) + "\n"
 
 
 def _lines_of_part(part: Path) -> Iterator[str]:
     with part.open(encoding="utf-8") as handle:
         for text in handle:
-            if text.endswith("]\n"):  # else it was cut off, and its batch is done again
+            if text.endswith("]\n"):  # else it was cut off, and its batch is computed again
                 yield text
 
 
@@ -151,8 +151,8 @@ def _drop_cut_line(part: Path) -> None:
     if not part.is_file():
         part.touch()
         return
-    whole = part.read_bytes()
-    end = whole.rfind(b"]\n") + 2 if b"]\n" in whole else 0
-    if end < len(whole):
+    content = part.read_bytes()
+    end = content.rfind(b"]\n") + 2 if b"]\n" in content else 0
+    if end < len(content):
         with part.open("r+b") as handle:
             handle.truncate(end)

@@ -1,4 +1,4 @@
-"""Views of captions: which of a sample's texts a visit draws, as a function of (seed, epoch, sample, view)."""
+"""Views of captions: the texts drawn at each visit of a sample, a function of (seed, epoch, sample, view)."""
 
 from __future__ import annotations
 
@@ -12,25 +12,24 @@ from amclr.data.text.wording import synonyms
 from amclr.utils.randomness import Key, generator
 
 Words = Callable[[int], str]
-"""Word noise for the caption of an index, where it is not drawn on the spot."""
+"""Caption index -> word noise for that caption, if it was computed in advance."""
 
 
 @dataclass(frozen=True)
 class TextPolicy:
     """How a caption and its second view are drawn from a sample's captions and their paraphrases.
 
-    The second view is another caption of the image, a paraphrase of the drawn one, or the drawn one with
-    word noise. Which, is drawn in proportion to the weights of those that there are; with no weight above
-    0 it is the first of the three that there is: people's captions say more than rewordings do
-    (docs/results.md).
+    The second view is another caption of the image, a paraphrase of the drawn caption, or the drawn caption with
+    word noise. The kind is drawn from those available, in proportion to their weights. If all weights are 0, it is
+    the first available one in this order: human captions add more than rewordings do (docs/results.md).
     """
 
     one: bool = False
-    """Always draw the first caption; the others serve only as second views."""
+    """Always draw the first caption as the first view; the others serve only as second views."""
     noise: float = 0.1
-    """Chance per word of a deletion or a swap."""
+    """Probability per word of a deletion or a swap."""
     synonyms: float = 0.0
-    """Chance per word of a synonym, where the lexicon has one."""
+    """Probability per word of a synonym, if the lexicon has one."""
     paraphrases: float = 0.0
     other_captions: float = 0.0
     words: float = 0.0
@@ -48,7 +47,7 @@ class TextPolicy:
     ) -> tuple[int, str, str]:
         """Draw a caption and its second view: the caption's index, its text, and the second text.
 
-        words: what stands for word noise; None draws it here.
+        words: gives the text for word noise; None draws it here.
         """
         draw = generator(*key)
         index = 0 if self.one else int(draw.integers(len(captions)))
@@ -65,37 +64,37 @@ class TextPolicy:
         return index, captions[index], second
 
     def seconds(self, captions: Sequence[str], paraphrases: Sequence[Sequence[str]]) -> Iterator[str]:
-        """The captions and paraphrases that second views may be, some more than once."""
+        """The captions and paraphrases that may become second views, possibly repeated."""
         for index in self._first(captions):
             for options, _ in self._kinds(captions, paraphrases, index):
                 yield from options
 
     def noisy(self, captions: Sequence[str], paraphrases: Sequence[Sequence[str]]) -> list[int]:
-        """The captions, by index, whose second view may be word noise."""
+        """Indices of the captions whose second view may be word noise."""
         first = self._first(captions)
         return [i for i in first if any(not options for options, _ in self._kinds(captions, paraphrases, i))]
 
     def _first(self, captions: Sequence[str]) -> range:
-        """The captions, by index, that may be drawn as the first view."""
+        """Indices of the captions that may be drawn as the first view."""
         return range(1 if self.one else len(captions))
 
     def _kinds(
         self, captions: Sequence[str], paraphrases: Sequence[Sequence[str]], index: int
     ) -> list[tuple[Sequence[str], float]]:
-        """What the second view may be drawn from, with weights. No texts: word noise."""
-        reworded = paraphrases[index] if index < len(paraphrases) else ()
-        others = [c for k, c in enumerate(captions) if k != index]
-        there = [(others, self.other_captions), (reworded, self.paraphrases)]
-        kinds: list[tuple[Sequence[str], float]] = [(texts, weight) for texts, weight in there if texts]
+        """The options for the second view, with their weights. No texts means word noise."""
+        rewordings = paraphrases[index] if index < len(paraphrases) else ()
+        other_captions = [c for k, c in enumerate(captions) if k != index]
+        options = [(other_captions, self.other_captions), (rewordings, self.paraphrases)]
+        kinds: list[tuple[Sequence[str], float]] = [(texts, weight) for texts, weight in options if texts]
         kinds.append(((), self.words))
         weighted = [k for k in kinds if k[1] > 0]
         return weighted or kinds[:1]
 
 
 def noisy_words(text: str, chance: float, draw: np.random.Generator, synonym: float = 0.0) -> str:
-    """Word-level noise: each word is dropped, or swapped with the next, with probability `chance` in all.
+    """Word-level noise: each word is dropped, or swapped with the next one, with a total probability of `chance`.
 
-    synonym: chance that a word gives way to one of its synonyms, if the lexicon knows any.
+    synonym: probability that a word is replaced by a synonym, if the lexicon has one.
     """
     words = text.split()
     out: list[str] = []

@@ -1,8 +1,8 @@
-"""English wording: what no paraphrase of a caption may change, and a paraphraser made of rules.
+"""English wording: what no paraphrase of a caption may change, and a rule-based paraphraser.
 
-`changed` names what two texts disagree on: numbers, colours, negation, left and right. It looks at
-words alone, so it is quick and errs towards finding a change. `reword` rewrites a caption by a small
-lexicon and a few patterns, each of which keeps the meaning of a caption that it fits.
+`changed` names what two texts disagree on: numbers, colours, negation, left and right. It only compares words, so
+it is fast and errs towards finding a change. `reword` rewrites a caption with a small lexicon and a few patterns,
+each of which preserves the meaning of the captions it matches.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ import numpy as np
 from amclr.utils.randomness import Key, generator
 
 RULES = 1
-"""Version of the rules and the lexicon: what `reword` gives is a function of it, the caption and the key."""
+"""Version of the rules and the lexicon; `reword` is a function of it, the caption and the key."""
 
 
 def words(text: str) -> list[str]:
-    """The words of a text in lower case: letters and digits, parts of hyphenated words apart."""
+    """The words of a text in lower case: runs of letters and digits; hyphenated words are split."""
     joined = re.sub(r"(?<=\d),(?=\d{3}\b)", "", text.casefold().replace("’", "'"))
     return re.findall(r"[^\W_]+(?:'[^\W_]+)?", joined)
 
 
 def same_text(one: str, other: str) -> bool:
-    """Whether two texts differ in nothing but case, punctuation and space."""
+    """Whether two texts differ only in case, punctuation and white space."""
     return words(one) == words(other)
 
 
@@ -63,11 +63,11 @@ _IRREGULAR = {"men": "man", "women": "woman", "children": "child", "people": "pe
 
 
 def changed(caption: str, paraphrase: str) -> str | None:
-    """What a paraphrase says otherwise than its caption: `numbers`, `colours`, `negation`, `sides`, or None.
+    """What a paraphrase changes in its caption: `numbers`, `colours`, `negation`, `sides`, or None.
 
-    Numbers may be words or digits, and two may be a couple. A shade may become its colour (crimson: red), as
-    what was true stays true; no colour may become a shade. Numbers and colours must also stay with
-    their nouns, and negation with its own.
+    Numbers may be words or digits, and two may be a couple. A shade may become its colour (crimson: red), which
+    stays true, but no colour may become a shade. Numbers and colours must stay with their nouns, and so must
+    negation.
     """
     one, other = words(caption), words(paraphrase)
     if not _same_numbers(one, other) or _crossed(_counted(one), _counted(other)):
@@ -82,14 +82,14 @@ def changed(caption: str, paraphrase: str) -> str | None:
 
 
 def _same_numbers(one: list[str], other: list[str]) -> bool:
-    """One is left out: it is also an article and a pronoun. A couple may stand for two, or for a couple."""
-    found = [Counter(str(n) for _, n in _numbers(w) if n not in (1, "1")) for w in (one, other)]
+    """One is ignored, as it is also an article and a pronoun. A couple may stand for two, or for a couple."""
+    numbers = [Counter(str(n) for _, n in _numbers(w) if n not in (1, "1")) for w in (one, other)]
     pairs = [Counter({"2": sum(w in _PAIRS for w in text)}) for text in (one, other)]
-    return found[0] <= found[1] + pairs[1] and found[1] <= found[0] + pairs[0]
+    return numbers[0] <= numbers[1] + pairs[1] and numbers[1] <= numbers[0] + pairs[0]
 
 
 def _numbers(tokens: list[str]) -> Iterator[tuple[int, int | str]]:
-    """The numbers of a text, and ordinals as '2nd', each with the place of its last word."""
+    """The numbers of a text, and ordinals as '2nd', each with the index of its last word."""
     k = 0
     while k < len(tokens):
         word = tokens[k]
@@ -113,9 +113,9 @@ def _numbers(tokens: list[str]) -> Iterator[tuple[int, int | str]]:
 
 
 def _same_colours(one: list[str], other: list[str]) -> bool:
-    had, has = ({_SPELLINGS.get(w, w) for w in text if w in _COLOURS} for text in (one, other))
-    bases = {_base(c) for c in had}
-    return has <= had | bases and all(c in has or _base(c) in has for c in had)
+    before, after = ({_SPELLINGS.get(w, w) for w in text if w in _COLOURS} for text in (one, other))
+    bases = {_base(c) for c in before}
+    return after <= before | bases and all(c in after or _base(c) in after for c in before)
 
 
 def _base(colour: str) -> str:
@@ -125,7 +125,7 @@ def _base(colour: str) -> str:
 
 
 Bound = dict[str, set[str]]
-"""Nouns, and the numbers or colours that stand right before them."""
+"""Nouns, each with the numbers or colours right before it."""
 
 
 def _counted(tokens: list[str]) -> Bound:
@@ -150,7 +150,7 @@ def _bound(tokens: list[str], places: dict[int, str]) -> Bound:
 
 
 def _crossed(one: Bound, other: Bound) -> bool:
-    """Whether a noun has one number or colour here and another there: a red ball, a blue cube; a blue ball."""
+    """Whether a noun has different numbers or colours in the two texts, such as a red ball and a blue ball."""
     return any(one[noun].isdisjoint(other[noun]) for noun in one.keys() & other.keys())
 
 
@@ -164,26 +164,26 @@ def _same_negation(one: list[str], other: list[str]) -> bool:
     heads = [_negated(one), _negated(other)]
     if (heads[0] is None) != (heads[1] is None):
         return False
-    for mine, theirs, text in ((heads[0], heads[1], other), (heads[1], heads[0], one)):
+    for negated, negated_in_other, text in ((heads[0], heads[1], other), (heads[1], heads[0], one)):
         stems = {_stem(w) for w in text}
-        if mine and theirs is not None and any(h in stems and h not in theirs for h in mine):
+        if negated and negated_in_other is not None and any(h in stems and h not in negated_in_other for h in negated):
             return False
     return True
 
 
 def _negated(tokens: list[str]) -> set[str] | None:
-    """The nouns that a text denies (no dog, without a hat, not wearing a hat); None where it denies nothing."""
+    """The nouns that a text negates (no dog, without a hat, not wearing a hat); None if it negates nothing."""
     heads: set[str] = set()
-    denies = False
+    negates = False
     for k, word in enumerate(tokens):
         if word.endswith("less") and len(word) > 5 and word not in _NOT_LESS:
-            denies = True
+            negates = True
             heads.add(word.removesuffix("less"))
         elif word in _NOT or word.endswith("n't"):
-            denies = True
+            negates = True
             rest = (w for w in tokens[k + 1 : k + 6] if w not in ("a", "an", "any", "the") and not w.endswith("ing"))
             heads.update(_stem(w) for w in list(rest)[:1])
-    return heads if denies else None
+    return heads if negates else None
 
 
 # -- the lexicon ----------------------------------------------------------------------------------
@@ -275,7 +275,7 @@ def _any(options: Sequence[str] | frozenset[str]) -> str:
 _ONE, _MANY = _any(_ONE_PERSON | _ONE_ANIMAL), _any(_MANY_PEOPLE | _MANY_ANIMALS)
 _NOUN = _any(_ONE_PERSON | _ONE_ANIMAL | _MANY_PEOPLE | _MANY_ANIMALS)
 _COUNT = _any([*_UNIT_WORDS[2:13], "some", "several", *"23456789"])
-# Words before a noun that are neither a preposition, a verb nor a second noun phrase.
+# Words before a noun that are no preposition, verb or second noun phrase.
 _MIXED = rf"(?:{_any(_COLOURS)} and (?={_any(_COLOURS)} ))?"
 _BEFORE = rf"{_MIXED}(?:(?!(?:and|or|in|on|at|of|with|by|who|that|is|are|to|{_NOUN})\b)[\w-]+ ){{0,3}}?"
 _GROUP = rf"(?:an?|the) {_BEFORE}(?:group|crowd|bunch|couple) of {_BEFORE}{_MANY}"
@@ -311,7 +311,7 @@ _WORD_OF = {str(n): w for w, n in _UNITS.items() if 2 <= n <= 12}
 _AS_WORD = _pattern(rf"{_NAMES}({_any(_UNIT_WORDS[2:13])})(?= [a-z])")
 _AS_DIGIT = _pattern(rf"{_NAMES}({_any(list(_WORD_OF))})(?= [a-z])")
 _FINITE = _pattern(rf"\b(?:is|are|was|were|has|have|do|does|{_DOES})\b")
-# A word in -s that no rule knows may be a verb ("snowboards"), which would give a sentence two of them.
+# An unknown word in -s may be a verb ("snowboards"), which would give the sentence two verbs.
 _NOUNS_IN_S = _any(_list(
     "his this its across grass glass dress grassy sunglasses glasses shorts jeans pants clothes stairs steps trees "
     "woods rocks waves others hands arms"
@@ -323,7 +323,7 @@ Rule = Callable[[str, Draw], str | None]
 
 
 def synonyms(word: str) -> tuple[str, ...]:
-    """What may stand for a single word in a caption, from the lexicon; nothing for most words."""
+    """Synonyms of a single word from the lexicon; most words have none."""
     return _SYNONYMS.get(word.lower(), ())
 
 
@@ -331,10 +331,10 @@ _LEXICON = _pattern(rf"(?<![\w-])(?:(an?) )?({_any(list(_SYNONYMS))})(?![\w'-])"
 
 
 def _by_lexicon(text: str, draw: Draw) -> str | None:
-    def swap(found: re.Match[str]) -> str:
-        article, word = found[1], found[2]
+    def swap(match: re.Match[str]) -> str:
+        article, word = match[1], match[2]
         if float(draw.random()) < 0.5:
-            return found[0]
+            return match[0]
         options = _SYNONYMS[word.lower()]
         new = options[int(draw.integers(len(options)))]
         new = new[0].upper() + new[1:] if word[0].isupper() else new
@@ -349,17 +349,17 @@ def _article(word: str, like: str = "a") -> str:
 
 
 def _digits(text: str, draw: Draw) -> str | None:
-    """Two or 2: either stands for the other, unless it is a name, such as that of player number 2."""
+    """Two: 2; and back, unless it is a name, as in player number 2."""
     if float(draw.random()) < 0.5:
         return _AS_WORD.sub(lambda m: str(_UNITS[m[1].lower()]), text)
     return _AS_DIGIT.sub(lambda m: _WORD_OF[m[1]], text)
 
 
 def _other_article(text: str, draw: Draw) -> str | None:
-    """The subject is the one in the image, whether it is called a dog, the dog, or dog."""
-    if found := _SUBJECT.match(text):
-        new = "the" if found[1].lower() != "the" else _article(found[2])
-        return f"{new} {found[2]}{text[found.end() :]}"
+    """A dog: the dog; and back. The subject is the one in the image either way."""
+    if match := _SUBJECT.match(text):
+        new = "the" if match[1].lower() != "the" else _article(match[2])
+        return f"{new} {match[2]}{text[match.end() :]}"
     return f"{_article(text)} {text}" if _BARE.match(text) and not _FINITE.match(text) else None
 
 
@@ -374,61 +374,61 @@ def _many(noun_phrase: str) -> bool:
 
 def _tense(text: str, draw: Draw) -> str | None:
     """A dog runs: a dog is running; and back."""
-    if found := _ONE_DOES.match(text):
-        return f"{found[1]} is {_ING[_THIRD[found[2].lower()]]}{text[found.end() :]}"
-    if not (found := _IS_DOING.match(text)):
+    if match := _ONE_DOES.match(text):
+        return f"{match[1]} is {_ING[_THIRD[match[2].lower()]]}{text[match.end() :]}"
+    if not (match := _IS_DOING.match(text)):
         return None
-    base = _OF_ING[found[3].lower()]
-    return f"{found[1]} {_third(base) if found[2].lower() == 'is' else base}{text[found.end() :]}"
+    base = _OF_ING[match[3].lower()]
+    return f"{match[1]} {_third(base) if match[2].lower() == 'is' else base}{text[match.end() :]}"
 
 
 def _relative(text: str, draw: Draw) -> str | None:
     """A man wearing a hat: a man who is wearing a hat."""
-    if not (found := _NP_DOING.match(text)):
+    if not (match := _NP_DOING.match(text)):
         return None
-    link = "who" if found[1].split()[-1].lower() in _ONE_PERSON | _MANY_PEOPLE else "that"
-    return f"{found[1]} {link} {'are' if _many(found[1]) else 'is'} {found[2]}{text[found.end() :]}"
+    link = "who" if match[1].split()[-1].lower() in _ONE_PERSON | _MANY_PEOPLE else "that"
+    return f"{match[1]} {link} {'are' if _many(match[1]) else 'is'} {match[2]}{text[match.end() :]}"
 
 
 def _sentence(text: str, draw: Draw) -> str | None:
-    """A man wearing a hat: a man is wearing a hat. Only where no other verb belongs to the man."""
-    found = _NP_DOING.match(text)
-    if not found or _FINITE.search(text) or _MAYBE_FINITE.search(text, found.end()):
+    """A man wearing a hat: a man is wearing a hat. Only if the man has no other verb."""
+    match = _NP_DOING.match(text)
+    if not match or _FINITE.search(text) or _MAYBE_FINITE.search(text, match.end()):
         return None
-    return f"{found[1]} {'are' if _many(found[1]) else 'is'} {found[2]}{text[found.end() :]}"
+    return f"{match[1]} {'are' if _many(match[1]) else 'is'} {match[2]}{text[match.end() :]}"
 
 
 def _existential(text: str, draw: Draw) -> str | None:
     """A dog is running: there is a dog running; and back."""
-    if found := _THERE_IS.match(text):
-        return f"{found[2]} {found[1]} {found[3]}{text[found.end() :]}"
-    found = None if text.lower().startswith("the ") else _IS_DOING.match(text)
-    return f"there {found[2]} {found[1]} {found[3]}{text[found.end() :]}" if found else None
+    if match := _THERE_IS.match(text):
+        return f"{match[2]} {match[1]} {match[3]}{text[match.end() :]}"
+    match = None if text.lower().startswith("the ") else _IS_DOING.match(text)
+    return f"there {match[2]} {match[1]} {match[3]}{text[match.end() :]}" if match else None
 
 
 def _titled(text: str, draw: Draw) -> str | None:
     """A dog running: a photo of a dog running; a dog is running: a photo in which a dog is running; and back."""
-    if found := _TITLE.match(text):
-        return text[found.end() :]
+    if match := _TITLE.match(text):
+        return text[match.end() :]
     what = ("a photo", "a picture", "an image")[int(draw.integers(3))]
-    if (found := _NP_DOING.match(text)) and not _FINITE.search(text) and not _MAYBE_FINITE.search(text, found.end()):
+    if (match := _NP_DOING.match(text)) and not _FINITE.search(text) and not _MAYBE_FINITE.search(text, match.end()):
         return f"{what} of {text}"
     return f"{what} in which {text}" if _FINITE_NP.match(text) else None
 
 
 def _swapped(text: str, draw: Draw) -> str | None:
     """A man and a woman are walking: a woman and a man are walking."""
-    found = _BOTH.match(text)
-    return f"{found[1]}{found[3]} and {found[2]}{text[found.end() :]}" if found else None
+    match = _BOTH.match(text)
+    return f"{match[1]}{match[3]} and {match[2]}{text[match.end() :]}" if match else None
 
 
 def _fronted(text: str, draw: Draw) -> str | None:
     """A dog is running on the beach: on the beach, a dog is running.
 
-    Only where the place follows the verb: then it is the subject's own.
+    Only if the place follows the verb, as then it belongs to the subject.
     """
-    found = _WHERE.fullmatch(text)
-    return f"{found[2]}, {found[1]}" if found else None
+    match = _WHERE.fullmatch(text)
+    return f"{match[2]}, {match[1]}" if match else None
 
 
 _STRUCTURE: tuple[Rule, ...] = (_tense, _relative, _sentence, _existential, _titled, _swapped, _fronted)
@@ -442,7 +442,7 @@ PATIENCE = 16
 def reword(caption: str, count: int, *key: Key) -> list[str]:
     """Up to `count` different rewordings of an English caption by rules, a function of the caption and `key`.
 
-    Fewer, or none, where the rules do not fit it. None of them changes what `changed` looks at.
+    Fewer, or none, if the rules do not match it. None of them changes what `changed` checks.
     """
     out: list[str] = []
     if len(caption) > LONGEST:
@@ -458,8 +458,8 @@ def reword(caption: str, count: int, *key: Key) -> list[str]:
         idle += 1
         new = _reworded(text, draw)
         new = (new[:1].upper() + new[1:] if capital else new) + end
-        if (told := tuple(words(new))) not in seen:
-            seen.add(told)
+        if (new_words := tuple(words(new))) not in seen:
+            seen.add(new_words)
             if changed(caption, new) is None:
                 out.append(new)
                 idle = 0
@@ -467,7 +467,7 @@ def reword(caption: str, count: int, *key: Key) -> list[str]:
 
 
 def _reworded(text: str, draw: Draw) -> str:
-    """One pass of the rules: at most one that changes the structure, then words."""
+    """One pass of the rules: at most one that changes the structure, then those that change words."""
     order = draw.permutation(len(_STRUCTURE))[: int(draw.integers(1, len(_STRUCTURE) + 1))]
     text = next((new for k in order if (new := _STRUCTURE[k](text, draw))), text)
     for rule, chance in _WORDING:

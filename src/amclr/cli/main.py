@@ -220,9 +220,9 @@ def _export(arguments: list[str]) -> int:
         "--data", type=str, default="", help="data set whose validation pairs are compared; empty is the run's own"
     )
     values = _parse(parser, arguments).as_dict()
-    from amclr.export import formats as export
+    from amclr.export import exporter
 
-    print(export.report(*export.export(Path(values.pop("run")), values.pop("to"), **values)))
+    print(exporter.report(*exporter.export(Path(values.pop("run")), values.pop("to"), **values)))
     return 0
 
 

@@ -235,14 +235,14 @@ def _paraphrase(arguments: list[str]) -> int:
     parser.add_class_arguments(SourceConfig, "source", skip={"paraphrases", "captions", "val_fraction", "fold"})
     values = _parse(parser, arguments).as_dict()
     data, source = values.pop("data"), values.pop("source")
-    from amclr.paraphrase import generate as paraphrase
+    from amclr.paraphrase import paraphrase
 
     try:
-        told = paraphrase.paraphrase(from_dict(values, ParaphraseConfig), data, from_dict(source, SourceConfig))
+        report = paraphrase(from_dict(values, ParaphraseConfig), data, from_dict(source, SourceConfig))
     except KeyboardInterrupt:
         return _fail("stopped, with every batch kept that was done; the same command goes on", 130)
-    if told:  # of several processes the first alone has something to tell
-        print(told)
+    if report:  # of several processes the first alone has something to tell
+        print(report)
     return 0
 
 

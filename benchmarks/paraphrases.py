@@ -23,7 +23,7 @@ from amclr.config.recipes import frozen
 from amclr.config.schema import ParaphraseConfig, SourceConfig
 from amclr.data import manifest as manifests
 from amclr.data.text.wording import reword
-from amclr.paraphrase.generate import paraphrase
+from amclr.paraphrase import paraphrase
 from amclr.training.loop import Training, assemble, backward
 
 

@@ -25,7 +25,9 @@ from amclr.config.recipes import frozen, paper, scenes
 from amclr.config.schema import Config, ModelConfig, SourceConfig
 from amclr.data import manifest as manifests
 from amclr.data.images.decode import Location
-from amclr.export.formats import FORMATS, Parity, compare, pairs_of
+from amclr.export.base import get_format
+from amclr.export.exporter import parity_pairs
+from amclr.export.parity import Parity, compare
 from amclr.models.dual_encoder import DualEncoder, build_tokenizer
 from amclr.models.packaged import minilm_folder
 from amclr.runs.folder import Run
@@ -94,17 +96,18 @@ def main() -> None:
         print("|---" * 9 + "|", flush=True)
         for name, build in models.items():
             model = build()
-            images, texts = pairs_of(model, config)
+            images, texts = parity_pairs(model, config)
             if not options.runs:
                 settle_norms(model, images)
             model.eval()
             for to in options.formats:
-                for precision, limit in FORMATS[to].limits.items():
+                exporter = get_format(to)
+                for precision, limit in exporter.limits.items():
                     if precision not in options.precisions or (to == "open_clip" and model.config.head != "linear"):
                         continue
                     with tempfile.TemporaryDirectory() as folder:
-                        FORMATS[to].write(model, Path(folder), 0.05, precision)
-                        exported = FORMATS[to].load(Path(folder))
+                        exporter.write(model, Path(folder), 0.05, precision)
+                        exported = exporter.load(Path(folder))
                         print(row(name, to, precision, compare(model, exported, images, texts), limit), flush=True)
 
 

@@ -140,9 +140,9 @@ def export(run: Path, *, to: str = "", out: str = "", precision: str = "fp32", d
         precision: fp32 or, for onnx, fp16 (weights of half the size) or int8 (matrix products in int8 too).
         data: Data set whose validation pairs are compared; empty is the run's own.
     """
-    from amclr.export import formats
+    from amclr.export import exporter
 
-    print(formats.report(*formats.export(run, to, out=out, precision=precision, data=data)))
+    print(exporter.report(*exporter.export(run, to, out=out, precision=precision, data=data)))
 
 
 def paraphrase(

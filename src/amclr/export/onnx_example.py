@@ -1,9 +1,8 @@
-"""Search images by captions with a model exported to ONNX: needs numpy, pillow, onnxruntime and tokenizers alone.
+"""Search images by captions with a model exported to ONNX. Needs only numpy, pillow, onnxruntime and tokenizers.
 
 python example.py IMAGE ... --captions "a dog on the beach" "two people at a desk"
 
-Every caption is printed with the images that it finds, the best one first. `Model` is what to take into a
-program of your own.
+Prints every caption with the images that match it, best first. Copy `Model` into your own program.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from tokenizers import Tokenizer
 
 
 class Model:
-    """The two towers of a folder that `amclr export --to onnx` wrote. threads: 0 is onnxruntime's own choice."""
+    """The two towers of a folder that `amclr export --to onnx` wrote. threads: 0 lets onnxruntime choose."""
 
     def __init__(self, folder: Path, threads: int = 0) -> None:
         options = SessionOptions()
@@ -34,32 +33,32 @@ class Model:
         )
 
     def embed_images(self, images: Sequence[str | Path | IO[bytes]]) -> np.ndarray:
-        """Unit rows (N, D) of image files."""
-        return self.run(self.image, images=np.stack([prepared(p, self.size) for p in images]))
+        """Embed image files as unit rows (N, D)."""
+        return self.run(self.image, images=np.stack([prepare(image, self.size) for image in images]))
 
     def embed_texts(self, captions: Sequence[str]) -> np.ndarray:
-        """Unit rows (N, D) of captions."""
-        found = self.tokenizer.encode_batch(list(captions))
-        ids, mask = (np.array([getattr(e, name) for e in found], np.int64) for name in ("ids", "attention_mask"))
+        """Embed captions as unit rows (N, D)."""
+        encodings = self.tokenizer.encode_batch(list(captions))
+        ids, mask = (np.array([getattr(e, name) for e in encodings], np.int64) for name in ("ids", "attention_mask"))
         return self.run(self.text, input_ids=ids, attention_mask=mask)
 
     @staticmethod
     def run(session: InferenceSession, **inputs: np.ndarray) -> np.ndarray:
-        """The one output of a tower."""
+        """Run a tower, and return its only output."""
         rows: Any = session.run(None, inputs)[0]
         return np.asarray(rows)
 
 
-def prepared(source: str | Path | IO[bytes], size: int) -> np.ndarray:
-    """An image as the image tower wants it: upright RGB, (3, S, S) uint8, shorter side resized, centre cut out."""
+def prepare(source: str | Path | IO[bytes], size: int) -> np.ndarray:
+    """Prepare an image for the image tower: upright RGB, (3, S, S) uint8, shorter side resized, centre crop."""
     with Image.open(source) as opened:
-        opened.draft("RGB", (2 * size, 2 * size))  # decoders of JPEG shrink large images on the way
+        opened.draft("RGB", (2 * size, 2 * size))  # JPEG decoders can downscale large images while decoding
         image = ImageOps.exif_transpose(opened)
     if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA"):
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     image = image.convert("RGB")
-    # In two steps, as in training, where decoded images are kept at up to twice the size.
+    # In two steps, as in training, which stores decoded images at up to twice the size.
     scale = 2 * size / min(image.size)
     if scale < 1:
         image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)

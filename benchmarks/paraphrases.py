@@ -24,7 +24,9 @@ from amclr.config.schema import ParaphraseConfig, SourceConfig
 from amclr.data import manifest as manifests
 from amclr.data.text.wording import reword
 from amclr.paraphrase.generate import paraphrase
-from amclr.training.loop import Training, assemble, backward
+from amclr.training.assembly import assemble
+from amclr.training.state import Training
+from amclr.training.step import backward
 
 
 def main() -> None:

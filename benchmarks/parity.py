@@ -26,8 +26,9 @@ from amclr.config.schema import Config, ModelConfig, SourceConfig
 from amclr.data import manifest as manifests
 from amclr.data.images.decode import Location
 from amclr.export.formats import FORMATS, Parity, compare, pairs_of
-from amclr.models.dual_encoder import DualEncoder, build_tokenizer
+from amclr.models.dual_encoder import DualEncoder
 from amclr.models.packaged import minilm_folder
+from amclr.models.tokenizer import build_tokenizer
 from amclr.runs.folder import Run
 
 

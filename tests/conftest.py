@@ -91,12 +91,9 @@ def undrawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     """Runs leave no curves and no gallery, which take longer than small runs do, but for tests marked `draws`."""
     if request.node.get_closest_marker("draws"):
         return
-    from amclr.evaluation import evaluator as measure
-    from amclr.training import loop as engine
-
-    for place in (engine, measure):
-        monkeypatch.setattr(place, "draw_gallery", lambda *_: None)
-    monkeypatch.setattr(engine.figures, "curves", lambda *_: None)
+    for module in ("amclr.training.validation", "amclr.evaluation.evaluator"):
+        monkeypatch.setattr(f"{module}.draw_gallery", lambda *_: None)
+    monkeypatch.setattr("amclr.utils.figures.curves", lambda *_: None)
 
 
 Command = Callable[..., subprocess.CompletedProcess[str]]

@@ -21,7 +21,7 @@ from transformers import AutoModel, DistilBertConfig
 from amclr.compare import runner as compare
 from amclr.compare.runner import plan, read
 from amclr.data.scenes import ranked_kinds
-from amclr.models.dual_encoder import train_tokenizer
+from amclr.models.tokenizer import train_tokenizer
 from amclr.utils.files import read_arrays
 from tests.conftest import COLOURS, Command, paint
 

@@ -22,6 +22,7 @@ import torch
 import yaml
 from PIL import Image, ImageColor
 
+import amclr.training.step
 from amclr import cli
 from amclr.compare import report
 from amclr.compare import runner as compare
@@ -31,8 +32,9 @@ from amclr.data import manifest as manifests
 from amclr.data.images import decode as images
 from amclr.evaluation.evaluator import evaluate_run
 from amclr.models.features import caption_features, image_features
-from amclr.runs.folder import Run, begin
-from amclr.training import loop as engine
+from amclr.runs.folder import Run
+from amclr.runs.loading import initial_model
+from amclr.training import loop
 from amclr.training.loop import Stopped
 from amclr.utils import figures
 from amclr.utils.errors import UserError
@@ -87,13 +89,13 @@ def classes(tmp_path: Path) -> Path:
 @pytest.fixture
 def steps_made(monkeypatch: pytest.MonkeyPatch) -> Counter[tuple[str, int]]:
     """Steps that were made, by objective and seed."""
-    made, advance = Counter[tuple[str, int]](), engine.advance
+    made, advance = Counter[tuple[str, int]](), loop.advance
 
     def counted(t: Any, batch: Any) -> Any:
         made[t.config.objective, t.config.seed] += 1
         return advance(t, batch)
 
-    monkeypatch.setattr(engine, "advance", counted)
+    monkeypatch.setattr(loop, "advance", counted)
     return made
 
 
@@ -176,18 +178,20 @@ def test_a_comparison(
 def test_runs_of_a_seed_begin_and_go_on_alike(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Samples, their order, first views, captions and starting weights: the objective alone differs."""
     seen: dict[tuple[str, int], list[Any]] = {}
-    advance = engine.advance
+    advance = loop.advance
 
     def look(t: Any, batch: Any) -> Any:
         rows = seen.setdefault((t.config.objective, t.config.seed), [])
         if not rows:
             rows.append({k: v.clone() for k, v in t.model.state_dict().items()})
         n = len(batch.ids)
-        drawn = engine.embed(lambda images, tokens: (images.float().flatten(1), tokens["input_ids"]), batch)
+        drawn = amclr.training.step.embed(
+            lambda images, tokens: (images.float().flatten(1), tokens["input_ids"]), batch
+        )
         rows.append((batch.ids.clone(), drawn["image"].clone(), drawn["text"][:n].clone()))
         return advance(t, batch)
 
-    monkeypatch.setattr(engine, "advance", look)
+    monkeypatch.setattr(loop, "advance", look)
     monkeypatch.setattr(report, "draw", lambda *_: {})
     trained = {**BASE["settings"], "model": {"image_size": 32, "dim": 16}, "epochs": 1}
     assert not run(written(tmp_path / "small.yaml", folder, settings=trained)).failed
@@ -466,7 +470,7 @@ def test_two_runs_are_stopped_and_gone_on_with(
 def test_runs_that_want_the_same_at_once(folder: Path, own_cache: Path, tmp_path: Path) -> None:
     """Features and verdicts on images: of two processes one computes them, and the other waits."""
     config = compare._changed(Config(), {"data": str(folder), **flat(BASE["settings"])}, "")
-    model = begin(config, ["a red patch"], tmp_path / "run")
+    model = initial_model(config, ["a red patch"], tmp_path / "run")
     texts = [f"patch {k}" for k in range(300)]
     log = tmp_path / "made.txt"
 
@@ -561,7 +565,7 @@ def test_folds(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
 def test_a_failing_run_does_not_stop_the_others(
     experiment: Path, tmp_path: Path, steps_made: Counter[tuple[str, int]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    counted = engine.advance
+    counted = loop.advance
 
     def broken(t: Any, batch: Any) -> Any:
         if (t.config.objective, t.config.seed) == ("sogclr", 1) and t.step == 5:
@@ -569,7 +573,7 @@ def test_a_failing_run_does_not_stop_the_others(
         return counted(t, batch)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine, "advance", broken)
+        patch.setattr(loop, "advance", broken)
         assert cli.main(["compare", str(experiment), "--out", str(tmp_path / "out")]) == 1
     said = capsys.readouterr()
     assert said.err.endswith("amclr: 1 of 4 runs failed: the table says why\n")
@@ -589,7 +593,7 @@ def test_all_runs_may_fail(experiment: Path, monkeypatch: pytest.MonkeyPatch) ->
     def broken(*_: Any) -> Any:
         raise UserError("the data are gone")
 
-    monkeypatch.setattr(engine, "advance", broken)
+    monkeypatch.setattr(loop, "advance", broken)
     found = run(experiment)
     assert found.failed == 4 and "- amclr, seed 1: the data are gone" in found.table
     assert "<h2>Runs</h2>" in (found.folder / "report.html").read_text()
@@ -600,7 +604,7 @@ def test_stopped_and_gone_on_with(
 ) -> None:
     """A signal in the middle of the second run: no step is made twice, and the end is that without it."""
     monkeypatch.setattr(report, "draw", lambda *_: {})
-    counted = engine.advance
+    counted = loop.advance
 
     def interrupted(t: Any, batch: Any) -> Any:
         if (t.config.objective, t.step) == ("amclr", 2):
@@ -608,7 +612,7 @@ def test_stopped_and_gone_on_with(
         return counted(t, batch)
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "advance", interrupted)
+        patch.setattr(loop, "advance", interrupted)
         with pytest.raises(Stopped, match=rf"this goes on: amclr compare {experiment} --out .*out$") as stopped:
             run(experiment)
     assert stopped.value.code == 143 and steps_made == {("sogclr", 0): STEPS, ("amclr", 0): 3}

@@ -33,7 +33,8 @@ from amclr.config.schema import Config, ModelConfig, OptimConfig, SourceConfig, 
 from amclr.data import manifest as manifests
 from amclr.export import formats as export
 from amclr.models import packaged
-from amclr.models.dual_encoder import DualEncoder, build_tokenizer, train_tokenizer
+from amclr.models.dual_encoder import DualEncoder
+from amclr.models.tokenizer import build_tokenizer, train_tokenizer
 from amclr.training.loop import train
 from amclr.utils.errors import UserError
 from tests.conftest import COLOURS, REAL, make_folder, needs_real_data, paint
@@ -411,7 +412,7 @@ def test_what_a_kill_left_is_no_hindrance(small: Path, tmp_path: Path) -> None:
         (["RUN", "--to", "tensorflow"], "--to must be one of open_clip, onnx, hf, got 'tensorflow'"),
         (["RUN", "--to", "open_clip", "--precision", "int8"], "--to open_clip has --precision fp32, got 'int8'"),
         (["RUN", "--to", "onnx", "--precision", "fp8"], "--to onnx has --precision fp32 or fp16 or int8, got 'fp8'"),
-        (["nothing", "--to", "onnx"], "'nothing' is no run folder (it has no config.yaml): give the --out of an"),
+        (["nothing", "--to", "onnx"], "'nothing' is not a run folder (no config.yaml): give the --out of an"),
         (["RUN", "--to", "onnx", "--out", "USED"], "is in use: choose another --out, or remove it"),
         (["RUN", "--to", "onnx", "--out", "USED/file/deeper"], "cannot make the folder"),
         (["RUN", "--to", "onnx", "--data", "nowhere"], "nowhere"),
@@ -445,7 +446,7 @@ def test_missing_packages(
 def test_a_tower_that_cannot_be_traced(
     small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from amclr.models.dual_encoder import TextTower
+    from amclr.models.towers import TextTower
 
     forward = TextTower.forward
 

@@ -31,7 +31,8 @@ from fastapi.testclient import TestClient
 from PIL import Image
 
 from amclr.config.schema import ModelConfig, ServeConfig
-from amclr.models.dual_encoder import DualEncoder, build_tokenizer
+from amclr.models.dual_encoder import DualEncoder
+from amclr.models.tokenizer import build_tokenizer
 from amclr.search import query as search
 from amclr.search.index import FORMAT, Index, Row, build, write_part
 from amclr.serve.api import create_app

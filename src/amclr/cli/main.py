@@ -109,13 +109,13 @@ def _train(arguments: list[str]) -> int:
     import json
 
     from amclr.evaluation import evaluator as measure
-    from amclr.training import loop as engine
+    from amclr.training.loop import Stopped, train
 
     try:
-        run = engine.train(config, resume=Path(resume) if resume else None, changed_data=changed, profile=profile)
-    except engine.Stopped as stopped:
+        run = train(config, resume=Path(resume) if resume else None, changed_data=changed, profile=profile)
+    except Stopped as stopped:
         return _fail(str(stopped), stopped.code)
-    if not run.speaks:
+    if not run.verbose:
         return 0
     print(measure.report(json.loads((run.folder / "results.json").read_text())))
     print(f"\nrun folder: {run.folder}  (curves.png, gallery.png, results.json)")
@@ -137,14 +137,14 @@ def _compare(arguments: list[str]) -> int:
     )
     options = _parse(parser, arguments)
     from amclr.compare import runner as compare
-    from amclr.training import loop as engine
+    from amclr.training.loop import Stopped
 
     try:
         found = compare.compare(
             Path(options.file), data=options.data, seeds=options.seeds, out=options.out, zeroshot=options.zeroshot,
             jobs=options.jobs,
         )  # fmt: skip
-    except engine.Stopped as stopped:
+    except Stopped as stopped:
         return _fail(str(stopped), stopped.code)
     print(f"{found.table}\nreport: {found.folder / 'report.html'}  (table.md, table.csv, results.json, figures)")
     return _fail(f"{found.failed} of {found.runs} runs failed: the table says why", 1) if found.failed else 0

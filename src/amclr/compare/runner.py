@@ -46,8 +46,10 @@ from amclr.evaluation.classes import ClassSet, read_classes, short_names
 from amclr.evaluation.evaluator import measure_classes, measure_run_paraphrased
 from amclr.evaluation.metrics import RECALLS
 from amclr.objectives import METHODS
-from amclr.runs.folder import Run, load
-from amclr.training.loop import Stopped, build_objective, train
+from amclr.runs.folder import Run
+from amclr.runs.loading import load
+from amclr.training.assembly import build_objective
+from amclr.training.loop import Stopped, train
 from amclr.training.optim import choose_optimizer
 from amclr.utils.errors import UserError, did_you_mean
 from amclr.utils.files import read_arrays, write_text

@@ -31,10 +31,18 @@ from amclr.data.text.views import TextPolicy
 from amclr.distributed.world import World, process, processes, share_of
 from amclr.evaluation import metrics as evaluate
 from amclr.evaluation.classes import ClassSet, read_classes, short_names
-from amclr.models.averaging import check_start, digest, end_of_line, line_names, mixed
-from amclr.models.dual_encoder import DualEncoder, build_tokenizer
+from amclr.models.averaging import (
+    check_initial_weights,
+    fine_tuned_weights,
+    interpolate,
+    interpolated_names,
+    weights_digest,
+)
+from amclr.models.dual_encoder import DualEncoder
 from amclr.models.features import caption_features, image_features
-from amclr.runs.folder import Run, begin
+from amclr.models.tokenizer import build_tokenizer
+from amclr.runs.folder import Run
+from amclr.runs.loading import initial_model
 from amclr.utils import figures
 from amclr.utils.errors import UserError
 from amclr.utils.files import write_arrays, write_text
@@ -403,24 +411,24 @@ class Line:
 
     def __init__(self, run: Run, device: str) -> None:
         state = run.load_best()
-        run.refuse_without_tokenizer()
+        run.check_tokenizer()
         config = replace(run.config, model=replace(run.config.model, compile=False))
-        self.model = begin(config, [], run.folder).to(device).eval()
+        self.model = initial_model(config, [], run.folder).to(device).eval()
         own = self.model.state_dict()
-        self.start = {k: own[k].cpu().clone() for k in line_names(self.model, config)}
+        self.start = {k: own[k].cpu().clone() for k in interpolated_names(self.model, config)}
         if not self.start:
             raise UserError(
                 f"--wise measures between the weights that a run starts from and those it ends with; '{run.folder}' "
                 "trained nothing but what began at random: leave --wise out"
             )
-        check_start(digest(self.start.values()), state, config)
-        self.end = end_of_line(state)
+        check_initial_weights(weights_digest(self.start.values()), state, config)
+        self.end = fine_tuned_weights(state)
         self.model.load_saved(self.end)
 
     def visit(self, shares: Sequence[float]) -> Iterator[float]:
         """Each share of the way in turn, the model having the weights there."""
         for share in shares:
-            self.model.load_state_dict(mixed(self.start, self.end, share), strict=False)
+            self.model.load_state_dict(interpolate(self.start, self.end, share), strict=False)
             yield share
 
 
@@ -470,7 +478,7 @@ class Monitor:
         monitor = cls(model, Path(config.monitor), progress)
         rows = [r for r in run.metrics() if r["kind"] == "start" and r["monitor"] == config.monitor]
         monitor.start = rows[-1]["zeroshot_top1"] if rows else monitor.top1()
-        if not rows and run.speaks:
+        if not rows and run.verbose:
             run.log({"kind": "start", "step": 0, "epoch": 0.0, "monitor": config.monitor,
                      "zeroshot_top1": monitor.start})  # fmt: skip
         return monitor

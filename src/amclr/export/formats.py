@@ -27,7 +27,8 @@ from amclr.config.schema import Config, SourceConfig
 from amclr.data import manifest as manifests
 from amclr.data.images.decode import BadImage, Location
 from amclr.evaluation.evaluator import measured_on
-from amclr.models.dual_encoder import SMALL_TOWER, DualEncoder
+from amclr.models.dual_encoder import DualEncoder
+from amclr.models.towers import SMALL_TOWER
 from amclr.objectives.methods import METHODS
 from amclr.runs.folder import Run
 from amclr.utils.errors import UserError, first_line, require

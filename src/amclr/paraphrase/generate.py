@@ -25,7 +25,8 @@ from amclr.data import manifest as manifests
 from amclr.data.text.store import FOLDER, REASONS, Entry, Filters, Version, choose
 from amclr.data.text.wording import RULES, reword
 from amclr.distributed.world import Processes
-from amclr.models.dual_encoder import build_text_tower, build_tokenizer
+from amclr.models.tokenizer import build_tokenizer
+from amclr.models.towers import build_text_tower
 from amclr.utils.errors import UserError
 from amclr.utils.randomness import derive
 

@@ -41,9 +41,9 @@ from amclr.data.images.decode import BadImage, read_image
 from amclr.data.images.duplicates import image_hash
 from amclr.data.manifest import Sample
 from amclr.distributed.world import Processes
-from amclr.models.averaging import digest
+from amclr.models.averaging import weights_digest
 from amclr.models.dual_encoder import DualEncoder
-from amclr.runs.folder import load
+from amclr.runs.loading import load
 from amclr.utils.errors import UserError, require
 from amclr.utils.files import write_text, written
 
@@ -394,7 +394,7 @@ def _others(folder: Path) -> Iterator[Path]:
 
 def _begin(model: DualEncoder, out: Path, data: str) -> None:
     """Make an index without rows, where there is none. Raises UserError where there is one of another model."""
-    made_by = digest(model.state_dict().values())
+    made_by = weights_digest(model.state_dict().values())
     if (out / "index.json").is_file():
         about = _read_about(out)
         if about["model"] != made_by:

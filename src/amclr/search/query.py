@@ -27,7 +27,7 @@ from amclr.evaluation import metrics as evaluate
 from amclr.evaluation.classes import read_prompts
 from amclr.evaluation.evaluator import draw_look_alikes
 from amclr.models.dual_encoder import DualEncoder
-from amclr.runs.folder import load
+from amclr.runs.loading import load
 from amclr.search.index import CHUNK, Index, read_samples
 from amclr.utils import figures
 from amclr.utils.errors import UserError

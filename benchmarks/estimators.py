@@ -25,12 +25,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+import amclr.training.step
 from amclr.config.recipes import frozen
 from amclr.config.schema import LossConfig
 from amclr.data.batches import BatchPlan
 from amclr.models.features import FeatureBatches
 from amclr.objectives import Objective, build
-from amclr.training import loop as engine
+from amclr.training import loop
+from amclr.training.assembly import assemble
 from amclr.training.state import Training
 
 ESTIMATORS: dict[str, dict[str, Any]] = {
@@ -83,7 +85,7 @@ class Watch:
         t = self.training
         batch = self.everything[t.step // t.plan.steps_per_epoch]
         with torch.random.fork_rng():
-            found = engine.embed(t.wrapped, batch)
+            found = amclr.training.step.embed(t.wrapped, batch)
         order = torch.argsort(batch.ids)
         found = {v: x[order] for v, x in found.items()}
         for v, x in found.items():
@@ -108,10 +110,10 @@ def errors(data: Path, batch_size: int, epochs: int, seed: int, rate: float) -> 
         optim=replace(base.optim, lr=rate),
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
-        training = engine.assemble(config, Path(folder) / "run", None, progress=True)
+        training = assemble(config, Path(folder) / "run", None, progress=True)
         watch = Watch(training)
         for step in tqdm(range(training.steps), desc=f"batches of {batch_size}"):
-            engine.advance(training, training.batches[step])
+            loop.advance(training, training.batches[step])
             training.step += 1
     rows = {}
     for key, found in watch.errors.items():

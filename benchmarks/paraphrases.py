@@ -24,7 +24,8 @@ from amclr.config.schema import ParaphraseConfig, SourceConfig
 from amclr.data import manifest as manifests
 from amclr.data.text.wording import reword
 from amclr.paraphrase import paraphrase
-from amclr.training.loop import Training, assemble, backward
+from amclr.training.loop import Training, assemble
+from amclr.training.step import backward
 
 
 def main() -> None:

@@ -28,8 +28,9 @@ from amclr.data.images.decode import Location
 from amclr.export.base import get_format
 from amclr.export.exporter import parity_pairs
 from amclr.export.parity import Parity, compare
-from amclr.models.dual_encoder import DualEncoder, build_tokenizer
+from amclr.models.dual_encoder import DualEncoder
 from amclr.models.packaged import minilm_folder
+from amclr.models.tokenizer import build_tokenizer
 from amclr.runs.folder import Run
 
 

@@ -34,7 +34,8 @@ from benchmarks.objectives import machine
 
 from amclr.config.recipes import finetune
 from amclr.config.schema import ModelConfig
-from amclr.models.dual_encoder import DualEncoder, build_tokenizer
+from amclr.models.dual_encoder import DualEncoder
+from amclr.models.tokenizer import build_tokenizer
 from amclr.objectives import backward_in_chunks, build
 from amclr.training.optim import build_optimizer
 

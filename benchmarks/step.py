@@ -16,7 +16,8 @@ import torch
 from benchmarks.objectives import machine, median_times, ours, views_of
 
 from amclr.config.recipes import finetune
-from amclr.models.dual_encoder import DualEncoder, build_tokenizer
+from amclr.models.dual_encoder import DualEncoder
+from amclr.models.tokenizer import build_tokenizer
 from amclr.objectives import build
 
 

@@ -20,8 +20,9 @@ import torch
 
 from amclr.config.schema import Config, ModelConfig
 from amclr.runs.folder import Run
-from amclr.training import loop as engine
+from amclr.training import loop
 from amclr.training.loop import Stopped, train
+from amclr.training.state import Training
 from tests.conftest import make_folder
 from tests.training.test_loop import assert_same_run, config_for
 
@@ -31,13 +32,13 @@ pytestmark = pytest.mark.usefixtures("undrawn")
 def begin(config: Config, steps: Any) -> None:
     """Start a run or go on with it, in a forked process that tells how many steps are done."""
     torch.set_num_threads(1)
-    taken = engine.advance
+    taken = loop.advance
 
-    def advance(t: engine.Training, batch: Any) -> Any:
+    def advance(t: Training, batch: Any) -> Any:
         steps.value = t.step
         return taken(t, batch)
 
-    engine.advance = advance
+    loop.advance = advance
     there = (Path(config.out) / "config.yaml").is_file()
     code = 0
     try:
@@ -118,17 +119,17 @@ def test_ten_signals_leave_ten_checkpoints_within_ten_seconds(folder: Path) -> N
 def test_a_second_signal_acts_at_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a step that takes a minute: the first Ctrl-C waits for it, the second does not; nothing is lost but the step."""
     whole = train(config_for(folder, "whole"), progress=False)
-    taken = engine.advance
+    taken = loop.advance
 
-    def takes_long(t: engine.Training, batch: Any) -> Any:
+    def takes_long(t: Training, batch: Any) -> Any:
         if t.step == 6:
             time.sleep(60)
         return taken(t, batch)
 
     config = config_for(folder, "parts")
-    monkeypatch.setattr(engine, "advance", takes_long)
+    monkeypatch.setattr(loop, "advance", takes_long)
     process, steps = started(config)
-    monkeypatch.setattr(engine, "advance", taken)
+    monkeypatch.setattr(loop, "advance", taken)
     while steps.value < 6:
         time.sleep(0.01)
     for _ in range(2):  # as a launcher does: it passes on what reaches all its processes by itself
@@ -157,8 +158,8 @@ def test_twenty_thousand_steps_take_no_more_memory(tmp_path: Path) -> None:
     )  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(_as_dict(config)))
     code = (
-        "import json, sys; from amclr import engine; from amclr.config.checks import from_dict; "
-        "engine.train(from_dict(json.load(open(sys.argv[1]))), progress=False)"
+        "import amclr, json, sys; from amclr.config.schema import from_dict; "
+        "amclr.train(from_dict(json.load(open(sys.argv[1]))), progress=False)"
     )
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
     process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "config.json")], env=environment)

@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from amclr.config.schema import Config
     from amclr.evaluation import metrics as evaluate
     from amclr.models.dual_encoder import DualEncoder
-    from amclr.runs.folder import Run, load
+    from amclr.runs.folder import Run
+    from amclr.runs.loading import load
     from amclr.training.loop import train
 
 __version__ = "0.1.0"
@@ -63,7 +64,7 @@ _MEMBERS = {
     "DualEncoder": "amclr.models.dual_encoder:DualEncoder",
     "Run": "amclr.runs.folder:Run",
     "evaluate": "amclr.evaluation.metrics",
-    "load": "amclr.runs.folder:load",
+    "load": "amclr.runs.loading:load",
     "train": "amclr.training.loop:train",
 }
 """Public names that are no packages, and where each is: a module, or module:name."""

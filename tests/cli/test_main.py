@@ -68,7 +68,7 @@ def test_train_evaluate_inspect(amclr: Command, main: Command, folder: Path, tmp
     with Image.open(tmp_path / "contact-sheet.png") as sheet:
         assert min(sheet.size) > 400
     again = main("train", "--data", folder, *SMALL, "--out", "out/run")
-    assert "is in use: go on with it by: amclr train --resume out/run" in one_line(again)
+    assert "is in use: resume it with: amclr train --resume out/run" in one_line(again)
     assert "split 'test'" in one_line(main("evaluate", "out/run", "--split", "test"))
 
 
@@ -99,14 +99,14 @@ def test_settings_from_a_file_and_on_top_of_it(main: Command, folder: Path, tmp_
         (["train", "--config", "nowhere.yaml"], "does not exist"),
         (["train", "--config", "slip.yaml"], "unknown option '--epoch': did you mean --epochs?"),
         (["train", "--config", "nested.yaml"], "unknown option '--optim.lrr': did you mean --optim.lr?"),
-        (["train", "--resume", "nowhere"], "'nowhere' is no run folder"),
-        (["train", "--resume", "x", "--epochs", "9"], "'x' is no run folder"),
+        (["train", "--resume", "nowhere"], "'nowhere' is not a run folder"),
+        (["train", "--resume", "x", "--epochs", "9"], "'x' is not a run folder"),
         (["train", "--optim.name", "adamx"], "choose from adamw, adam"),
-        (["evaluate", "nowhere"], "'nowhere' is no run folder"),
+        (["evaluate", "nowhere"], "'nowhere' is not a run folder"),
         (["evaluate", "x", "--templates", "t.txt"], "belong to --zeroshot FOLDER: give it too"),
         (["inspect", "--data", "nowhere"], "no data set at 'nowhere'"),
         (["inspect", "--model.image_size", "0"], "--model.image_size must lie between 8 and 4096"),
-        (["evaluate", "no\x1b[2J\nwhere"], "'no\N{REPLACEMENT CHARACTER}[2J where' is no run folder"),
+        (["evaluate", "no\x1b[2J\nwhere"], "'no\N{REPLACEMENT CHARACTER}[2J where' is not a run folder"),
         (["inspect", "--sheet", "sheet.xyz"], "cannot draw a contact sheet as 'sheet.xyz': name a .png"),
     ],
 )

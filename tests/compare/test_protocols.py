@@ -21,7 +21,7 @@ from transformers import AutoModel, DistilBertConfig
 from amclr.compare.experiment import read_experiment
 from amclr.compare.plan import plan
 from amclr.data.scenes.scene import ranked_kinds
-from amclr.models.dual_encoder import train_tokenizer
+from amclr.models.tokenizer import train_tokenizer
 from amclr.utils.files import read_arrays
 from tests.conftest import COLOURS, Command, paint
 

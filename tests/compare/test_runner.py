@@ -21,9 +21,10 @@ import yaml
 from filelock import FileLock
 from PIL import Image, ImageColor
 
+import amclr.training.step
 from amclr import cli
 from amclr.compare import Comparison, compare, report, runner
-from amclr.training import loop as engine
+from amclr.training import loop
 from amclr.training.loop import Stopped
 from amclr.utils import figures
 from amclr.utils.errors import UserError
@@ -107,18 +108,20 @@ def test_a_comparison(
 def test_runs_of_a_seed_begin_and_go_on_alike(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Samples, their order, first views, captions and starting weights: the objective alone differs."""
     seen: dict[tuple[str, int], list[Any]] = {}
-    advance = engine.advance
+    advance = loop.advance
 
     def look(t: Any, batch: Any) -> Any:
         rows = seen.setdefault((t.config.objective, t.config.seed), [])
         if not rows:
             rows.append({k: v.clone() for k, v in t.model.state_dict().items()})
         n = len(batch.ids)
-        drawn = engine.embed(lambda images, tokens: (images.float().flatten(1), tokens["input_ids"]), batch)
+        drawn = amclr.training.step.embed(
+            lambda images, tokens: (images.float().flatten(1), tokens["input_ids"]), batch
+        )
         rows.append((batch.ids.clone(), drawn["image"].clone(), drawn["text"][:n].clone()))
         return advance(t, batch)
 
-    monkeypatch.setattr(engine, "advance", look)
+    monkeypatch.setattr(loop, "advance", look)
     monkeypatch.setattr(report, "draw", lambda *_: {})
     trained = {**BASE["settings"], "model": {"image_size": 32, "dim": 16}, "epochs": 1}
     assert not run(written(tmp_path / "small.yaml", folder, settings=trained)).failed
@@ -182,7 +185,7 @@ def test_hopeless_ones_are_cut(
 def test_a_failing_run_does_not_stop_the_others(
     experiment: Path, tmp_path: Path, steps_made: Counter[tuple[str, int]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    counted = engine.advance
+    counted = loop.advance
 
     def broken(t: Any, batch: Any) -> Any:
         if (t.config.objective, t.config.seed) == ("sogclr", 1) and t.step == 5:
@@ -190,7 +193,7 @@ def test_a_failing_run_does_not_stop_the_others(
         return counted(t, batch)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine, "advance", broken)
+        patch.setattr(loop, "advance", broken)
         assert cli.main(["compare", str(experiment), "--out", str(tmp_path / "out")]) == 1
     said = capsys.readouterr()
     assert said.err.endswith("amclr: 1 of 4 runs failed: the table says why\n")
@@ -210,7 +213,7 @@ def test_all_runs_may_fail(experiment: Path, monkeypatch: pytest.MonkeyPatch) ->
     def broken(*_: Any) -> Any:
         raise UserError("the data are gone")
 
-    monkeypatch.setattr(engine, "advance", broken)
+    monkeypatch.setattr(loop, "advance", broken)
     found = run(experiment)
     assert found.failed == 4 and "- amclr, seed 1: the data are gone" in found.table
     assert "<h2>Runs</h2>" in (found.folder / "report.html").read_text()
@@ -221,7 +224,7 @@ def test_stopped_and_gone_on_with(
 ) -> None:
     """A signal in the middle of the second run: no step is made twice, and the end is that without it."""
     monkeypatch.setattr(report, "draw", lambda *_: {})
-    counted = engine.advance
+    counted = loop.advance
 
     def interrupted(t: Any, batch: Any) -> Any:
         if (t.config.objective, t.step) == ("amclr", 2):

@@ -14,7 +14,7 @@ from amclr.data import manifest as manifests
 from amclr.data.batches import BatchPlan, ImageBatches
 from amclr.data.images.store import ImageStore
 from amclr.data.manifest import Manifest
-from amclr.training import loop as engine
+from amclr.training.loop import train
 from tests.conftest import REAL, make_folder, needs_real_data
 from tests.data.formats import WRITERS, Item, items_of, write_csv, write_jsonl, write_tars
 from tests.data.test_batches import letters, same
@@ -138,7 +138,7 @@ def test_real_images_train_alike_bit_for_bit_in_every_format(tmp_path: Path, own
             views=ViewsConfig(image="paper", image_aug="single"), model=ModelConfig(image_size=32, dim=32),
             loss=LossConfig(temperature=0.05), optim=OptimConfig(lr=1e-3),
         )  # fmt: skip
-        run = engine.train(config, progress=False)
+        run = train(config, progress=False)
         state = run.load_last()
         assert state is not None and state["step"] == 26
         states[name] = {**state["model"], **{k: v for k, v in state["objective"].items() if torch.is_tensor(v)}}

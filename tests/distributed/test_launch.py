@@ -16,12 +16,15 @@ from typing import Any
 import pytest
 import torch
 
+import amclr.training.step
 from amclr.config.schema import Config, OptimConfig
-from amclr.distributed.watchdog import BEAT, Team
+from amclr.distributed.team import Team
+from amclr.distributed.watchdog import BEAT
 from amclr.objectives import METHODS
 from amclr.runs.folder import Run
-from amclr.training import loop as engine
+from amclr.training import loop
 from amclr.training.loop import Stopped, train
+from amclr.training.state import Training
 from amclr.utils.errors import UserError
 from tests.conftest import SMALL
 from tests.processes import Processes
@@ -128,15 +131,15 @@ def test_a_checkpoint_of_two_processes_is_taken_up_by_any_number(others: int, fo
 
 
 def stopped_by_a_signal(rank: int, config: Config) -> None:
-    taken, step = engine.embed, iter(range(10_000))
+    taken, step = amclr.training.step.embed, iter(range(10_000))
 
     def embed(model: Any, batch: Any) -> Any:
         if next(step) == 10 and rank == 1:
             signal.raise_signal(signal.SIGTERM)
         return taken(model, batch)
 
-    engine.embed = embed
-    with pytest.raises(Stopped, match="go on by: amclr train --resume" if rank == 0 else "^$") as stopped:
+    amclr.training.step.embed = embed
+    with pytest.raises(Stopped, match="resume with: amclr train --resume" if rank == 0 else "^$") as stopped:
         train(config, progress=True)
     assert stopped.value.code == 143
 
@@ -156,7 +159,7 @@ def test_two_processes_resume_bit_by_bit(folder: Path, tmp_path: Path) -> None:
 
 def steps_slowly(rank: int, config: Config, where: str) -> None:
     """Train, marking each step in a file; process 1 does something to itself at step 6."""
-    taken, step = engine.embed, iter(range(10_000))
+    taken, step = amclr.training.step.embed, iter(range(10_000))
 
     def embed(model: Any, batch: Any) -> Any:
         k = next(step)
@@ -171,7 +174,7 @@ def steps_slowly(rank: int, config: Config, where: str) -> None:
                 raise ArithmeticError("the sum does not add up")
         return taken(model, batch)
 
-    engine.embed = embed
+    amclr.training.step.embed = embed
     if where == "noticed by one" and rank == 0:
         config = replace(config, watchdog_timeout=100.0)
     from amclr import cli
@@ -184,8 +187,8 @@ def steps_slowly(rank: int, config: Config, where: str) -> None:
 @pytest.mark.parametrize(
     ("where", "message"),
     [
-        ("killed", "the connection to another process is lost|nothing has been heard of process 1"),
-        ("frozen", "nothing has been heard of process 1 of 2 for"),
+        ("killed", "the connection to another process is lost|process 1 of 2 has sent no heartbeat"),
+        ("frozen", "process 1 of 2 has sent no heartbeat for"),
         ("stuck", "process 1( of 2 has been)? in 'forward' for"),
         ("noticed by one", r"process 1 of 2 has stopped.* process 1 of 2 has been in 'forward' for"),
         ("raises", "ArithmeticError|the sum does not add up"),
@@ -269,15 +272,15 @@ def watched(rank: int) -> None:
     """A team whose watch takes its time over every sign of life."""
     torch.distributed.init_process_group("gloo")
     with Team(60.0) as team:
-        beat = team._beat
+        beat = team.watchdog._beat
 
         def slow(*arguments: Any) -> None:
             beat(*arguments)
             time.sleep(0.5)
 
-        team._beat = slow  # type: ignore[method-assign]
+        team.watchdog._beat = slow  # type: ignore[method-assign]
         time.sleep(1.2 * BEAT)
-    assert "team" not in {t.name for t in threading.enumerate()}
+    assert "watchdog" not in {t.name for t in threading.enumerate()}
 
 
 def test_the_watch_ends_before_the_process(tmp_path: Path) -> None:
@@ -368,14 +371,14 @@ def in_float16(monkeypatch: pytest.MonkeyPatch, scale: float) -> None:
 def test_a_step_left_out_of_scaled_ones(what: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the scaler knows of its gradients is forgotten: the next step is made, with the scale of before."""
     in_float16(monkeypatch, 4.0)
-    taken, scales = engine.advance, {}
+    taken, scales = loop.advance, {}
 
-    def poisoned(t: engine.Training, batch: Any) -> Any:
+    def poisoned(t: Training, batch: Any) -> Any:
         batch.images = batch.images * torch.nan if t.step == 3 else batch.images
         scales[t.step] = t.fabric.strategy.precision.scaler.get_scale()
         return taken(t, batch)
 
-    monkeypatch.setattr(engine, "advance", poisoned)
+    monkeypatch.setattr(loop, "advance", poisoned)
     run = train(frozen(folder, on_nan=what), progress=False)
     assert run.load_last()["skipped"] == [3] and scales[4] == 4.0 and scales[5] == 8.0  # type: ignore[index]
 
@@ -386,14 +389,14 @@ def test_loss_scaling_resumes_bit_by_bit(folder: Path, monkeypatch: pytest.Monke
     whole = train(frozen(folder, "whole", epochs=9, objective="amclr"), progress=False)
     state = whole.load_last()
     assert state is not None and 1 < state["precision"]["scale"] < 2.0**40
-    taken, count = engine.embed, iter(range(1000))
+    taken, count = amclr.training.step.embed, iter(range(1000))
 
     def interrupt(model: Any, batch: Any) -> Any:
         if next(count) == 5:
             signal.raise_signal(signal.SIGTERM)
         return taken(model, batch)
 
-    monkeypatch.setattr(engine, "embed", interrupt)
+    monkeypatch.setattr("amclr.training.step.embed", interrupt)
     with pytest.raises(Stopped):
         train(frozen(folder, "parts", epochs=9, objective="amclr"), progress=False)
     assert_same_run(whole, train(resume=folder.parent / "parts", progress=False))
@@ -425,5 +428,5 @@ def test_all_processes_wait_for_the_last_checkpoint(folder: Path, tmp_path: Path
         _, said = process.communicate(timeout=90)
     finally:
         process.kill()
-    assert process.returncode == 130 and said.count("stopped; go on by: amclr train --resume run") == 1
+    assert process.returncode == 130 and said.count("stopped; resume with: amclr train --resume run") == 1
     assert Run.open(tmp_path / "run").load_last()["step"] >= 1  # type: ignore[index]

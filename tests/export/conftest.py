@@ -17,7 +17,8 @@ from transformers import AutoModel, PretrainedConfig
 import amclr
 from amclr import cli
 from amclr.config.schema import Config, ModelConfig, OptimConfig, ViewsConfig
-from amclr.models.dual_encoder import DualEncoder, build_tokenizer, train_tokenizer
+from amclr.models.dual_encoder import DualEncoder
+from amclr.models.tokenizer import build_tokenizer, train_tokenizer
 from amclr.training.loop import train
 from tests.conftest import COLOURS, make_folder
 

@@ -13,7 +13,7 @@ import torch
 
 import amclr
 from amclr.export import onnx
-from amclr.models.dual_encoder import train_tokenizer
+from amclr.models.tokenizer import train_tokenizer
 from amclr.utils.errors import UserError
 from tests.export.conftest import ALONE, CAPTIONS, EMBEDS, alone, check_alone, command
 
@@ -58,7 +58,7 @@ def test_smaller_onnx(small: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 def test_a_tower_that_cannot_be_traced(
     small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from amclr.models.dual_encoder import TextTower
+    from amclr.models.towers import TextTower
 
     forward = TextTower.forward
 

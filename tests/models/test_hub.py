@@ -18,7 +18,8 @@ from transformers import AutoModel, BertConfig, DistilBertConfig
 
 import amclr
 from amclr.config.schema import ModelConfig
-from amclr.models.dual_encoder import DualEncoder, build_tokenizer, train_tokenizer
+from amclr.models.dual_encoder import DualEncoder
+from amclr.models.tokenizer import build_tokenizer, train_tokenizer
 from amclr.runs.folder import Run
 from amclr.training.loop import train
 from amclr.utils.errors import UserError
@@ -149,7 +150,7 @@ def test_had_from_the_hub(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     [
         (lambda f: (f / "config.json").write_text("{"), "cannot read the model in .*; export it again"),
         (lambda f: (f / "config.json").write_text('{"model_type": "bert"}'), "another library's model"),
-        (lambda f: (f / "config.json").write_text('{"amclr": 99, "model": {}}'), "of format 99, .* reads 1"),
+        (lambda f: (f / "config.json").write_text('{"amclr": 99, "model": {}}'), "has format 99, .* reads 1"),
         (lambda f: (f / "config.json").write_text('{"amclr": 1, "model": {"dims": 3}}'), "dims"),
         (lambda f: (f / "model.safetensors").write_bytes(b"short"), "cannot read the model in .*; export it again"),
         (lambda f: shutil.rmtree(f / "tokenizer"), "cannot read the model in .*; export it again"),
@@ -186,4 +187,4 @@ for name in ("someone/absent", "runs/absent"):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     absent, no_run = done.stdout.splitlines()
-    assert "no such model can be had from the Hub" in absent and "is no run folder" in no_run
+    assert "no such model can be downloaded from the Hub" in absent and "is not a run folder" in no_run

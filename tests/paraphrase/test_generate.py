@@ -24,7 +24,7 @@ from tests.paraphrase.conftest import WORDS, bytes_of, captioned, one_line, opti
 def test_a_seq2seq_model_fills_a_store_that_training_reads(seq2seq: Path, tmp_path: Path) -> None:
     data = captioned(tmp_path / "data")
     report = paraphrase(options(seq2seq), str(data))
-    found = stores.read_store(data / "paraphrases")
+    found = read_store(data / "paraphrases")
     captions = {c for s in manifests.load(Config(data=str(data)), tmp_path).samples for c in s.captions}
     assert set(found.texts) == captions and f"captions     {len(captions)} different ones" in report
     assert found.version.startswith(f"{seq2seq.name}-k2-") and str(found.path) in report
@@ -70,7 +70,7 @@ def test_only_new_captions_are_paraphrased_later(
     monkeypatch.setattr(ModelParaphraser, "__call__", lambda self, c, n: captions.extend(c) or real(self, c, n))
     report = paraphrase(options(seq2seq), str(data))
     assert captions == ["the wet old dog plays over the street", "cat near water"] and "2 new" in report
-    after = stores.read_store(data / "paraphrases").texts
+    after = read_store(data / "paraphrases").texts
     assert {c: after[c] for c in before} == dict(before) and len(after) == len(before) + 2
     paraphrase(options(seq2seq), str(data))
     assert len(captions) == 2
@@ -92,7 +92,7 @@ def test_filters_reject_what_a_model_gets_wrong(tmp_path: Path, monkeypatch: pyt
         lambda self, captions, count: [generated for _ in captions],
     )
     report = paraphrase(options("rules", k=3, shortest=0.5, longest=2.0), str(data))
-    store = stores.read_store(data / "paraphrases")
+    store = read_store(data / "paraphrases")
     assert store.texts["Two dogs with a red ball on the left ."] == (generated[7], generated[11])
     counts = json.loads((store.path / "report.json").read_text())
     expected = {"same": 2, "numbers": 1, "colours": 1, "negation": 1, "sides": 1, "short": 1, "unfinished": 1, "long": 1,
@@ -101,7 +101,7 @@ def test_filters_reject_what_a_model_gets_wrong(tmp_path: Path, monkeypatch: pyt
     assert "1 with 2" in report and "1 negation (other negation)" in report
     assert "pair of dogs" in (store.path / "sample.txt").read_text()
     paraphrase(options("rules", k=3, shortest=0.5, longest=2.0, keep_facts=False), str(data))
-    assert generated[1] in stores.read_store(data / "paraphrases").texts["Two dogs with a red ball on the left ."]
+    assert generated[1] in read_store(data / "paraphrases").texts["Two dogs with a red ball on the left ."]
 
 
 def test_slips_are_one_line_with_advice(

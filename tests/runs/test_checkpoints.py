@@ -26,12 +26,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+import amclr.training.step
 from amclr.config.schema import Config
 from amclr.runs import checkpoints
-from amclr.runs.checkpoints import Checkpoints, Damaged, copied, digest, read, size
+from amclr.runs.checkpoints import Checkpoints
 from amclr.runs.folder import Run
-from amclr.training import loop as engine
-from amclr.training.loop import train
+from amclr.runs.serialization import Damaged, copy_to_cpu, digest, read_state, tensor_bytes
+from amclr.training.loop import Stopped, train
 from amclr.utils import files
 from amclr.utils.errors import UserError
 from tests.training.test_loop import frozen
@@ -121,7 +122,7 @@ def test_what_is_loaded_is_what_was_saved(saved: Checkpoints) -> None:
         saved.wait()
         for found in (saved.load_last(), saved.load_best()):
             assert same(found, wanted), "and nothing besides, such as the digest"
-    assert saved.best_is_sound()
+    assert saved.best_is_intact()
 
 
 @pytest.mark.parametrize("before", [None, 1, "1", 1.5, b"1", True, (1, 2), [1], {"a": 1}, torch.ones(2)])
@@ -136,14 +137,14 @@ def test_the_digest_tells_everything_apart(before: Any, after: Any) -> None:
 
 def test_the_digest_tells_structure_order_and_small_numbers_apart() -> None:
     norm = nn.BatchNorm1d(3).state_dict()
-    other = copied(norm)
+    other = copy_to_cpu(norm)
     other._metadata[""]["version"] = 1
     for a, b in [
         ([[1], 2], [[1, 2]]), ([], [[]]), ({"a": 1, "b": 2}, {"b": 2, "a": 1}), (0.0, -0.0), (1, True), ("", None),
         (norm, dict(norm)), (norm, other), (["a", "b"], ["a/b"]), (torch.empty(0, 3), torch.empty(3, 0)),
     ]:  # fmt: skip
         assert digest(a) != digest(b), (a, b)
-    assert digest(norm) == digest(copied(norm))
+    assert digest(norm) == digest(copy_to_cpu(norm))
 
 
 @pytest.mark.parametrize(
@@ -168,7 +169,7 @@ def test_the_digest_is_of_values_however_they_lie(
     assert digest(torch.cat([values, values])[6:]) == wanted and digest(values[:3]) != wanted
     mapped = torch.from_file(str(tmp_path / "table"), shared=True, size=values.numel(), dtype=dtype)
     assert digest(mapped.view(6, 5, 4).copy_(values)) == wanted
-    monkeypatch.setattr(checkpoints, "PIECE_BYTES", 7)
+    monkeypatch.setattr("amclr.runs.serialization.PIECE_BYTES", 7)
     assert digest(values.transpose(0, 2).contiguous().transpose(0, 2)) == wanted
     assert digest(torch.tensor(1).to(dtype)) != digest(torch.tensor([1]).to(dtype))
 
@@ -184,8 +185,8 @@ def test_what_cannot_be_kept_is_a_mistake(value: Any, wait: bool, saved: Checkpo
 def test_tensors_that_stand_in_a_state_twice_are_copied_once(saved: Checkpoints) -> None:
     tensor, other = torch.zeros(1000), torch.zeros(1000)
     state = {"a": tensor, "b": [tensor.view(1000), other], "c": {"d": tensor[:500]}}
-    assert size(state) == 4 * 2500
-    found = copied(state)
+    assert tensor_bytes(state) == 4 * 2500
+    found = copy_to_cpu(state)
     assert found["a"].data_ptr() == found["b"][0].data_ptr() != tensor.data_ptr()
     assert len({t.data_ptr() for t in (tensor, found["a"], found["b"][1], found["c"]["d"])}) == 4
     saved.save({"a": tensor, "b": tensor.view(1000)}, 1, best=False, keep=1)
@@ -220,7 +221,7 @@ def flipped(file: Path, copy: Path, positions: Any, wanted: Any) -> dict[str, in
         changed[position] ^= draw.randrange(1, 256)
         copy.write_bytes(changed)
         try:
-            state = read(copy)
+            state = read_state(copy)
         except Damaged:
             counts["found"] += 1
         else:
@@ -254,7 +255,7 @@ def test_a_file_cut_off_anywhere_is_damaged(saved: Checkpoints, tmp_path: Path) 
     for length in [*range(0, 40), *range(40, len(content), 23), *range(len(content) - 40, len(content))]:
         (tmp_path / "cut.pt").write_bytes(content[:length])
         with pytest.raises(Damaged):
-            read(tmp_path / "cut.pt")
+            read_state(tmp_path / "cut.pt")
 
 
 def test_the_newest_sound_one_is_loaded_and_what_is_wrong_is_told(
@@ -274,9 +275,9 @@ def test_the_newest_sound_one_is_loaded_and_what_is_wrong_is_told(
     assert len(told) == 2, "one line for each file, whatever its names"
     assert re.search(r"checkpoint .*last.pt is damaged \(its content is not what was written\)", told[0])
     assert re.search(r"checkpoint .*step-00000002.pt is damaged \(\w+\)", told[1])
-    assert fresh.best_is_sound() and same(fresh.load_best(), state_of(1))
+    assert fresh.best_is_intact() and same(fresh.load_best(), state_of(1))
     (saved.folder / "best.pt").write_bytes(b"rubbish")
-    assert not fresh.best_is_sound(), "also where it has been read before"
+    assert not fresh.best_is_intact(), "also where it has been read before"
     with pytest.raises(UserError, match=r"best.pt' is damaged"):
         fresh.load_best()
     with pytest.raises(
@@ -284,7 +285,7 @@ def test_the_newest_sound_one_is_loaded_and_what_is_wrong_is_told(
     ):
         fresh.load_last()
     (saved.folder / "best.pt").unlink()
-    assert not fresh.best_is_sound()
+    assert not fresh.best_is_intact()
 
 
 def test_a_payload_is_refused_and_not_executed(
@@ -310,7 +311,7 @@ def test_a_payload_is_refused_and_not_executed(
     (saved.folder / "best.pt").write_bytes((saved.folder / "step-00000002.pt").read_bytes())
     with pytest.raises(UserError, match=r"damaged \(refused: "):
         saved.load_best()
-    assert not saved.best_is_sound() and not (tmp_path / "executed").exists()
+    assert not saved.best_is_intact() and not (tmp_path / "executed").exists()
 
 
 def test_files_of_the_first_format_have_no_digest(saved: Checkpoints) -> None:
@@ -323,7 +324,7 @@ def test_files_of_the_first_format_have_no_digest(saved: Checkpoints) -> None:
         del content[lost]
         torch.save(content, saved.folder / "step-00000005.pt")
         with pytest.raises(Damaged, match="not what was written"):
-            read(saved.folder / "step-00000005.pt")
+            read_state(saved.folder / "step-00000005.pt")
 
 
 # -- while training goes on -----------------------------------------------------------------------
@@ -336,7 +337,7 @@ def test_training_may_go_on_while_a_checkpoint_is_written(saved: Checkpoints, ga
     model(torch.ones(1, 50)).sum().backward()
     optimizer.step()
     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "list": [1]}
-    wanted = copied(state)
+    wanted = copy_to_cpu(state)
     saved.save(state, 1, best=True, keep=1)
     assert not (saved.folder / "last.pt").exists() and "checkpoint" not in before
     for _ in range(3):
@@ -354,10 +355,12 @@ def test_a_state_too_large_to_copy_is_written_at_once(
     saved: Checkpoints, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     state = state_of(1)
-    monkeypatch.setattr(checkpoints, "free_memory", lambda: 4 * size(state) - 1)
+    monkeypatch.setattr(checkpoints, "free_memory", lambda: 4 * tensor_bytes(state) - 1)
     monkeypatch.setattr(checkpoints, "copied", lambda _: pytest.fail("there is no room for a copy"))
     saved.save(state, 1, best=False, keep=1)
-    assert same(read(saved.folder / "last.pt"), state) and "checkpoint" not in {t.name for t in threading.enumerate()}
+    assert same(read_state(saved.folder / "last.pt"), state) and "checkpoint" not in {
+        t.name for t in threading.enumerate()
+    }
     with full_disk():
         saved.save(state_of(2), 2, best=False, keep=1)
     assert "the checkpoint of step 2 (File too large): the one of step 1 stays" in capsys.readouterr().err
@@ -371,7 +374,7 @@ def test_a_system_without_room_for_a_thread(saved: Checkpoints) -> None:
         saved.save(state_of(1), 1, best=False, keep=1)
     finally:
         threading.stack_size(former)
-    assert same(read(saved.folder / "last.pt"), state_of(1))
+    assert same(read_state(saved.folder / "last.pt"), state_of(1))
     saved.wait()
 
 
@@ -466,7 +469,7 @@ def test_metrics_are_on_the_disk_before_the_checkpoint_is(tmp_path: Path, monkey
     monkeypatch.setattr(files.os, "replace", lambda a, b: (told("rename", b), replace(a, b)))
     monkeypatch.setattr(Path, "unlink", lambda p, **options: (told("unlink", p), unlink(p, **options)))
     run.save(state_of(2), 2, best=False, keep=1)
-    run.wait_saved()
+    run.checkpoints.wait()
     assert [s for s in seen if s != "unlink last.pt.part"] == [
         "sync metrics.jsonl", "sync run", "sync step-00000002.pt.part", "rename step-00000002.pt", "rename last.pt",
         "sync checkpoints", "unlink step-00000001.pt",
@@ -474,18 +477,18 @@ def test_metrics_are_on_the_disk_before_the_checkpoint_is(tmp_path: Path, monkey
 
 
 def test_how_often_checkpoints_are_written(saved: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert saved.pace() == 10
+    assert saved.interval() == 10
     saved.save(state_of(1), 1, best=False, keep=1, wait=True)
-    assert saved.pace() == 10, "a small one takes no fifth of a second"
-    monkeypatch.setattr(checkpoints, "RATE", 100.0)
-    assert saved.pace() == (saved.folder / "last.pt").stat().st_size / 100
-    monkeypatch.setattr(checkpoints, "RATE", 1e12)
+    assert saved.interval() == 10, "a small one takes no fifth of a second"
+    monkeypatch.setattr(checkpoints, "BYTES_PER_SECOND", 100.0)
+    assert saved.interval() == (saved.folder / "last.pt").stat().st_size / 100
+    monkeypatch.setattr(checkpoints, "BYTES_PER_SECOND", 1e12)
     tensors, begun = {"x": torch.zeros(10_000_000)}, time.monotonic()
     saved.save(tensors, 2, best=False, keep=1)
     saved.wait()
     taken = time.monotonic() - begun
-    monkeypatch.setattr(checkpoints, "SHORTEST", 0.0)
-    assert 0.5 * taken < saved.pace() / 50 <= taken
+    monkeypatch.setattr(checkpoints, "MIN_INTERVAL", 0.0)
+    assert 0.5 * taken < saved.interval() / 50 <= taken
 
 
 # -- a disk that is full --------------------------------------------------------------------------
@@ -493,7 +496,7 @@ def test_how_often_checkpoints_are_written(saved: Checkpoints, monkeypatch: pyte
 
 def test_a_full_disk_is_told_and_training_goes_on(saved: Checkpoints, capsys: pytest.CaptureFixture[str]) -> None:
     message = (
-        r"cannot write a checkpoint in '.*checkpoints' \(File too large\): make room, then go on by: "
+        r"cannot write a checkpoint in '.*checkpoints' \(File too large\): free some space, then resume with: "
         rf"amclr train --resume {re.escape(str(saved.folder.parent))}$"
     )
     with full_disk():
@@ -501,7 +504,7 @@ def test_a_full_disk_is_told_and_training_goes_on(saved: Checkpoints, capsys: py
         with pytest.raises(UserError, match=message):
             saved.wait()
     assert capsys.readouterr().err == (
-        "cannot write the checkpoint of step 1 (File too large): there is none before it; trying again at the next\n"
+        "cannot write the checkpoint of step 1 (File too large): there is no earlier one; the next one is tried again\n"
     )
     saved.save(state_of(2), 2, best=True, keep=1)
     saved.wait()
@@ -512,7 +515,7 @@ def test_a_full_disk_is_told_and_training_goes_on(saved: Checkpoints, capsys: py
         with pytest.raises(UserError, match=message):
             saved.wait()
         told = capsys.readouterr().err
-        assert told.count("(File too large): the one of step 2 stays; trying again at the next\n") == 2
+        assert told.count("(File too large): the one of step 2 is kept; the next one is tried again\n") == 2
         with pytest.raises(UserError, match=message):
             saved.save(state_of(5), 5, best=False, keep=1, wait=True)
         assert not capsys.readouterr().err, "what is raised is not told besides"
@@ -609,7 +612,7 @@ def test_a_process_forked_while_one_is_written_does_not_hang(
             saved.folder = tmp_path / "other"
             saved.save(state_of(3), 3, best=False, keep=1)
             saved.wait()
-            checkpoints._end()
+            checkpoints._wait_at_exit()
             os._exit(0 if same(own.load_last(), state_of(2)) and same(saved.load_last(), state_of(3)) else 1)
         finally:
             os._exit(2)
@@ -680,7 +683,7 @@ def killed(folder: Path, rounds: int, seed: int) -> int:
         else:
             assert acknowledged == 0
         if (folder / "best.pt").exists():
-            assert saved.best_is_sound() and saved.load_best()["step"] % 3 == 0
+            assert saved.best_is_intact() and saved.load_best()["step"] % 3 == 0
         found = names(saved) if folder.is_dir() else []
         half += any(n.endswith(".part") for n in found)
         assert len([n for n in found if n.endswith(".part")]) <= 1
@@ -710,14 +713,14 @@ def test_killed_a_hundred_times_while_saving(tmp_path: Path, capsys: pytest.Capt
 
 def fails_at(step: int, monkeypatch: pytest.MonkeyPatch, what: Any) -> None:
     """Call something in place of the forward pass of a step."""
-    taken, calls = engine.embed, iter(range(1000))
+    taken, calls = amclr.training.step.embed, iter(range(1000))
 
     def embed(model: Any, batch: Any) -> Any:
         if next(calls) == step:
             what()
         return taken(model, batch)
 
-    monkeypatch.setattr(engine, "embed", embed)
+    monkeypatch.setattr("amclr.training.step.embed", embed)
 
 
 @pytest.mark.parametrize("error", [RuntimeError("a bug"), KeyboardInterrupt()])
@@ -727,10 +730,10 @@ def test_whatever_ends_a_run_the_checkpoint_under_way_is_finished(
     def raises() -> None:
         raise error
 
-    monkeypatch.setattr(Checkpoints, "pace", lambda self: 0.0)
+    monkeypatch.setattr(Checkpoints, "interval", lambda self: 0.0)
     monkeypatch.setattr(checkpoints, "digest", lambda state: (time.sleep(0.3), digest(state))[1])
     fails_at(3, monkeypatch, raises)
-    with pytest.raises((RuntimeError, engine.Stopped), match="a bug|stopped"):
+    with pytest.raises((RuntimeError, Stopped), match="a bug|stopped"):
         train(frozen(folder), progress=False)
     state = Run.open(folder.parent / "run").load_last()
     assert state is not None and state["step"] == 3
@@ -740,7 +743,7 @@ def test_a_run_goes_on_while_the_disk_is_full(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    monkeypatch.setattr(Checkpoints, "pace", lambda self: 0.0)
+    monkeypatch.setattr(Checkpoints, "interval", lambda self: 0.0)
     fails_at(2, monkeypatch, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard)))
     fails_at(5, monkeypatch, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard)))
     try:
@@ -748,9 +751,9 @@ def test_a_run_goes_on_while_the_disk_is_full(
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     told = capsys.readouterr().err
-    assert re.search(r"cannot write the checkpoint of step 3 \(File too large\): the one of step \d stays", told)
+    assert re.search(r"cannot write the checkpoint of step 3 \(File too large\): the one of step \d is kept", told)
     state = run.load_last()
-    assert state is not None and state["step"] == 8 and run.best_is_sound()
+    assert state is not None and state["step"] == 8 and run.best_is_intact()
 
 
 def test_what_ended_a_run_is_not_hidden_by_a_disk_that_is_full(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -759,7 +762,7 @@ def test_what_ended_a_run_is_not_hidden_by_a_disk_that_is_full(folder: Path, mon
     def fail() -> None:
         raise UserError("something else")
 
-    monkeypatch.setattr(Checkpoints, "pace", lambda self: 0.0)
+    monkeypatch.setattr(Checkpoints, "interval", lambda self: 0.0)
     fails_at(2, monkeypatch, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard)))
     fails_at(3, monkeypatch, fail)
     try:

@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 
 from amclr.config.schema import Config
-from amclr.runs.folder import FIGURES, Run
+from amclr.runs.folder import Run
+from amclr.runs.notebook import FIGURES
 from amclr.utils import html
 
 HOSTILE = "<script>alert(1)<|script> \" onerror='x' & <img src=x>"

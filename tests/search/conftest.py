@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from amclr.config.schema import ModelConfig, OptimConfig
-from amclr.models.dual_encoder import DualEncoder, build_tokenizer
+from amclr.models.dual_encoder import DualEncoder
+from amclr.models.tokenizer import build_tokenizer
 from amclr.runs.folder import Run
 from amclr.search.builder import BuildResult, build
 from amclr.search.index import Index

@@ -21,7 +21,8 @@ from PIL import Image
 
 from amclr.config.schema import ScenesConfig
 from amclr.data import scenes
-from amclr.models.dual_encoder import DualEncoder, build_tokenizer
+from amclr.models.dual_encoder import DualEncoder
+from amclr.models.tokenizer import build_tokenizer
 from amclr.search import builder
 from amclr.search.builder import BuildResult, build
 from amclr.search.index import Index

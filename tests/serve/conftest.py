@@ -21,7 +21,8 @@ import torch
 from fastapi.testclient import TestClient
 
 from amclr.config.schema import ModelConfig, ServeConfig
-from amclr.models.dual_encoder import DualEncoder, build_tokenizer
+from amclr.models.dual_encoder import DualEncoder
+from amclr.models.tokenizer import build_tokenizer
 from amclr.search.builder import build
 from amclr.search.index import Index
 from amclr.search.query import Hit, embed, find, parse, text_mask

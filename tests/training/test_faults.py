@@ -19,14 +19,19 @@ import torch
 from torch.utils.data import DataLoader
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
+import amclr.training.step
 from amclr import cli
 from amclr.config.schema import Config, LossConfig, OptimConfig
+from amclr.data import manifest as manifests
 from amclr.data.batches import ImageBatches
 from amclr.data.images import decode as images
 from amclr.distributed.signals import Interrupted, Signals
+from amclr.models.features import FeatureBatches
 from amclr.runs.folder import Run
-from amclr.training import loop as engine
+from amclr.training import loop
+from amclr.training.assembly import assemble
 from amclr.training.loop import train
+from amclr.training.state import Training
 from amclr.utils.errors import UserError
 from tests.conftest import SMALL, Command
 from tests.training.test_loop import config_for, frozen, untimed
@@ -38,15 +43,15 @@ Embed = Callable[[Any, Any], dict[str, torch.Tensor]]
 
 def poisoned(monkeypatch: pytest.MonkeyPatch, steps: set[int], t: list[Any] | None = None) -> None:
     """Let the embeddings of some samples come out as NaN, in all batches of the given steps."""
-    real = engine.advance
+    real = loop.advance
 
-    def advance(training: engine.Training, batch: Any) -> Any:
+    def advance(training: Training, batch: Any) -> Any:
         if training.step in steps:
             # The images themselves are what is wrong, as they would be in life: with every view of them.
             batch.images = batch.images * torch.nan
         return real(training, batch)
 
-    monkeypatch.setattr(engine, "advance", advance)
+    monkeypatch.setattr(loop, "advance", advance)
 
 
 # -- numbers --------------------------------------------------------------------------------------
@@ -74,24 +79,22 @@ def test_a_skipped_step_leaves_no_trace(
 ) -> None:
     """Weights, batch norms and tables after it are as if that step had been passed over; it is counted and resumed."""
     if make is config_for:
-        real = engine.embed
-        monkeypatch.setattr(engine, "embed", lambda m, b: {v: x * blot(v) for v, x in real(m, b).items()})
+        real = amclr.training.step.embed
+        monkeypatch.setattr("amclr.training.step.embed", lambda m, b: {v: x * blot(v) for v, x in real(m, b).items()})
         where = {"step": -1}
 
         def blot(view: str) -> float:
             return float("nan") if where["step"] in (2, 5) and view == "image" else 1.0
 
-        taken = engine.advance
-        monkeypatch.setattr(engine, "advance", lambda t, b: where.update(step=t.step) or taken(t, b))
+        taken = loop.advance
+        monkeypatch.setattr(loop, "advance", lambda t, b: where.update(step=t.step) or taken(t, b))
     else:
         poisoned(monkeypatch, {2, 5})
     config = make(folder, objective="iamclr", epochs=3, on_nan="skip")
-    training = engine.assemble(
-        replace(config, out=str(folder.parent / "looked")), folder.parent / "looked", None, False
-    )
+    training = assemble(replace(config, out=str(folder.parent / "looked")), folder.parent / "looked", None, False)
     for step in range(3):
         before = {k: v.clone() for k, v in {**training.model.state_dict(), **training.objective.state_dict()}.items()}
-        made = engine.advance(training, training.batches[step])
+        made = loop.advance(training, training.batches[step])
         assert made.outcome == ("skipped" if step == 2 else "made")
         training.step += 1
     after = {**training.model.state_dict(), **training.objective.state_dict()}
@@ -107,14 +110,14 @@ def test_a_skipped_step_leaves_no_trace(
 def test_rolled_back_is_as_if_the_step_were_not_there(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same run as one that was told beforehand to leave the step out; also where it is killed in between."""
     config = frozen(folder, objective="xamclr", epochs=3)
-    real = engine.advance
+    real = loop.advance
     with monkeypatch.context() as patch:
 
-        def told(t: engine.Training, batch: Any) -> Any:
+        def told(t: Training, batch: Any) -> Any:
             t.skipped.add(6)
             return real(t, batch)
 
-        patch.setattr(engine, "advance", told)
+        patch.setattr(loop, "advance", told)
         known = train(replace(config, out=str(folder.parent / "known")), progress=False)
     poisoned(monkeypatch, {6})
     run = train(replace(config, on_nan="rollback"), progress=False)
@@ -131,9 +134,9 @@ def test_every_step_left_out_is_listed_once(folder: Path, monkeypatch: pytest.Mo
     config = frozen(folder, epochs=3, checkpoint_minutes=60)
     run = train(replace(config, on_nan="rollback"), progress=False)
     assert [r["step"] for r in run.metrics() if r["kind"] == "fault"] == [5, 6]
-    taken = engine.advance
+    taken = loop.advance
 
-    def killed(t: engine.Training, batch: Any) -> Any:
+    def killed(t: Training, batch: Any) -> Any:
         made = taken(t, batch)
         if t.step == 4:
             raise MemoryError
@@ -142,8 +145,8 @@ def test_every_step_left_out_is_listed_once(folder: Path, monkeypatch: pytest.Mo
     poisoned(monkeypatch, {4})
     again = replace(config, on_nan="skip", out=str(folder.parent / "again"))
     with monkeypatch.context() as patch:
-        taken = engine.advance
-        patch.setattr(engine, "advance", killed)
+        taken = loop.advance
+        patch.setattr(loop, "advance", killed)
         with pytest.raises(MemoryError):
             train(again, progress=False)
     run = train(resume=Path(again.out), progress=False)
@@ -172,7 +175,7 @@ def test_out_of_memory_halves_the_parts_and_goes_on(
     config = frozen(folder, objective="ixamclr", epochs=3, optim=OptimConfig(name="sgd", lr=0.1))
     config = replace(config, model=replace(config.model, dropout=0.0))
     whole = train(replace(config, out=str(folder.parent / "whole")), progress=False)
-    real, count = engine.embed, iter(range(1000))
+    real, count = amclr.training.step.embed, iter(range(1000))
 
     class Full(torch.autograd.Function):
         @staticmethod
@@ -193,7 +196,7 @@ def test_out_of_memory_halves_the_parts_and_goes_on(
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return {v: Full.apply(x) for v, x in views.items()}
 
-    monkeypatch.setattr(engine, "embed", embed)
+    monkeypatch.setattr("amclr.training.step.embed", embed)
     run = train(config, progress=False)
     said = capsys.readouterr().err
     assert "out of memory with 8 images at a time: 4 from here on" in said and "with 4 images at a time: 2" in said
@@ -212,7 +215,7 @@ def test_out_of_memory_for_a_single_image(folder: Path, monkeypatch: pytest.Monk
     def embed(model: Any, batch: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(engine, "embed", embed)
+    monkeypatch.setattr("amclr.training.step.embed", embed)
     with pytest.raises(UserError, match="out of memory at step 0 with 1 images at a time .* a smaller"):
         train(frozen(folder), progress=False)
 
@@ -225,13 +228,13 @@ def test_a_worker_that_dies_is_replaced(
 ) -> None:
     """Killed while it prepares a batch: the run ends with the same bits, and says what happened."""
     list(DataLoader([0], num_workers=1))  # type: ignore[arg-type]  # from a first loader on, torch would raise anywhere
-    advance, handlers = engine.advance, set()
+    advance, handlers = loop.advance, set()
 
     def looks(*arguments: Any) -> Any:
         handlers.add(signal.getsignal(signal.SIGCHLD))
         return advance(*arguments)
 
-    monkeypatch.setattr(engine, "advance", looks)
+    monkeypatch.setattr(loop, "advance", looks)
     whole = train(config_for(folder, "whole", workers=2), progress=False)
     real, trainer, marker = ImageBatches.__getitem__, os.getpid(), folder.parent / "died"
 
@@ -302,7 +305,7 @@ def test_workers_that_die_again_and_again(folder: Path, monkeypatch: pytest.Monk
         return real(self, step)
 
     monkeypatch.setattr(ImageBatches, "__getitem__", dies)
-    with pytest.raises(UserError, match=r"die again and again at step \d .*lower --workers or --ram_cache"):
+    with pytest.raises(UserError, match=r"keep dying at step \d .*lower --workers or --ram_cache"):
         train(config_for(folder, workers=2), progress=False)
 
 
@@ -317,7 +320,7 @@ def test_a_worker_that_is_stuck_is_replaced(folder: Path, monkeypatch: pytest.Mo
             time.sleep(1000)
         return real(self, step)
 
-    monkeypatch.setattr(engine, "STUCK", 2)
+    monkeypatch.setattr("amclr.training.loader.STUCK", 2)
     monkeypatch.setattr(ImageBatches, "__getitem__", stuck)
     assert_same_run_but_for_faults(whole, train(config_for(folder, "parts", workers=2), progress=False))
 
@@ -331,7 +334,7 @@ def test_going_on_under_other_settings(folder: Path) -> None:
     other = replace(run.config, batch_size=4, loss=LossConfig(temperature=0.2), workers=1)
     with pytest.raises(
         UserError,
-        match=r"goes on with what it began with: --batch_size is 8 in this run, not 4; --loss.temperature is 0.1",
+        match=r"cannot change these settings: --batch_size is 8 in this run, not 4; --loss.temperature is 0.1",
     ):
         train(other, resume=run.folder, progress=False)
     assert Run.open(run.folder).config == run.config
@@ -339,7 +342,7 @@ def test_going_on_under_other_settings(folder: Path) -> None:
     assert longer.load_last()["step"] == 12  # type: ignore[index]
     assert (Run.open(run.folder).config.epochs, Run.open(run.folder).config.keep) == (3, 5)
     assert [r["epoch"] for r in longer.metrics() if r["kind"] == "eval"] == [1.0, 2.0, 3.0]
-    with pytest.raises(UserError, match="has made 3 epochs: --epochs 2 would be fewer"):
+    with pytest.raises(UserError, match="has done 3 epochs: --epochs 2 would be fewer"):
         train(replace(run.config, epochs=2), resume=run.folder, progress=False)
 
 
@@ -369,7 +372,7 @@ def test_a_damaged_best_is_measured_again(folder: Path, capsys: pytest.CaptureFi
     rows = untimed(run)
     assert json.loads((run.folder / "results.json").read_text())["best_step"] == 4
     for name in ("best.pt", "step-00000004.pt"):
-        file = run.checkpoints / name
+        file = run.checkpoints.folder / name
         file.unlink()
         file.write_bytes(b"damaged")
     train(resume=run.folder, progress=False)
@@ -399,13 +402,13 @@ def test_resume_with_options(main: Command, folder: Path, tmp_path: Path) -> Non
 def test_a_signal_before_the_first_step(begun: bool, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The scheduler's code, and how to go on if there is something to go on with."""
     run = folder.parent / "run"
-    place, name = (engine.FeatureBatches, "__init__") if begun else (engine.manifests, "prepare")
+    place, name = (FeatureBatches, "__init__") if begun else (manifests, "prepare")
     monkeypatch.setattr(place, name, lambda *_: signal.raise_signal(signal.SIGTERM))
     options = ["--model.image_lr", "0", "--model.text_lr", "0", "--out", str(run)]
     told: list[str] = []
     monkeypatch.setattr(cli, "_fail", lambda message, code: told.append(message) or code)
     assert cli.main(["train", "--data", str(folder), *SMALL, *options]) == 143
-    assert told == [f"stopped; go on by: amclr train --resume {run}" if begun else "stopped"]
+    assert told == [f"stopped; resume with: amclr train --resume {run}" if begun else "stopped"]
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
@@ -428,7 +431,7 @@ def test_signals_leave_a_checkpoint(signum: int, folder: Path, tmp_path: Path) -
     began = time.monotonic()
     _, said = process.communicate(timeout=60)
     assert time.monotonic() - began < 10
-    assert process.returncode == 128 + signum and "stopped; go on by: amclr train --resume run" in said
+    assert process.returncode == 128 + signum and "stopped; resume with: amclr train --resume run" in said
     run = Run.open(tmp_path / "run")
     state = run.load_last()
     assert state is not None and state["step"] >= max(r["step"] for r in run.metrics())

@@ -22,6 +22,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import amclr
+import amclr.training.step
 from amclr.config.checks import from_dict, problems
 from amclr.config.recipes import RECIPES
 from amclr.config.schema import Config, LossConfig, ModelConfig, OptimConfig, SourceConfig, ViewsConfig
@@ -35,13 +36,17 @@ from amclr.evaluation.run import evaluate_run
 from amclr.evaluation.tables import format_results
 from amclr.inspection.dataset import inspect
 from amclr.models import features
-from amclr.models.dual_encoder import DualEncoder, ImageTower, build_tokenizer
+from amclr.models.dual_encoder import DualEncoder
 from amclr.models.features import FeatureBatches
+from amclr.models.tokenizer import build_tokenizer
+from amclr.models.towers import ImageTower
 from amclr.objectives import METHODS, build
 from amclr.runs.folder import Run
-from amclr.training import loop as engine
+from amclr.training import loop
 from amclr.training import timing as clock
+from amclr.training.assembly import assemble
 from amclr.training.loop import Stopped, train
+from amclr.training.state import Training
 from amclr.utils.errors import UserError
 from tests.conftest import make_folder
 
@@ -138,7 +143,7 @@ def test_run_folder(folder: Path) -> None:
         assert len(list(csv.DictReader(handle))) == len(run.metrics())
     board = EventAccumulator(str(run.folder / "tensorboard")).Reload()
     assert [e.step for e in board.Scalars("eval/r_mean")] == [4, 8] and board.Scalars("train/loss")
-    names = sorted(p.name for p in run.checkpoints.iterdir())
+    names = sorted(p.name for p in run.checkpoints.folder.iterdir())
     assert names == ["best.pt", "last.pt", "step-00000004.pt", "step-00000008.pt"]
 
 
@@ -196,7 +201,7 @@ def test_stopped_and_resumed_equals_uninterrupted(
 ) -> None:
     """A signal in the middle of an epoch: nothing is lost, and the rest goes on bit by bit the same."""
     whole = train(make(folder, "whole", objective="iamclr", epochs=3), progress=False)
-    taken = engine.embed
+    taken = amclr.training.step.embed
     count = iter(range(1000))
 
     def interrupt(model: Any, batch: Any) -> Any:
@@ -204,7 +209,7 @@ def test_stopped_and_resumed_equals_uninterrupted(
             signal.raise_signal(signal.SIGTERM)
         return taken(model, batch)
 
-    monkeypatch.setattr(engine, "embed", interrupt)
+    monkeypatch.setattr("amclr.training.step.embed", interrupt)
     config = make(folder, "parts", objective="iamclr", epochs=3)
     with pytest.raises(Stopped, match="amclr train --resume .*parts") as stopped:
         train(config, progress=False)
@@ -275,8 +280,8 @@ def test_a_run_that_lost_files_says_so(folder: Path) -> None:
     shutil.rmtree(run.folder / "tokenizer")
     with pytest.raises(UserError, match="has lost its folder tokenizer/"):
         amclr.load(run.folder)
-    shutil.rmtree(run.checkpoints)
-    with pytest.raises(UserError, match="has no checkpoint yet: go on with it by"):
+    shutil.rmtree(run.checkpoints.folder)
+    with pytest.raises(UserError, match="has no checkpoint yet: resume it with"):
         amclr.load(run.folder)
     # As after a kill at the very start: there is nothing to go on with but the settings.
     before = json.loads((run.folder / "results.json").read_text())
@@ -293,7 +298,8 @@ def test_resuming_on_other_images_is_refused(objective: str, folder: Path) -> No
     names = listed.read_text()
     listed.write_text(names.replace("020.png\n", ""))
     with pytest.raises(
-        UserError, match=r"not those of before \(31 now, 32 then; gone: 020.png\): put back what '.*run' began with"
+        UserError,
+        match=r"have changed \(31 now, 32 before; removed: 020.png\): restore the data that '.*run' started with",
     ):
         train(resume=run.folder, progress=False)
     listed.write_text(names)
@@ -313,11 +319,12 @@ def test_with_other_images_the_samples_that_stay_keep_their_estimates(folder: Pa
     settings = (run.folder / "config.yaml").read_text()
     (run.folder / "config.yaml").write_text(settings.replace("epochs: 2", "epochs: 3"))
     with pytest.raises(
-        UserError, match=r"31 now, 32 then; gone: 020.png, 033.png; new: 000-new.png\).*--resume .*run --changed_data"
+        UserError,
+        match=r"31 now, 32 before; removed: 020.png, 033.png; added: 000-new.png\).*--resume .*run --changed_data",
     ):
         train(resume=run.folder, progress=False)
     former = Run.open(run.folder)
-    training = engine.assemble(former.config, run.folder, former, False, changed_data=True)
+    training = assemble(former.config, run.folder, former, False, changed_data=True)
     training.restore(changed_data=True)
     assert training.step == 6 and training.plan.steps_per_epoch == 3  # two epochs, as before
     found, saved = training.objective.state_dict(), before["objective"]
@@ -339,14 +346,14 @@ def test_images_that_go_bad_while_training_are_listed_up_to_the_limit(
     config = config_for(folder, decoded="none", source=SourceConfig(max_bad=0.1))
     bad = [folder / "Images" / f"{k:03d}.png" for k in (12, 25, 31)]
     whole = [file.read_bytes() for file in bad]
-    fit = engine.fit
+    fit = loop.fit
 
-    def spoiled(training: engine.Training, progress: bool, profile: bool) -> None:
+    def spoiled(training: Training, progress: bool, profile: bool) -> None:
         for file in bad:
             file.write_bytes(b"")
         fit(training, progress, profile)
 
-    monkeypatch.setattr(engine, "fit", spoiled)
+    monkeypatch.setattr(loop, "fit", spoiled)
     run = train(config, progress=False)
     rows = [json.loads(line) for line in (run.folder / "rejects.jsonl").read_text().splitlines()]
     assert sorted(r["key"] for r in rows) == ["012.png", "025.png", "031.png"]
@@ -425,11 +432,11 @@ def test_bad_images_count_until_they_are_mended(folder: Path) -> None:
     for name in ("012.png", "025.png", "gone.png"):
         run.log({"kind": "replaced", "step": 8, "sample": name, "reason": "image is empty"})
     former = Run.open(run.folder)
-    training = engine.assemble(former.config, run.folder, former, False)
+    training = assemble(former.config, run.folder, former, False)
     training.restore()
-    training.lose("012.png", "bad again")
+    training.reject("012.png", "bad again")
     with pytest.raises(UserError, match="2 of 32 training images can no longer be read"):
-        training.lose("013.png", "bad as well")
+        training.reject("013.png", "bad as well")
     rows = [json.loads(line) for line in (run.folder / "rejects.jsonl").read_text().splitlines()]
     assert [r["key"] for r in rows] == ["012.png", "025.png", "013.png"], "what the run trains on, each once"
 
@@ -447,12 +454,12 @@ def test_changed_data_keep_what_was_measured(val_too: bool, folder: Path) -> Non
     (run.folder / "config.yaml").write_text(settings.replace("epochs: 2", "epochs: 3"))
     for _ in range(2):  # stopped before it made a step, it is no different
         former = Run.open(run.folder)
-        training = engine.assemble(former.config, run.folder, former, False, changed_data=True)
+        training = assemble(former.config, run.folder, former, False, changed_data=True)
         training.restore(changed_data=True)
         assert (training.step, training.plan.steps_per_epoch) == (6, 3)
         assert training.best == (-np.inf if val_too else before["best"])
         assert [(r["step"], r["epoch"]) for r in run.metrics() if r["kind"] == "eval"] == [(3, 1.0), (6, 2.0)]
-        assert [p.name for p in run.checkpoints.glob("step-*")] == ["step-00000006.pt"]
+        assert [p.name for p in run.checkpoints.folder.glob("step-*")] == ["step-00000006.pt"]
     train(resume=run.folder, changed_data=True, progress=False)
     assert [(r["step"], r["epoch"]) for r in run.metrics() if r["kind"] == "eval"] == [(3, 1.0), (6, 2.0), (9, 3.0)]
     assert run.load_last()["step"] == 9  # type: ignore[index]
@@ -470,10 +477,10 @@ def test_going_on_with_changed_data_must_succeed_to_be_remembered(
         patch.setattr(DualEncoder, "load_saved", lambda self, state: (_ for _ in ()).throw(UserError("will not fit")))
         with pytest.raises(UserError, match="will not fit"):
             train(resume=run.folder, changed_data=True, progress=False)
-    with pytest.raises(UserError, match=r"31 now, 32 then; gone: 008.png\)"):
+    with pytest.raises(UserError, match=r"31 now, 32 before; removed: 008.png\)"):
         train(resume=run.folder, progress=False)
     (run.folder / "samples.json").unlink()
-    with pytest.raises(UserError, match="newest checkpoint .* is of other training images.* --changed_data"):
+    with pytest.raises(UserError, match="newest checkpoint .* has other training images.* --changed_data"):
         train(resume=run.folder, progress=False)
 
 
@@ -484,13 +491,15 @@ def test_other_weights_and_validation_images_are_refused(folder: Path) -> None:
     run = train(frozen(mix), progress=False)
     assert run.load_last()["step"] == 16  # type: ignore[index]
     mix.write_text("- {data: patches, weight: 1}\n- {data: more, weight: 1}\n")
-    with pytest.raises(UserError, match="the weights of the mix are not those of before: put back what"):
+    with pytest.raises(UserError, match="the weights of the mix have changed: restore the data"):
         train(resume=run.folder, progress=False)
     train(resume=run.folder, changed_data=True, progress=False)
     assert run.load_last()["step"] == 12  # type: ignore[index]
     listed = folder / "val.txt"
     listed.write_text(listed.read_text().replace("003.png\n", ""))
-    with pytest.raises(UserError, match=r"the validation images are not .*\(11 now, 12 then; gone: patches/003.png\)"):
+    with pytest.raises(
+        UserError, match=r"the validation images have changed \(11 now, 12 before; removed: patches/003.png\)"
+    ):
         train(resume=run.folder, progress=False)
 
 
@@ -524,20 +533,22 @@ def test_a_disk_that_is_full_keeps_the_checkpoint_before(folder: Path, monkeypat
 
     monkeypatch.setattr(torch, "save", fill)
     config = frozen(folder, "parts")
-    with pytest.raises(UserError, match=r"\(No space left on device\): make room, then go on by: amclr train --resume"):
+    with pytest.raises(
+        UserError, match=r"\(No space left on device\): free some space, then resume with: amclr train --resume"
+    ):
         train(config, progress=False)
     run = Run.open(Path(config.out))
-    assert sorted(p.name for p in run.checkpoints.iterdir()) == ["best.pt", "last.pt", "step-00000004.pt"]
+    assert sorted(p.name for p in run.checkpoints.folder.iterdir()) == ["best.pt", "last.pt", "step-00000004.pt"]
     assert_same_run(whole, train(resume=run.folder, progress=False))
 
 
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = train(frozen(folder), progress=False)
-    (run.checkpoints / "step-00000008.pt").write_bytes(b"rubbish")  # last.pt is the same file
+    (run.checkpoints.folder / "step-00000008.pt").write_bytes(b"rubbish")  # last.pt is the same file
     state = run.load_last()
     assert state is not None and state["step"] == 4
     assert "last.pt is damaged" in capsys.readouterr().err
-    for file in run.checkpoints.iterdir():
+    for file in run.checkpoints.folder.iterdir():
         file.write_bytes(b"rubbish")
     with pytest.raises(UserError, match="every checkpoint in .* is damaged"):
         run.load_last()
@@ -552,18 +563,18 @@ def test_a_checkpoint_never_runs_code(folder: Path, tmp_path: Path) -> None:
         def __reduce__(self) -> tuple[Any, ...]:
             return Path.touch, (tmp_path / "executed",)
 
-    torch.save({"model": Payload()}, run.checkpoints / "best.pt")
+    torch.save({"model": Payload()}, run.checkpoints.folder / "best.pt")
     with pytest.raises(UserError, match="damaged"):
         amclr.load(run.folder)
     assert not (tmp_path / "executed").exists()
 
 
 def test_logs_to_wandb_where_asked(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "find_spec", lambda name: None)
+    monkeypatch.setattr("amclr.utils.errors.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'amclr\[wandb\]'"):
         train(frozen(folder, "without", wandb=True), progress=False)
     assert not (folder.parent / "without").exists()
-    monkeypatch.setattr(engine, "find_spec", lambda name: True)
+    monkeypatch.setattr("amclr.utils.errors.find_spec", lambda name: True)
     seen: list[Any] = []
     board = types.SimpleNamespace(
         log=lambda values, step: seen.append((step, values)), finish=lambda: seen.append("end")
@@ -576,8 +587,8 @@ def test_logs_to_wandb_where_asked(folder: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_keeps_so_many_checkpoints(folder: Path) -> None:
     run = train(frozen(folder, epochs=5, keep=1), progress=False)
-    assert sorted(p.name for p in run.checkpoints.glob("step-*")) == ["step-00000020.pt"]
-    assert (run.checkpoints / "best.pt").is_file()
+    assert sorted(p.name for p in run.checkpoints.folder.glob("step-*")) == ["step-00000020.pt"]
+    assert (run.checkpoints.folder / "best.pt").is_file()
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed"])
@@ -899,7 +910,7 @@ def test_settings_that_will_not_do(changes: dict[str, Any], message: str, folder
 
 def test_a_folder_in_use_is_refused(folder: Path) -> None:
     run = train(frozen(folder), progress=False)
-    with pytest.raises(UserError, match=f"is in use: go on with it by: amclr train --resume {run.folder}"):
+    with pytest.raises(UserError, match=f"is in use: resume it with: amclr train --resume {run.folder}"):
         train(frozen(folder), progress=False)
     (folder.parent / "file").write_text("x")
     with pytest.raises(UserError, match="is in use: choose another --out"):

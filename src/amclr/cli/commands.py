@@ -55,7 +55,7 @@ def train(
         run = loop.train(settings, resume=resume, changed_data=changed_data, profile=profile)
     except loop.Stopped as stopped:
         return fail(str(stopped), stopped.code)
-    if run.speaks:
+    if run.verbose:
         print(format_results(json.loads((run.folder / "results.json").read_text())))
         print(f"\nrun folder: {run.folder}  (curves.png, gallery.png, results.json)")
         print(f"use it:     amclr evaluate {run.folder} --zeroshot CLASS_FOLDERS")

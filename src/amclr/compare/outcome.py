@@ -20,7 +20,8 @@ from amclr.evaluation.classes import ClassSet, read_classes, short_names
 from amclr.evaluation.run import measure_run_paraphrased
 from amclr.evaluation.zeroshot import measure_classes
 from amclr.models.dual_encoder import DualEncoder
-from amclr.runs.folder import Run, load
+from amclr.runs.folder import Run
+from amclr.runs.loading import load
 from amclr.utils.errors import UserError
 from amclr.utils.files import read_arrays
 

@@ -20,7 +20,7 @@ from amclr.config.schema import Config
 from amclr.data import manifest as manifests
 from amclr.data.batches import BatchPlan
 from amclr.data.images.views import policies
-from amclr.training.loop import build_objective
+from amclr.training.assembly import build_objective
 from amclr.training.optim import choose_optimizer
 from amclr.utils.errors import UserError, did_you_mean
 

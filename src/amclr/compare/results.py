@@ -19,7 +19,7 @@ from amclr.compare.statistics import at_equal_cost, paired_test, spread
 from amclr.config.schema import Config
 from amclr.data.images.views import title
 from amclr.evaluation.metrics import chance_recalls
-from amclr.training.loop import build_objective
+from amclr.training.assembly import build_objective
 from amclr.utils.files import write_text
 
 

@@ -5,8 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from amclr.models.averaging import check_start, digest, end_of_line, line_names, mixed
-from amclr.runs.folder import Run, begin
+from amclr.models.averaging import (
+    check_initial_weights,
+    fine_tuned_weights,
+    interpolate,
+    interpolated_names,
+    weights_digest,
+)  # fmt: skip
+from amclr.runs.folder import Run
+from amclr.runs.loading import initial_model
 from amclr.utils.errors import UserError
 
 
@@ -18,22 +25,22 @@ class WeightInterpolation:
 
     def __init__(self, run: Run, device: str) -> None:
         state = run.load_best()
-        run.refuse_without_tokenizer()
+        run.check_tokenizer()
         config = replace(run.config, model=replace(run.config.model, compile=False))
-        self.model = begin(config, [], run.folder).to(device).eval()
+        self.model = initial_model(config, [], run.folder).to(device).eval()
         weights = self.model.state_dict()
-        self.start = {k: weights[k].cpu().clone() for k in line_names(self.model, config)}
+        self.start = {k: weights[k].cpu().clone() for k in interpolated_names(self.model, config)}
         if not self.start:
             raise UserError(
                 f"--wise interpolates between pretrained and trained weights, and '{run.folder}' trained only weights "
                 "that started at random: leave out --wise"
             )
-        check_start(digest(self.start.values()), state, config)
-        self.end = end_of_line(state)
+        check_initial_weights(weights_digest(self.start.values()), state, config)
+        self.end = fine_tuned_weights(state)
         self.model.load_saved(self.end)
 
     def visit(self, shares: Sequence[float]) -> Iterator[float]:
         """Yield each share in turn, after giving the model (1 - share) * start + share * end."""
         for share in shares:
-            self.model.load_state_dict(mixed(self.start, self.end, share), strict=False)
+            self.model.load_state_dict(interpolate(self.start, self.end, share), strict=False)
             yield share

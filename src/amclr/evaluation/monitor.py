@@ -70,7 +70,7 @@ class Monitor:
         monitor = cls(model, Path(config.monitor), progress)
         rows = [r for r in run.metrics() if r["kind"] == "start" and r["monitor"] == config.monitor]
         monitor.start = rows[-1]["zeroshot_top1"] if rows else monitor.top1()
-        if not rows and run.speaks:
+        if not rows and run.verbose:
             run.log({"kind": "start", "step": 0, "epoch": 0.0, "monitor": config.monitor,
                      "zeroshot_top1": monitor.start})  # fmt: skip
         return monitor

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from amclr.data.images.decode import Location
 from amclr.export.base import Exported, Format
-from amclr.models.dual_encoder import SMALL_TOWER, DualEncoder
+from amclr.models.dual_encoder import DualEncoder
+from amclr.models.towers import SMALL_TOWER
 from amclr.utils.errors import UserError, first_line
 from amclr.utils.files import write_text, written
 

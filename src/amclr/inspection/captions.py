@@ -12,7 +12,7 @@ import numpy as np
 
 from amclr.config.schema import Config
 from amclr.data import manifest as manifests
-from amclr.models.dual_encoder import build_tokenizer
+from amclr.models.tokenizer import build_tokenizer
 from amclr.utils import figures
 from amclr.utils.errors import UserError
 

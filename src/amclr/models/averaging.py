@@ -1,8 +1,8 @@
-"""The weights that are evaluated and kept, where they are not simply those being trained: averages of them.
+"""The weights that are evaluated and saved, where they differ from those being trained: averages and interpolations.
 
-EMA: an exponential moving average over the steps. WiSE-FT (Wortsman et al. 2022, arXiv 2109.01903): the
-point at `wise` on the line from the weights that fine-tuning started with to those it ended with, which
-keeps more of what a pretrained model could do beside the data that it is tuned on.
+EMA: an exponential moving average over the steps. WiSE-FT (Wortsman et al. 2022, arXiv 2109.01903): weight
+interpolation, (1 - wise) * initial + wise * fine-tuned weights, which keeps more of what a pretrained model could do
+on data other than the training data.
 """
 
 from __future__ import annotations
@@ -24,139 +24,141 @@ State = dict[str, Tensor]
 
 
 class Averaging:
-    """What is kept of a model that is being trained. Made while the model has the weights that it starts with.
+    """EMA and weight interpolation of a model in training. Create it while the model has its initial weights.
 
-    It covers trained parameters and the running statistics of norms, as float buffers; nothing of the
-    objective. Raises UserError where `wise` asks for a mixture with a start that was random.
+    It covers trained parameters and the running statistics of batch norms; nothing of the objective. Raises UserError
+    where `wise` would interpolate with random initial weights.
     """
 
     def __init__(self, model: DualEncoder, config: Config) -> None:
         self.model, self.config = model, config
-        own = model.state_dict()
-        self.names = [k for k in model.trained_names() if own[k].is_floating_point()]
-        # A model that is spread over processes moves its weights about, and has to be asked anew each time.
-        self._live = None if any(map(is_spread, own.values())) else own
+        weights = model.state_dict()
+        self.names = [k for k in model.trained_names() if weights[k].is_floating_point()]
+        # A sharded model replaces its tensors, so its state dict has to be asked for each time.
+        self._live = None if any(map(is_spread, weights.values())) else weights
         self.steps = 0
         """Steps averaged so far."""
-        self.average = {k: own[k].clone() for k in self.names} if config.ema else {}
-        line = line_names(model, config)
-        self.digest = digest(own[k] for k in line)
-        """Of the weights at the start, that WiSE-FT may ask for later; empty where there are none, or they are spread
-        over several processes."""
-        self.start = {k: own[k].clone() for k in line} if config.wise < 1 else {}
-        if config.wise < 1 and not line:
+        self.average = {k: weights[k].clone() for k in self.names} if config.ema else {}
+        interpolated = interpolated_names(model, config)
+        self.digest = weights_digest(weights[k] for k in interpolated)
+        """Of the initial weights that WiSE-FT may need later; empty where there are none, or they are sharded."""
+        self.initial = {k: weights[k].clone() for k in interpolated} if config.wise < 1 else {}
+        if config.wise < 1 and not interpolated:
             raise UserError(
-                f"--wise {config.wise:g} mixes with the weights that training starts from, and here those are random, "
-                "or frozen: give --init_from RUN, or train a pretrained tower"
+                f"--wise {config.wise:g} interpolates with the initial weights, which are random or frozen here: "
+                "give --init_from RUN, or train a pretrained tower"
             )
 
-    def own(self) -> State:
-        """The model's tensors as they are, by name."""
+    def trained(self) -> State:
+        """The weights being trained, by name."""
         return self._live or self.model.state_dict()
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take the weights after a step into the average."""
+        """Update the average after a step."""
         if self.average:
             decay = min(self.config.ema, (1 + self.steps) / (10 + self.steps))
-            own = self.own()
-            torch._foreach_lerp_(_local(self.average.values()), _local(own[k] for k in self.names), 1 - decay)
+            weights = self.trained()
+            torch._foreach_lerp_(_local(self.average.values()), _local(weights[k] for k in self.names), 1 - decay)
         self.steps += 1
 
     @torch.no_grad()
-    def kept(self) -> State:
-        """Weights to evaluate and keep, by name, where they are not the model's own."""
-        if not self.start:
+    def result(self) -> State:
+        """The weights to evaluate and save, by name, as far as they differ from those being trained."""
+        if not self.initial:
             return self.average
-        end = self.average or self.own()
-        return {**self.average, **mixed(self.start, end, self.config.wise)}
+        final = self.average or self.trained()
+        return {**self.average, **interpolate(self.initial, final, self.config.wise)}
 
     @contextmanager
-    def kept_in_model(self) -> Iterator[None]:
-        """Put the kept weights into the model; at the end, those being trained again."""
-        kept = self.kept()
-        if not kept:
+    def result_in_model(self) -> Iterator[None]:
+        """Swap the `result` into the model for a block; those being trained are put back at its end."""
+        result = self.result()
+        if not result:
             yield
             return
-        own = self.own()
-        before = {k: own[k].clone() for k in kept}
-        _copy(own, kept)
+        weights = self.trained()
+        backup = {k: weights[k].clone() for k in result}
+        _copy(weights, result)
         try:
             yield
         finally:
-            _copy(self.own(), before)
+            _copy(self.trained(), backup)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint needs beside the weights being trained: the average, and what is kept."""
+        """What a checkpoint needs besides the weights being trained."""
         state: dict[str, Any] = {"start": self.digest} if self.digest else {}
         if self.average:
             state["average"] = {"weights": self.average, "steps": self.steps}
-        if kept := self.kept():
-            state["kept"] = kept
+        if result := self.result():
+            state["kept"] = result
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up what `state_dict` gave, from a checkpoint. Raises UserError where it is of another start."""
-        if self.start:
-            check_start(self.digest, state, self.config)
+        """Restore from a checkpoint. Raises UserError where its run had other initial weights."""
+        if self.initial:
+            check_initial_weights(self.digest, state, self.config)
         if self.average and "average" in state:
             self.steps = state["average"]["steps"]
             weights: State = state["average"]["weights"]
             _copy(self.average, {k: spread(weights[k], v) for k, v in self.average.items()})
 
 
-def kept_weights(state: Mapping[str, Any]) -> State:
-    """The weights of a checkpoint that are to be used: those kept, and else those being trained."""
+def result_weights(state: Mapping[str, Any]) -> State:
+    """The weights of a checkpoint to use: `Averaging.result`, and else those being trained."""
     return {**state["model"], **state.get("kept", {})}
 
 
-def end_of_line(state: Mapping[str, Any]) -> State:
-    """The weights of a checkpoint that training led to: their average, where there is one."""
+def fine_tuned_weights(state: Mapping[str, Any]) -> State:
+    """The weights of a checkpoint before interpolation: the average, where there is one, or those being trained."""
     return {**state["model"], **state.get("average", {}).get("weights", {})}
 
 
-def mixed(start: Mapping[str, Tensor], end: Mapping[str, Tensor], share: float) -> State:
-    """(1 - share) * start + share * end, for the names in `start`. Exact at both ends."""
-    made = {k: torch.empty_like(v) for k, v in start.items()}
-    found = torch._foreach_lerp(_local(start.values()), _local(end[k].to(v.device) for k, v in start.items()), share)
-    torch._foreach_copy_(_local(made.values()), found)
-    return made
+def interpolate(initial: Mapping[str, Tensor], final: Mapping[str, Tensor], share: float) -> State:
+    """(1 - share) * initial + share * final, for the names in `initial`. Exact at both ends."""
+    result = {k: torch.empty_like(v) for k, v in initial.items()}
+    values = torch._foreach_lerp(
+        _local(initial.values()), _local(final[k].to(v.device) for k, v in initial.items()), share
+    )
+    torch._foreach_copy_(_local(result.values()), values)
+    return result
 
 
-def line_names(model: DualEncoder, config: Config) -> list[str]:
-    """Names of the weights on the line from a start that is worth going back to: of pretrained towers, or all.
+def interpolated_names(model: DualEncoder, config: Config) -> list[str]:
+    """Names of the weights that WiSE-FT interpolates: those of pretrained towers, or with `init_from` all.
 
-    Of adapters only the second factor: it starts at zero, so that the line of the product, which is
-    what the tower sees, is straight.
+    Of adapters only the second factor: it starts at zero, so that the product, which is what the tower sees, is
+    interpolated linearly.
     """
     c = config.model
     pretrained = ["image_tower."] * (c.image_tower != "small" and c.image_pretrained)
     pretrained += ["text_tower."] * (c.text_tower != "small" and c.text_pretrained)
-    own = model.state_dict()
+    weights = model.state_dict()
     return [
         k for k in model.trained_names()
-        if own[k].is_floating_point() and ".lora_A." not in k and (config.init_from or k.startswith(tuple(pretrained)))
+        if weights[k].is_floating_point() and ".lora_A." not in k
+        and (config.init_from or k.startswith(tuple(pretrained)))
     ]  # fmt: skip
 
 
-def digest(tensors: Iterable[Tensor]) -> str:
-    """A hash of tensors; empty of none, or of some that are spread over processes."""
-    made, count = hashlib.sha256(), 0
+def weights_digest(tensors: Iterable[Tensor]) -> str:
+    """A hash of tensors; empty for none, or where any is sharded over processes."""
+    sha, count = hashlib.sha256(), 0
     for tensor in tensors:
         if is_spread(tensor):
             return ""
-        made.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        sha.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         count += 1
-    return made.hexdigest() if count else ""
+    return sha.hexdigest() if count else ""
 
 
-def check_start(found: str, state: Mapping[str, Any], config: Config) -> None:
-    """Raise UserError where the weights at the start are not those that a checkpoint's run began with."""
-    if found and state.get("start", found) != found:
+def check_initial_weights(digest: str, state: Mapping[str, Any], config: Config) -> None:
+    """Raise UserError where initial weights, by their digest, are not those that a checkpoint's run started with."""
+    if digest and state.get("start", digest) != digest:
         source = f"'{config.init_from}'" if config.init_from else "the published files"
         raise UserError(
-            f"the weights that this run began with are no longer those in {source}: put them back, or take the "
-            "trained ones alone (--wise 1)"
+            f"the weights that this run started from are no longer those in {source}: restore them, or use the "
+            "fine-tuned weights alone (--wise 1)"
         )
 
 
@@ -164,6 +166,6 @@ def _local(tensors: Iterable[Tensor]) -> list[Tensor]:
     return [local(t) for t in tensors]
 
 
-def _copy(to: Mapping[str, Tensor], source: Mapping[str, Tensor]) -> None:
+def _copy(target: Mapping[str, Tensor], source: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
-        torch._foreach_copy_(_local(to[k] for k in source), _local(source.values()))
+        torch._foreach_copy_(_local(target[k] for k in source), _local(source.values()))

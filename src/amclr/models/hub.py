@@ -1,10 +1,10 @@
-"""A model as a folder of its own, or under a name on the Hugging Face Hub: everything that it needs, and a card.
+"""A model as a self-contained folder, or under a name on the Hugging Face Hub, with a model card.
 
-config.json            settings of the model, and what is told of its training
-model.safetensors      all weights, those of frozen and published towers too
+config.json            settings of the model, and facts about its training
+model.safetensors      all weights, including those of frozen pretrained towers
 tokenizer/             of the text tower
-image_tower/           timm's configuration of the image tower, but for `small` and the packaged one
-text_tower/            the text tower's configuration, but for `small`
+image_tower/           timm's configuration of the image tower, except for `small` and the packaged one
+text_tower/            the text tower's configuration, except for `small`
 README.md              the model card
 """
 
@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from amclr.config.checks import from_dict
 from amclr.config.schema import ModelConfig
 from amclr.models import packaged
+from amclr.models.pretrained import import_transformers
 from amclr.utils.errors import UserError, first_line
 
 FORMAT = 1
@@ -29,7 +30,7 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 
 class OnHub(ModelHubMixin):
-    """What gives `DualEncoder` its `save_pretrained`, `from_pretrained` and `push_to_hub`."""
+    """Gives `DualEncoder` its `save_pretrained`, `from_pretrained` and `push_to_hub`."""
 
     config: ModelConfig
     about: dict[str, Any]
@@ -46,11 +47,11 @@ class OnHub(ModelHubMixin):
         if model.config.text_tower != "small":
             model.text_tower.trunk.config.save_pretrained(save_directory / "text_tower")
         model.tokenizer.save_pretrained(save_directory / "tokenizer")
-        # Laid out plainly: kernels of convolutions may lie in the order that the towers compute in.
+        # Contiguous, since convolution kernels may be in channels-last order.
         weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
         save_file(weights, save_directory / WEIGHTS, {"format": "pt"})
-        told = {"amclr": FORMAT, "model": asdict(model.config), "training": model.about}
-        (save_directory / CONFIG).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+        content = {"amclr": FORMAT, "model": asdict(model.config), "training": model.about}
+        (save_directory / CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
     def _from_pretrained(
@@ -65,45 +66,42 @@ class OnHub(ModelHubMixin):
                     local_files_only=local_files_only, token=token,
                 ))  # fmt: skip
             except Exception as error:  # the Hub's client raises many kinds
-                raise UserError(f"cannot fetch '{model_id}' from the Hub: {first_line(error)}") from None
+                raise UserError(f"cannot download '{model_id}' from the Hub: {first_line(error)}") from None
         return cls.from_folder(folder)
 
     @classmethod
     def from_folder(cls, folder: Path) -> Self:
-        """The model in a folder that `save_pretrained` wrote. Raises UserError, with the reason, where it has none."""
-        from transformers import AutoTokenizer  # slow to import
-
+        """The model in a folder that `save_pretrained` wrote. Raises UserError, with the reason, if unreadable."""
         try:
-            told = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-            if not isinstance(told, dict) or "amclr" not in told:
+            content = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+            if not isinstance(content, dict) or "amclr" not in content:
                 raise UserError(f"'{folder}' holds another library's model: give a run folder, or what "
                                 "`amclr export RUN --to hf` wrote")  # fmt: skip
-            if told["amclr"] != FORMAT:
-                raise UserError(f"'{folder}' is of format {told['amclr']}, and this version of amclr reads {FORMAT}: "
+            if content["amclr"] != FORMAT:
+                raise UserError(f"'{folder}' has format {content['amclr']}, and this version of amclr reads {FORMAT}: "
                                 "pip install --upgrade amclr")  # fmt: skip
-            config = from_dict(told["model"], ModelConfig)
-            # Built from what lies beside, so that nothing need be installed or fetched.
-            places = config
+            config = from_dict(content["model"], ModelConfig)
+            # Built from the configurations in the folder, so that nothing needs to be installed or downloaded.
+            local = config
             if config.image_tower not in ("small", packaged.IMAGE_TOWER):
-                places = replace(places, image_tower=f"local-dir:{folder / 'image_tower'}")
+                local = replace(local, image_tower=f"local-dir:{folder / 'image_tower'}")
             if config.text_tower != "small":
-                places = replace(places, text_tower=str(folder / "text_tower"))
-            tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+                local = replace(local, text_tower=str(folder / "text_tower"))
+            tokenizer = import_transformers().AutoTokenizer.from_pretrained(folder / "tokenizer")
             build: Any = cls
-            model = build(places, tokenizer, from_checkpoint=True, complete=True)
-            model.config, model.about = config, dict(told.get("training") or {})
+            model = build(local, tokenizer, from_checkpoint=True, complete=True)
+            model.config, model.about = config, dict(content.get("training") or {})
             model.load_saved(load_file(folder / WEIGHTS))
         except UserError:
             raise
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-            reason = str(error).strip().splitlines() or [type(error).__name__]
-            raise UserError(f"cannot read the model in '{folder}': {reason[0]}; export it again") from None
+            raise UserError(f"cannot read the model in '{folder}': {first_line(error)}; export it again") from None
         return model.eval()
 
     def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
-        """The card: what the model is, what it was trained on and how, what it reached.
+        """The model card: what the model is, how it was trained, and its results.
 
-        kwargs: `license`, as the Hub names it; without, the card says that none is stated.
+        kwargs: `license`, as the Hub names it; without one, the card says that none is stated.
         """
         return ModelCard(_card(self.config, self.about, kwargs.get("license")))
 

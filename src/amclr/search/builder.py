@@ -24,9 +24,9 @@ from amclr.data.images.decode import BadImage, read_image
 from amclr.data.images.duplicates import image_hash
 from amclr.data.manifest import Sample
 from amclr.distributed.world import Processes
-from amclr.models.averaging import digest
 from amclr.models.dual_encoder import DualEncoder
-from amclr.runs.folder import load
+from amclr.runs.loading import load
+from amclr.runs.serialization import digest
 from amclr.search.index import Index
 from amclr.search.inverted_lists import InvertedLists
 from amclr.search.parts import (

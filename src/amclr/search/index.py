@@ -42,7 +42,7 @@ class Index:
     @cached_property
     def model(self) -> DualEncoder:
         """The model that embedded the images."""
-        from amclr.runs.folder import load
+        from amclr.runs.loading import load
 
         return load(self.folder / "model")
 

@@ -13,7 +13,7 @@ from amclr.data.images.decode import BadImage
 from amclr.data.sources.folders import read_lines
 from amclr.evaluation import metrics
 from amclr.evaluation.classes import read_prompts
-from amclr.runs.folder import load
+from amclr.runs.loading import load
 from amclr.search.builder import CHUNK, read_samples
 from amclr.search.csv_output import csv_text, spreadsheet_safe
 from amclr.utils.errors import UserError

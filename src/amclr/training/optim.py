@@ -35,17 +35,17 @@ def _of_timm(name: str) -> Callable[..., torch.optim.Optimizer]:
 
 
 def choose_optimizer(config: OptimConfig) -> Callable[..., torch.optim.Optimizer]:
-    """The optimiser's constructor by name. Raises UserError for an unknown one."""
+    """The constructor of an optimiser by name. Raises UserError for an unknown one."""
     if config.name not in OPTIMIZERS:
         raise UserError(f"unknown optimiser '--optim.name {config.name}': choose from {', '.join(OPTIMIZERS)}")
     return OPTIMIZERS[config.name]
 
 
 def build_optimizer(config: OptimConfig, model: DualEncoder, objective: nn.Module) -> torch.optim.Optimizer:
-    """The optimiser over all that is trained: towers by their factors, heads, and learned temperatures.
+    """The optimiser of all trained parameters: towers with their factors, heads, and learned temperatures.
 
-    Each group carries `lr_factor`, which `set_lr` multiplies the schedule by. Matrices decay;
-    norms, biases and the objective's own parameters do not.
+    Each group has an `lr_factor`, by which `set_lr` multiplies the schedule. Weight decay applies to matrices, but not
+    to norms, biases and the objective's own parameters.
     """
     parts: list[tuple[Iterable[nn.Parameter], float, bool]] = [
         (model.image_tower.parameters(), model.config.image_lr, True),
@@ -59,14 +59,14 @@ def build_optimizer(config: OptimConfig, model: DualEncoder, objective: nn.Modul
         trained = [p for p in parameters if p.requires_grad]
         decayed = [p for p in trained if may_decay and p.dim() > 1]
         plain = [p for p in trained if not (may_decay and p.dim() > 1)]
-        for chosen, decay in ((decayed, config.weight_decay), (plain, 0.0)):
-            if chosen:
-                groups.append({"params": chosen, "weight_decay": decay, "lr_factor": factor})
+        for members, decay in ((decayed, config.weight_decay), (plain, 0.0)):
+            if members:
+                groups.append({"params": members, "weight_decay": decay, "lr_factor": factor})
     return choose_optimizer(config)(groups, lr=config.lr)
 
 
 def learning_rate(config: OptimConfig, step: int, total: int) -> float:
-    """Linear warm-up from `warmup_lr`, then a cosine to `min_lr`; a pure function of the step."""
+    """Linear warm-up from `warmup_lr`, then a cosine to `min_lr`, as a pure function of the step."""
     warm = max(1, round(config.warmup * total))
     if step < warm:
         return config.warmup_lr + (config.lr - config.warmup_lr) * step / warm

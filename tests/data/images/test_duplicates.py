@@ -20,7 +20,7 @@ from amclr.data.images.decode import read_image
 from amclr.data.images.duplicates import HASH_BYTES, SIGNS, Duplicates
 from amclr.inspection.dataset import inspect
 from amclr.objectives import Objective
-from amclr.training import loop as engine
+from amclr.training.loop import train
 from tests.conftest import make_folder
 
 
@@ -163,7 +163,7 @@ def test_groups_of_a_batch_are_by_view() -> None:
 
 
 @pytest.fixture
-def copied(tmp_path: Path) -> Path:
+def copy_to_cpu(tmp_path: Path) -> Path:
     """A folder of 24 images, of which 3 look like others, one of them in the other split, and 2 captions twice."""
     root = make_folder(tmp_path / "images", 24)
     for i in range(24):
@@ -214,7 +214,7 @@ def test_training_takes_them_as_positives(
         eval_every=2, source=replace(Config().source, duplicates=what), micro_batch=changes.get("micro_batch", 0),
         model=ModelConfig(image_size=32, dim=16, **changes.get("model", {})),
     )  # fmt: skip
-    engine.train(config, progress=False)
+    train(config, progress=False)
     assert len(seen) == 2 and all(set(s) == {"ids", *names} for s in seen)
     for step in seen:
         rows = [int(i) for i in step["ids"]]

@@ -232,7 +232,7 @@ def test_stopped_and_gone_on_with(
         return counted(t, batch)
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "advance", interrupted)
+        patch.setattr(loop, "advance", interrupted)
         with pytest.raises(Stopped, match=rf"To resume: amclr compare {experiment} --out .*out$") as stopped:
             run(experiment)
     assert stopped.value.code == 143 and steps_made == {("sogclr", 0): STEPS, ("amclr", 0): 3}

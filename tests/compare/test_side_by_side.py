@@ -22,7 +22,7 @@ from amclr.compare.plan import plan
 from amclr.data import manifest as manifests
 from amclr.data.images import decode as images
 from amclr.models.features import caption_features, image_features
-from amclr.runs.folder import begin
+from amclr.runs.loading import initial_model
 from tests.compare.experiments import BASE, measured, paraphrases_file, run, written
 from tests.processes import Processes
 
@@ -148,7 +148,7 @@ def test_two_runs_are_stopped_and_gone_on_with(
 def test_runs_that_want_the_same_at_once(folder: Path, own_cache: Path, tmp_path: Path) -> None:
     """Features and verdicts on images: of two processes one computes them, and the other waits."""
     config = plan(read_experiment(written(tmp_path / "e.yaml", folder, variants=["sogclr"])), tmp_path)[0].configs[0]
-    model = begin(config, ["a red patch"], tmp_path / "run")
+    model = initial_model(config, ["a red patch"], tmp_path / "run")
     texts = [f"patch {k}" for k in range(300)]
     log = tmp_path / "made.txt"
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import subprocess
 import sys
+import textwrap
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from amclr.config.recipes import RECIPES
 from amclr.config.schema import Config, SourceConfig
 from amclr.data import manifest as manifests
 from amclr.objectives import METHODS
+from amclr.objectives.reference import reference_loss
 from tests.conftest import paint
 
 ROOT = Path(__file__).parents[1]
@@ -132,3 +135,11 @@ def test_the_guide_to_objectives_knows_the_defaults() -> None:
     )
     assert [taus[n] for n in ("clip", "cyclip", "siglip", "simclr")] == [0.07, 0.07, 0.1, 0.1]
     assert {tau for name, tau in taus.items() if METHODS[name].contrast == "global"} == {0.01}
+
+
+def test_the_method_shows_the_definition_as_it_is() -> None:
+    """The first code block of the page is the body of `reference_loss`, to the letter."""
+    shown = re.search(r"```python\n(.*?)```", (ROOT / "docs" / "method.md").read_text(), re.DOTALL)
+    assert shown is not None
+    source = textwrap.dedent(inspect.getsource(reference_loss).split('"""')[-1]).strip()
+    assert shown[1].strip() == source

@@ -170,7 +170,7 @@ def fit(t: Training, progress: bool, profile: bool = False) -> None:
             t.lap("evaluation, logs and checkpoints", "loader")
     if progress and t.clock.steps:
         store = getattr(t.batches, "store", None)
-        advice = t.clock.advice(t.config.workers, cached=store is None or store.kept != "none")
+        advice = t.clock.advice(t.config.workers, cached=store is None or store.kept_in != "none")
         print("\n".join([t.clock.report(), *advice]), file=sys.stderr)
 
 

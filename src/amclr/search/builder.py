@@ -24,9 +24,9 @@ from amclr.data.images.decode import BadImage, read_image
 from amclr.data.images.duplicates import image_hash
 from amclr.data.manifest import Sample
 from amclr.distributed.world import Processes
+from amclr.models.averaging import weights_digest
 from amclr.models.dual_encoder import DualEncoder
 from amclr.runs.loading import load
-from amclr.runs.serialization import digest
 from amclr.search.index import Index
 from amclr.search.inverted_lists import InvertedLists
 from amclr.search.parts import (
@@ -150,7 +150,7 @@ def _foreign_files(folder: Path) -> Iterator[Path]:
 
 def _initialise(model: DualEncoder, out: Path, data: str) -> None:
     """Write an index without rows, if there is none. Raises UserError if there is one of another model."""
-    model_digest = digest(model.state_dict().values())
+    model_digest = weights_digest(model.state_dict().values())
     if (out / "index.json").is_file():
         metadata = read_metadata(out)
         if metadata["model"] != model_digest:

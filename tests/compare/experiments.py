@@ -37,10 +37,12 @@ def run(file: Path, **changes: Any) -> Comparison:
     return compare(file, out=str(file.parent / "out"), progress=False, **changes)
 
 
-def measured(found: Comparison | Path) -> list[Any]:
-    """What must not depend on what ran beside what."""
+def measured(comparison: Comparison | Path) -> list[Any]:
+    """What must not depend on how many runs there were at a time."""
     rows = (
-        json.loads((found / "results.json").read_text())["rows"] if isinstance(found, Path) else found.results["rows"]
+        json.loads((comparison / "results.json").read_text())["rows"]
+        if isinstance(comparison, Path)
+        else comparison.results["rows"]
     )
     return [(row["variant"], row["grid"], row["measures"], row["against"], row["cut"]) for row in rows]
 

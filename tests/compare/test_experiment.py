@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("undrawn")
 ROOT = Path(__file__).parents[2]
 
 
-SLIPS = [
+MISTAKES = [
     ({"variant": ["clip"]}, "unknown key 'variant': did you mean 'variants'?"),
     ({"epochs": 3}, r"unknown key 'epochs' \(a setting belongs under settings\)"),
     ({"variants": None}, "must be names with values"),
@@ -72,17 +72,17 @@ SLIPS = [
 ]  # fmt: skip  # fmt: skip
 
 
-@pytest.mark.parametrize(("changes", "message"), SLIPS)
-def test_slips_show_before_anything_runs(
+@pytest.mark.parametrize(("changes", "message"), MISTAKES)
+def test_mistakes_show_before_anything_runs(
     changes: dict[str, Any], message: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(runner, "train", lambda *_, **__: pytest.fail("trained"))
-    with pytest.raises(UserError, match=message) as slip:
+    with pytest.raises(UserError, match=message) as error:
         run(written(tmp_path / "small.yaml", folder, **changes))
-    assert "\n" not in str(slip.value) and not (tmp_path / "out").exists()
+    assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
 
 
-def test_slips_in_the_file_itself(tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_in_the_file_itself(tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "e.yaml"
     for text, message in (
         (None, "cannot read the experiment file"),
@@ -136,5 +136,5 @@ def test_our_experiments_can_be_run(file: Path, tmp_path: Path, monkeypatch: pyt
 def test_the_example_of_the_guide_runs(tmp_path: Path) -> None:
     (text,) = re.findall(r"<!-- file: \S+ -->\n```yaml\n(.*?)```", (ROOT / "docs" / "compare.md").read_text(), re.S)
     (tmp_path / "experiment.yaml").write_text(text)
-    found = run(tmp_path / "experiment.yaml")
-    assert not found.failed and len(found.results["rows"]) == 4 and "own classes" in found.table
+    comparison = run(tmp_path / "experiment.yaml")
+    assert not comparison.failed and len(comparison.results["rows"]) == 4 and "own classes" in comparison.table

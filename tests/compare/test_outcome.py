@@ -22,8 +22,8 @@ def test_seconds_of_an_evaluation() -> None:
         {"kind": "train", "step": 11, "seconds_per_step": 1.0}, {"kind": "eval", "step": 12, "epoch": 2.0, "r_mean": 7.0},
         {"kind": "train", "step": 16, "seconds_per_step": 3.0}, {"kind": "eval", "step": 16, "epoch": 3.0, "r_mean": 6.0},
     ]  # fmt: skip
-    found = learning_curve(Config(objective="amclr", batch_size=8), rows)
-    assert [(e["steps"], e["passes"], e["seconds"]) for e in found] == [(6, 192, 7.0), (12, 384, 15.0), (16, 512, 27.0)]
+    curve = learning_curve(Config(objective="amclr", batch_size=8), rows)
+    assert [(e["steps"], e["passes"], e["seconds"]) for e in curve] == [(6, 192, 7.0), (12, 384, 15.0), (16, 512, 27.0)]
 
 
 def test_prompts_and_paraphrased_queries(
@@ -31,35 +31,39 @@ def test_prompts_and_paraphrased_queries(
 ) -> None:
     """Measures of every run like the others: what `amclr evaluate` finds, tested, and measured once."""
     monkeypatch.setattr(report, "draw", lambda *_: {})
-    asked = {"paraphrased": paraphrases_file(tmp_path / "mine.csv"), "zeroshot": [str(classes)], "templates": "simple"}
-    file = written(tmp_path / "small.yaml", folder, **asked)
-    found = run(file)
-    assert not found.failed
+    options = {
+        "paraphrased": paraphrases_file(tmp_path / "mine.csv"),
+        "zeroshot": [str(classes)],
+        "templates": "simple",
+    }
+    file = written(tmp_path / "small.yaml", folder, **options)
+    comparison = run(file)
+    assert not comparison.failed
     names = ("paraphrased img_r_mean", "paraphrased drop", "paraphrased overlap", "paraphrased rbo")
-    for row in found.results["rows"]:
+    for row in comparison.results["rows"]:
         one = row["runs"][1]
-        own = evaluate_run(
-            Path(one["folder"]), paraphrased=asked["paraphrased"], zeroshot=asked["zeroshot"], templates="simple",
+        evaluated = evaluate_run(
+            Path(one["folder"]), paraphrased=options["paraphrased"], zeroshot=options["zeroshot"], templates="simple",
             progress=False,
         )  # fmt: skip
-        told = own["paraphrased"]
-        assert (told["captions"], told["without"]) == (8, 8)
-        drop = told["as_is"]["img_r_mean"] - told["paraphrased"]["img_r_mean"]
-        expected = (told["paraphrased"]["img_r_mean"], drop, told["overlap"], 100 * told["rbo"])
+        paraphrased = evaluated["paraphrased"]
+        assert (paraphrased["captions"], paraphrased["without"]) == (8, 8)
+        drop = paraphrased["as_is"]["img_r_mean"] - paraphrased["paraphrased"]["img_r_mean"]
+        expected = (paraphrased["paraphrased"]["img_r_mean"], drop, paraphrased["overlap"], 100 * paraphrased["rbo"])
         assert [one[name] for name in names] == pytest.approx(expected, abs=1e-3)
-        assert one["zeroshot colours"] == pytest.approx(own["zeroshot_top1"], abs=1e-3)
-    base, other = found.results["rows"]
+        assert one["zeroshot colours"] == pytest.approx(evaluated["zeroshot_top1"], abs=1e-3)
+    base, other = comparison.results["rows"]
     for name in names:
         test = other["against"][name]
         means = [row["measures"][name]["mean"] for row in (other, base)]
         assert test["difference"] == pytest.approx(means[0] - means[1]) and 0 < test["p_seeds"] <= 1
         assert test["images"] == 8 and test["seeds"] == 2
-    assert "| image retrieval, paraphrased | RBO, paraphrased |" in found.table.replace("colours top-1 | ", "")
+    assert "| image retrieval, paraphrased | RBO, paraphrased |" in comparison.table.replace("colours top-1 | ", "")
     about = "4 names (as its folders are called), 7 prompts (simple, by open_clip)"
-    assert found.results["zeroshot"] == {"colours": about} and f"Zero-shot: colours: {about}." in found.table
+    assert comparison.results["zeroshot"] == {"colours": about} and f"Zero-shot: colours: {about}." in comparison.table
     assert (
-        f"Paraphrased by {asked['paraphrased']}: queries are the paraphrases of the captions that have one."
-        in found.table
+        f"Paraphrased by {options['paraphrased']}: queries are the paraphrases of the captions that have one."
+        in comparison.table
     )
     # Again: what is there is taken. With other prompts or paraphrases it is measured anew.
     times = {
@@ -68,8 +72,8 @@ def test_prompts_and_paraphrased_queries(
         if "paraphrased" in f.name or "zeroshot" in f.name
     }
     assert len(times) == 8
-    assert run(file).results == found.results and all(f.stat().st_mtime_ns == t for f, t in times.items())
+    assert run(file).results == comparison.results and all(f.stat().st_mtime_ns == t for f, t in times.items())
     some = (tmp_path / "mine.csv").read_text().splitlines()[:8]
     (tmp_path / "mine.csv").write_text("\n".join(some))
-    run(written(file, folder, **asked | {"templates": "amclr"}))
+    run(written(file, folder, **options | {"templates": "amclr"}))
     assert all(f.stat().st_mtime_ns != t for f, t in times.items())

@@ -85,11 +85,11 @@ def test_the_papers_protocol_on_a_stand_in(amclr: Command, tmp_path: Path) -> No
             paint(colour, 300 + k).save(tmp_path / "imagenet" / "val" / wnid / f"{k}.JPEG")
     done = amclr("compare", "paper.yaml", "--seeds", "1", "--zeroshot", "imagenet/val", timeout=1500)
     assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads((tmp_path / "runs/compare-paper/results.json").read_text())
-    assert [(r["variant"], r["grid"]["optim.name"]) for r in found["rows"]] == [
+    results = json.loads((tmp_path / "runs/compare-paper/results.json").read_text())
+    assert [(r["variant"], r["grid"]["optim.name"]) for r in results["rows"]] == [
         (v, o) for o in ("adamw", "adamp") for v in ("sogclr", "isogclr", "amclr", "xamclr")
     ]
-    assert all("zeroshot imagenet" in row["measures"] for row in found["rows"])
+    assert all("zeroshot imagenet" in row["measures"] for row in results["rows"])
     run = Path("runs/compare-paper/runs/xamclr,optim.name=adamp/seed0")
     store = yaml.safe_load((tmp_path / run / "config.yaml").read_text())["source"]["paraphrases"]
     assert store.startswith("cc3m/paraphrases/rules"), "second texts are paraphrases"
@@ -99,8 +99,10 @@ def test_the_papers_protocol_on_a_stand_in(amclr: Command, tmp_path: Path) -> No
     for i in range(12):
         name = f"COCO_val2014_{i:012d}.jpg"
         paint(list(COLOURS)[i % 4], 500 + i).save(tmp_path / "coco" / "val2014" / name)
-        said = [{"raw": f"{w} {list(COLOURS)[i % 4]} patch"} for w in ("a", "one", "this", "that", "my")]
-        images.append({"filepath": "val2014", "filename": name, "split": ("test", "restval")[i % 2], "sentences": said})
+        sentences = [{"raw": f"{w} {list(COLOURS)[i % 4]} patch"} for w in ("a", "one", "this", "that", "my")]
+        images.append(
+            {"filepath": "val2014", "filename": name, "split": ("test", "restval")[i % 2], "sentences": sentences}
+        )
     (tmp_path / "coco" / "dataset_coco.json").write_text(json.dumps({"images": images}))
     done = amclr("evaluate", run, "--data", "coco/dataset_coco.json", "--split", "test", "--captions", "5")
     assert done.returncode == 0 and "test split: 6 images, 30 captions" in done.stdout, done.stderr[-2000:]

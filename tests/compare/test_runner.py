@@ -39,10 +39,10 @@ def test_a_comparison(
     folder: Path, tmp_path: Path, classes: Path, steps_made: Counter[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = written(tmp_path / "small.yaml", folder, grid={"optim.name": ["adamw", "sgd"]}, regime="all of them")
-    found = run(file, zeroshot=[str(classes)])
-    assert not found.failed and sum(steps_made.values()) == 8 * STEPS
+    comparison = run(file, zeroshot=[str(classes)])
+    assert not comparison.failed and sum(steps_made.values()) == 8 * STEPS
     out = tmp_path / "out"
-    rows = {(r["variant"], r["grid"]["optim.name"]): r for r in found.results["rows"]}
+    rows = {(r["variant"], r["grid"]["optim.name"]): r for r in comparison.results["rows"]}
     assert list(rows) == [("sogclr", "adamw"), ("amclr", "adamw"), ("sogclr", "sgd"), ("amclr", "sgd")]
     for (variant, _), row in rows.items():
         views = {"sogclr": 1, "amclr": 2}[variant]
@@ -77,19 +77,19 @@ def test_a_comparison(
     at = {equal["seconds"]["at"] for row in rows.values() if "seconds" in (equal := row["at equal cost"])}
     seconds = f"{at.pop():,.1f}" if len(at) == 1 else "equal"
     header = f"| variant | optim.name | by 8 steps | by 0.128 thousand passes | by {seconds} seconds |"
-    assert header in found.table
-    assert "**small (all of them)**" in found.table and "with 2 seeds, it cannot go below 0.5" in found.table
-    assert "| amclr | sgd |" in found.table and "1 of an image (weak), 1 of a caption: sogclr" in found.table
+    assert header in comparison.table
+    assert "**small (all of them)**" in comparison.table and "with 2 seeds, it cannot go below 0.5" in comparison.table
+    assert "| amclr | sgd |" in comparison.table and "1 of an image (weak), 1 of a caption: sogclr" in comparison.table
     with (out / "table.csv").open() as handle:
         lines = list(csv.DictReader(handle))
     assert [float(line["r_mean"]) for line in lines] == [r["measures"]["r_mean"]["mean"] for r in rows.values()]
     page = (out / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 4 and not re.search(r"<script|<link|(src|href)=\"(?!data:)", page)
     # A notebook shows the same tables and figures, and names as text.
-    assert repr(found) == f"<amclr comparison '{out}': 4 variants, 8 runs>"
-    shown = found._repr_html_()
+    assert repr(comparison) == f"<amclr comparison '{out}': 4 variants, 8 runs>"
+    shown = comparison._repr_html_()
     assert shown.count("data:image/png;base64,") == 4 and "<td>amclr</td><td>sgd</td>" in shown
-    named = json.loads(json.dumps(found.results).replace("sogclr", "<script>"))
+    named = json.loads(json.dumps(comparison.results).replace("sogclr", "<script>"))
     assert "<script" not in (strange := Comparison(out, named)._repr_html_()) and "&lt;script&gt;" in strange
     for figure in ("retrieval.png", "zeroshot.png", "learning.png", "cost.png"):
         with Image.open(out / figure) as image:
@@ -100,12 +100,14 @@ def test_a_comparison(
     # Again: nothing is trained, and nothing differs.
     monkeypatch.setattr(runner, "train", lambda *_, **__: pytest.fail("trained a run that was done"))
     monkeypatch.setattr(report, "draw", lambda *_: {})
-    assert run(file, zeroshot=[str(classes)]).results == found.results
+    assert run(file, zeroshot=[str(classes)]).results == comparison.results
     with pytest.raises(UserError, match=r"epochs is 2 there, 3 here. Give another --out"):
         run(written(file, folder, settings={**BASE["settings"], "epochs": 3}, grid={"optim.name": ["sgd"]}))
 
 
-def test_runs_of_a_seed_begin_and_go_on_alike(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_runs_of_a_seed_differ_in_the_objective_alone(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Samples, their order, first views, captions and starting weights: the objective alone differs."""
     seen: dict[tuple[str, int], list[Any]] = {}
     advance = loop.advance
@@ -142,20 +144,20 @@ def test_equal_passes(
     experiment: Path, folder: Path, steps_made: Counter[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(report, "draw", lambda *_: {})
-    found = run(written(experiment, folder, equal="passes", seeds=1))
+    comparison = run(written(experiment, folder, equal="passes", seeds=1))
     assert steps_made == {("sogclr", 0): 2 * STEPS, ("amclr", 0): STEPS}
-    rows = {row["variant"]: row for row in found.results["rows"]}
+    rows = {row["variant"]: row for row in comparison.results["rows"]}
     passes = [r["budget"]["image_passes"]["mean"] + r["budget"]["caption_passes"]["mean"] for r in rows.values()]
     assert passes == [256, 256] and (rows["sogclr"]["epochs"], rows["amclr"]["epochs"]) == (4, 2)
     config = yaml.safe_load((Path(rows["sogclr"]["runs"][0]["folder"]) / "config.yaml").read_text())
     assert config["epochs"] == 4, "so that its schedule ends with it"
-    assert " epochs | passes (thousands) |" in found.table and " | 4 | 0.256 | " in found.table
-    assert "by 8 steps | by 0.256 thousand passes" in found.table
+    assert " epochs | passes (thousands) |" in comparison.table and " | 4 | 0.256 | " in comparison.table
+    assert "by 8 steps | by 0.256 thousand passes" in comparison.table
     with pytest.raises(UserError, match="epochs is 4 there, 2 here"):
         run(written(experiment, folder, seeds=1))
 
 
-def test_hopeless_ones_are_cut(
+def test_variants_too_far_behind_are_cut(
     experiment: Path,
     folder: Path,
     tmp_path: Path,
@@ -164,22 +166,24 @@ def test_hopeless_ones_are_cut(
 ) -> None:
     monkeypatch.setattr(report, "draw", lambda *_: {})
     same = {"baseline": ""}
-    found = run(written(experiment, folder, **same, cut={"behind": 0.01}))
-    rows = {row["variant"]: row for row in found.results["rows"]}
+    comparison = run(written(experiment, folder, **same, cut={"behind": 0.01}))
+    rows = {row["variant"]: row for row in comparison.results["rows"]}
     first = {name: row["runs"][0]["r_mean"] for name, row in rows.items()}
     hopeless = {name for name in rows if first[name] < max(first.values()) - 0.01}
     assert len(hopeless) == 1 and {name for name, row in rows.items() if row["cut"]} == hopeless
     made = {(name, seed) for name in rows for seed in (0, 1) if not (seed and name in hopeless)}
-    assert set(steps_made) == made and not found.failed and found.runs == len(made)
+    assert set(steps_made) == made and not comparison.failed and comparison.runs == len(made)
     for name in hopeless:
         behind = max(first.values()) - first[name]
         assert rows[name]["cut"] == {"after": 1, "behind": pytest.approx(behind)} and len(rows[name]["runs"]) == 1
-        assert f"- {name}: cut after 1 seed, {behind:.1f} behind" in found.table and "| 1, cut |" in found.table
+        assert (
+            f"- {name}: cut after 1 seed, {behind:.1f} behind" in comparison.table and "| 1, cut |" in comparison.table
+        )
     # Again, nothing is trained and all is as it was; without the cut, the others are made too; with it they do not count.
     before = steps_made.copy()
-    assert run(experiment).results == found.results and steps_made == before
+    assert run(experiment).results == comparison.results and steps_made == before
     assert run(written(experiment, folder, **same)).runs == 4 and sum(steps_made.values()) == 4 * STEPS
-    assert run(written(experiment, folder, **same, cut={"behind": 0.01})).results["rows"] == found.results["rows"]
+    assert run(written(experiment, folder, **same, cut={"behind": 0.01})).results["rows"] == comparison.results["rows"]
 
 
 def test_a_failing_run_does_not_stop_the_others(
@@ -195,18 +199,18 @@ def test_a_failing_run_does_not_stop_the_others(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "advance", broken)
         assert cli.main(["compare", str(experiment), "--out", str(tmp_path / "out")]) == 1
-    said = capsys.readouterr()
-    assert said.err.endswith("amclr: 1 of 4 runs failed: the table says why\n")
-    assert "- sogclr, seed 1: RuntimeError: no such kernel (see " in said.out and "| 1 of 2 |" in said.out
+    output = capsys.readouterr()
+    assert output.err.endswith("amclr: 1 of 4 runs failed: the table says why\n")
+    assert "- sogclr, seed 1: RuntimeError: no such kernel (see " in output.out and "| 1 of 2 |" in output.out
     trace = tmp_path / "out/runs/sogclr/seed1-error.txt"
-    assert str(trace) in said.out and "in broken" in trace.read_text()
+    assert str(trace) in output.out and "in broken" in trace.read_text()
     results = json.loads((tmp_path / "out/results.json").read_text())
     assert [len(r["measures"]["r_mean"]["values"]) for r in results["rows"]] == [1, 2]
     assert results["rows"][1]["against"]["r_mean"]["seeds"] == 1
     # The same command tries it again, from where it was, and leaves the others be.
     before = steps_made.copy()
-    healed = run(experiment)
-    assert not healed.failed and steps_made - before == {("sogclr", 1): 4}, "goes on from the checkpoint of epoch 1"
+    rerun = run(experiment)
+    assert not rerun.failed and steps_made - before == {("sogclr", 1): 4}, "resumes from the checkpoint of epoch 1"
 
 
 def test_all_runs_may_fail(experiment: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,12 +218,12 @@ def test_all_runs_may_fail(experiment: Path, monkeypatch: pytest.MonkeyPatch) ->
         raise UserError("the data are gone")
 
     monkeypatch.setattr(loop, "advance", broken)
-    found = run(experiment)
-    assert found.failed == 4 and "- amclr, seed 1: the data are gone" in found.table
-    assert "<h2>Runs</h2>" in (found.folder / "report.html").read_text()
+    comparison = run(experiment)
+    assert comparison.failed == 4 and "- amclr, seed 1: the data are gone" in comparison.table
+    assert "<h2>Runs</h2>" in (comparison.folder / "report.html").read_text()
 
 
-def test_stopped_and_gone_on_with(
+def test_interrupted_and_resumed(
     experiment: Path, tmp_path: Path, steps_made: Counter[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A signal in the middle of the second run: no step is made twice, and the end is that without it."""
@@ -239,14 +243,14 @@ def test_stopped_and_gone_on_with(
     # What a kill leaves of a run that has only made its folder.
     (tmp_path / "out/runs/sogclr/seed1/checkpoints").mkdir(parents=True)
     (tmp_path / "out/runs/sogclr/seed1/environment.json").write_text("{}")
-    found = run(experiment)
+    comparison = run(experiment)
     assert steps_made == {(o, s): STEPS for o in ("sogclr", "amclr") for s in (0, 1)}
     whole = compare(experiment, out=str(tmp_path / "whole"), progress=False)
-    for one, other in zip(found.results["rows"], whole.results["rows"], strict=True):
+    for one, other in zip(comparison.results["rows"], whole.results["rows"], strict=True):
         assert one["measures"] == other["measures"] and one["against"] == other["against"]
 
 
-def test_ctrl_c_between_runs_tells_how_to_go_on(experiment: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_between_runs_says_how_to_resume(experiment: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def pressed(*_: Any) -> Any:
         raise KeyboardInterrupt
 
@@ -283,7 +287,7 @@ def test_the_command(main: Command, experiment: Path, classes: Path, tmp_path: P
 
 
 @pytest.mark.slow
-def test_killed_and_gone_on_with(amclr: Command, folder: Path, tmp_path: Path) -> None:
+def test_killed_and_resumed(amclr: Command, folder: Path, tmp_path: Path) -> None:
     """kill -9 in the middle of the third of four runs: the two before it are not touched again."""
     file = written(tmp_path / "e.yaml", folder, settings={**BASE["settings"], "epochs": 12})
     command = [sys.executable, "-m", "amclr", "compare", str(file), "--out", "out"]

@@ -37,15 +37,15 @@ def test_two_at_a_time_are_the_same(
     monkeypatch.setattr(report, "draw", lambda *_: {})
     experiment.write_text(f"{experiment.read_text()}\nparaphrased: {paraphrases_file(tmp_path / 'mine.csv')}\n")
     assert cli.main(["compare", str(experiment), "--seeds", "1", "--jobs", "2", "--out", str(tmp_path / "two")]) == 0
-    said = capsys.readouterr()
-    lines = [line for line in said.err.splitlines() if line.startswith("run ")]
-    assert [line[:11] for line in lines] == ["run 1 of 2:", "run 2 of 2:"] and "2 at a time" in said.err
+    output = capsys.readouterr()
+    lines = [line for line in output.err.splitlines() if line.startswith("run ")]
+    assert [line[:11] for line in lines] == ["run 1 of 2:", "run 2 of 2:"] and "2 at a time" in output.err
     assert {line.split()[4] for line in lines} == {"sogclr,", "amclr,"}
-    assert "Runs were trained 2 at a time: do not compare their seconds" in said.out and "--jobs 2`" in said.out
+    assert "Runs were trained 2 at a time: do not compare their seconds" in output.out and "--jobs 2`" in output.out
     one = run(experiment, seeds="1")
     assert measured(tmp_path / "two") == measured(one) and "at a time" not in one.table
     assert not list((tmp_path / "two").rglob("*output.txt"))
-    # Taken as they are, whatever the number now is; what they ran beside is not forgotten.
+    # Taken as they are, whatever the number now is; how many ran at a time before is not forgotten.
     monkeypatch.setattr(runner, "train", lambda *_, **__: pytest.fail("trained a run that was done"))
     monkeypatch.setattr(runner, "side_by_side", lambda *_: pytest.fail("started a process for a run that was done"))
     for jobs in (1, 3):
@@ -53,28 +53,28 @@ def test_two_at_a_time_are_the_same(
         assert measured(again) == measured(one) and "trained 2 at a time" in again.table
 
 
-class Beside:
+class SideBySide:
     """`amclr compare FILE --jobs 2 --out out` in a process of its own, with those that it started."""
 
     def __init__(self, file: Path) -> None:
-        self.out, self.said = file.parent / "out", file.parent / "said.txt"
-        with self.said.open("w") as said:
+        self.out, self.output = file.parent / "out", file.parent / "output.txt"
+        with self.output.open("w") as output:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "amclr", "compare", str(file), "--jobs", "2", "--out", "out"],
-                cwd=file.parent, stdout=said, stderr=said, env={**os.environ, "OMP_NUM_THREADS": "1"},
+                cwd=file.parent, stdout=output, stderr=output, env={**os.environ, "OMP_NUM_THREADS": "1"},
             )  # fmt: skip
 
     def workers(self) -> dict[int, Path]:
-        """The processes of its runs, and where these lie: what they print goes beside that."""
+        """The processes of its runs, and where these lie: what they print goes next to that."""
         found = [int(p.name) for p in Path("/proc").iterdir() if p.name.isdigit()]
         found = [pid for pid in found if parent_of(pid) == self.process.pid]
         return {pid: Path(os.readlink(f"/proc/{pid}/fd/1").replace("-output.txt", "")) for pid in found}
 
     def until_they_train(self) -> dict[int, Path]:
-        """Wait until two runs go on at once, and have made steps."""
+        """Wait until two runs train at a time, and have made steps."""
         deadline = time.monotonic() + 300
         while len(running := self.workers()) < 2 or not all((f / "metrics.jsonl").is_file() for f in running.values()):
-            assert self.process.poll() is None and time.monotonic() < deadline, self.said.read_text()[-2000:]
+            assert self.process.poll() is None and time.monotonic() < deadline, self.output.read_text()[-2000:]
             time.sleep(0.1)
         return running
 
@@ -101,7 +101,7 @@ def steps_logged(folder: Path) -> list[int]:
 
 
 def as_one_after_the_other(file: Path, out: Path) -> bool:
-    """Whether a comparison gone on with, its runs side by side, is the same as with one run after the other."""
+    """Whether a comparison that is resumed, its runs side by side, is the same as with one run after the other."""
     again = compare(file, out=str(out), jobs=2, progress=False)
     assert not again.failed
     assert all(steps_logged(f) == [*range(1, 160, 10), 160] for f in (out / "runs").glob("*/seed?"))
@@ -110,31 +110,31 @@ def as_one_after_the_other(file: Path, out: Path) -> bool:
 
 @pytest.mark.slow
 def test_a_run_whose_process_is_killed_is_named(longer: Callable[[int], Path], one_thread: None) -> None:
-    beside = Beside(file := longer(2))
-    pid, victim = next(iter(beside.until_they_train().items()))
+    command = SideBySide(file := longer(2))
+    pid, victim = next(iter(command.until_they_train().items()))
     os.kill(pid, signal.SIGKILL)
-    assert beside.process.wait(timeout=300) == 1
-    said, name = beside.said.read_text(), f"{victim.parent.name}, seed {victim.name[-1]}"
-    assert f": {name}: failed: its process was ended by SIGKILL: memory may have run out" in said
-    assert f"- {name}: its process was ended by SIGKILL" in said and "amclr: 1 of 4 runs failed" in said
-    rows = json.loads((beside.out / "results.json").read_text())["rows"]
+    assert command.process.wait(timeout=300) == 1
+    output, name = command.output.read_text(), f"{victim.parent.name}, seed {victim.name[-1]}"
+    assert f": {name}: failed: its process was ended by SIGKILL: memory may have run out" in output
+    assert f"- {name}: its process was ended by SIGKILL" in output and "amclr: 1 of 4 runs failed" in output
+    rows = json.loads((command.out / "results.json").read_text())["rows"]
     assert sorted(len(row["measures"]["r_mean"]["values"]) for row in rows) == [1, 2], "the others have finished"
-    assert as_one_after_the_other(file, beside.out)
+    assert as_one_after_the_other(file, command.out)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_two_runs_are_stopped_and_gone_on_with(
+def test_two_runs_are_interrupted_and_resumed(
     number: signal.Signals, longer: Callable[[int], Path], one_thread: None
 ) -> None:
     """After SIGTERM the command waits for the two; killed, it cannot, and they end by themselves. Neither is lost."""
-    beside = Beside(file := longer(1))
-    running = beside.until_they_train()
-    beside.process.send_signal(number)
-    code = beside.process.wait(timeout=60)
+    command = SideBySide(file := longer(1))
+    running = command.until_they_train()
+    command.process.send_signal(number)
+    code = command.process.wait(timeout=60)
     if number == signal.SIGTERM:
         assert code == 143 and not any(map(parent_of, running))
-        assert "To resume: amclr compare" in beside.said.read_text().splitlines()[-1]
+        assert "To resume: amclr compare" in command.output.read_text().splitlines()[-1]
     else:
         deadline = time.monotonic() + 60
         while any(map(parent_of, running)):
@@ -142,7 +142,7 @@ def test_two_runs_are_stopped_and_gone_on_with(
             time.sleep(0.05)
     for folder in running.values():
         assert (folder / "checkpoints" / "last.pt").is_file() and not (folder / "results.json").is_file()
-    assert as_one_after_the_other(file, beside.out)
+    assert as_one_after_the_other(file, command.out)
 
 
 def test_runs_that_want_the_same_at_once(folder: Path, own_cache: Path, tmp_path: Path) -> None:
@@ -172,6 +172,6 @@ def test_runs_that_want_the_same_at_once(folder: Path, own_cache: Path, tmp_path
         assert made.readable().all() and len(rows) == 300
 
     Processes(2, work, logs=tmp_path / "logs").succeed()
-    said = Counter(log.read_text().split())
+    calls = Counter(log.read_text().split())
     # 40 images are looked at, and 32 decoded again for their features of 64 views; 300 captions are 3 chunks.
-    assert said["decoded"] == 40 + 32 and said["captions"] == 3 and said["images"] == -(-64 // model.images_at_once)
+    assert calls["decoded"] == 40 + 32 and calls["captions"] == 3 and calls["images"] == -(-64 // model.images_at_once)

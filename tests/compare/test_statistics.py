@@ -46,22 +46,22 @@ def test_false_positives_under_the_null(n: int) -> None:
     """Where nothing differs, p is below 0.05 in 5 of 100 cases or fewer, however long the tails are."""
     draw = np.random.default_rng(n)
     p = np.array([sign_flip(draw.standard_t(2, n)) for _ in range(600)])
-    # Of n = 6 and 10 the p-values are whole multiples of 2 / 2^n, and the rate can be told exactly.
+    # Of n = 6 and 10 the p-values are whole multiples of 2 / 2^n, and the rate is known exactly.
     rate = np.floor(0.05 * 2 ** (n - 1)) / 2 ** (n - 1) if n < 14 else 0.05
     assert abs((p <= 0.05).mean() - rate) < 3.5 * np.sqrt(rate * (1 - rate) / len(p))
     assert np.mean([sign_flip(draw.normal(2.0, 1, n)) <= 0.05 for _ in range(50)]) > 0.9, "and finds what is there"
 
 
-def outcome(seed: int, hits: np.ndarray, asked: str = "q") -> Outcome:
-    found = Outcome(None, seed, Path())  # type: ignore[arg-type]
-    found.shares, found.queries = {"r_mean": 100 * hits / len(hits)}, {"r_mean": asked}
-    return found
+def outcome(seed: int, hits: np.ndarray, queries: str = "q") -> Outcome:
+    run = Outcome(None, seed, Path())  # type: ignore[arg-type]
+    run.shares, run.queries = {"r_mean": 100 * hits / len(hits)}, {"r_mean": queries}
+    return run
 
 
 def test_seeds_are_clusters() -> None:
     """Runs that differ by their seeds alone: with seeds as clusters a difference is rarely claimed, with images often.
 
-    This is why both are told, and what the second does not know.
+    This is why both are reported, and what the second ignores.
     """
     draw, seeds, images = np.random.default_rng(0), 6, 60
     tests = []
@@ -79,15 +79,15 @@ def test_seeds_are_clusters() -> None:
 def test_what_is_paired_with_what() -> None:
     draw = np.random.default_rng(0)
     rows = draw.integers(0, 2, (5, 40)).astype(float)
-    own = [outcome(2, rows[0]), outcome(0, rows[1]), outcome(5, rows[4])]
+    runs = [outcome(2, rows[0]), outcome(0, rows[1]), outcome(5, rows[4])]
     base = [outcome(0, rows[2]), outcome(2, rows[3]), outcome(1, rows[4])]
-    found = paired_test(own, base, "r_mean")
-    assert found is not None and (found["seeds"], found["images"]) == (2, 40)
-    assert found["difference"] == pytest.approx(100 * np.mean([rows[0] - rows[3], rows[1] - rows[2]]))
+    test = paired_test(runs, base, "r_mean")
+    assert test is not None and (test["seeds"], test["images"]) == (2, 40)
+    assert test["difference"] == pytest.approx(100 * np.mean([rows[0] - rows[3], rows[1] - rows[2]]))
     per_image = (rows[0] - rows[3] + rows[1] - rows[2]) / 2
-    assert found["p_images"] == sign_flip(100 * per_image / 40)
-    assert paired_test(own, [outcome(0, rows[2], "other queries")], "r_mean") is None
-    assert paired_test(own, base, "zeroshot") is None
+    assert test["p_images"] == sign_flip(100 * per_image / 40)
+    assert paired_test(runs, [outcome(0, rows[2], "other queries")], "r_mean") is None
+    assert paired_test(runs, base, "zeroshot") is None
 
 
 def curve(*evaluations: tuple[int, int, float, float]) -> list[dict[str, float]]:
@@ -100,13 +100,13 @@ def test_at_equal_cost_by_hand() -> None:
         curve((10, 100, 1.5, 22.0), (20, 200, 3.0, 24.0), (30, 300, 4.5, 40.0)),
     ]
     dear = [curve((10, 200, 4.0, 35.0), (20, 400, 8.0, 50.0))]
-    found = at_equal_cost({"cheap": cheap, "dear": dear})
-    assert {k: (v["at"], v["values"]) for k, v in found["cheap"].items()} == {
+    best = at_equal_cost({"cheap": cheap, "dear": dear})
+    assert {k: (v["at"], v["values"]) for k, v in best["cheap"].items()} == {
         "steps": (20, [30.0, 24.0]), "passes": (300, [30.0, 40.0]), "seconds": (3.0, [30.0, 24.0]),
     }  # fmt: skip
-    assert found["cheap"]["passes"]["mean"] == 35 and found["cheap"]["passes"]["sd"] == pytest.approx(50**0.5)
+    assert best["cheap"]["passes"]["mean"] == 35 and best["cheap"]["passes"]["sd"] == pytest.approx(50**0.5)
     # After 3 seconds, the expensive one had not been evaluated.
-    assert {k: (v["at"], v["values"]) for k, v in found["dear"].items()} == {
+    assert {k: (v["at"], v["values"]) for k, v in best["dear"].items()} == {
         "steps": (20, [50.0]),
         "passes": (300, [35.0]),
     }
@@ -119,7 +119,7 @@ def result(variant: str, seed: int, recall: float, point: int = 0) -> Outcome:
     return Outcome(Cell(variant, {"size": point}, {}), seed, Path(), failure, {"r_mean": recall})
 
 
-def test_who_is_hopeless() -> None:
+def test_who_is_too_far_behind() -> None:
     """Baselines and those that failed are not; the best at the same point of the grid, over the same seeds, counts."""
     first = [
         result("base", 0, 10.0), result("best", 0, 30.0), result("near", 0, 26.0), result("far", 0, 25.9),

@@ -42,12 +42,12 @@ def no_extra(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_imagenet_is_known_by_its_wnids(tmp_path: Path) -> None:
     from open_clip import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES
 
-    found = read_classes(made(tmp_path / "val", SHARK, GOLDFISH))
+    read = read_classes(made(tmp_path / "val", SHARK, GOLDFISH))
     # open_clip's names have the order of ImageNet's 1,000 classes: tench, goldfish, great white shark.
-    assert found.names == list(IMAGENET_CLASSNAMES[1:3]) == ["goldfish", "great white shark"]
-    assert found.labels == [0, 1] and [p.parent.name for p in found.paths] == [GOLDFISH, SHARK]
-    assert [p.replace("{}", "crane") for p in found.prompts] == [t("crane") for t in OPENAI_IMAGENET_TEMPLATES]
-    assert found.about == "2 names (imagenet, by open_clip), 80 prompts (imagenet, by open_clip)"
+    assert read.names == list(IMAGENET_CLASSNAMES[1:3]) == ["goldfish", "great white shark"]
+    assert read.labels == [0, 1] and [p.parent.name for p in read.paths] == [GOLDFISH, SHARK]
+    assert [p.replace("{}", "crane") for p in read.prompts] == [t("crane") for t in OPENAI_IMAGENET_TEMPLATES]
+    assert read.about == "2 names (imagenet, by open_clip), 80 prompts (imagenet, by open_clip)"
     # A wnid that is none of the 1,000 (entity), or another name among them: no known set.
     assert known_set([GOLDFISH, "n00001740"]) == known_set([GOLDFISH, "cat"]) == ""
     assert known_set(["cat", "dog"]) == ""
@@ -57,13 +57,13 @@ def test_imagenet_is_known_by_its_wnids(tmp_path: Path) -> None:
 def test_cifar_is_known_by_its_classes(name: str, tmp_path: Path) -> None:
     folders = classes.FOLDERS[name].split()
     assert len(set(folders)) == int(name[5:])
-    found = read_classes(made(tmp_path / "test", *(f.replace("_", " ").title() for f in folders)))
+    read = read_classes(made(tmp_path / "test", *(f.replace("_", " ").title() for f in folders)))
     theirs = json.loads(
         (files("clip_benchmark") / "datasets/en_zeroshot_classification_templates.json").read_text(encoding="utf-8")
     )[name]
-    assert [p.replace("{}", "crane") for p in found.prompts] == [t.format(c="crane") for t in theirs]
-    assert len(theirs) == 18 and found.prompts_of == f"{name}, by CLIP_benchmark"
-    assert found.names == sorted(f.replace("_", " ") for f in folders)
+    assert [p.replace("{}", "crane") for p in read.prompts] == [t.format(c="crane") for t in theirs]
+    assert len(theirs) == 18 and read.prompts_of == f"{name}, by CLIP_benchmark"
+    assert read.names == sorted(f.replace("_", " ") for f in folders)
     (tmp_path / "test" / folders[0].title()).rename(tmp_path / "test" / "else")  # one other class, and it is none
     assert read_classes(tmp_path / "test").prompts == evaluate.TEMPLATES
 
@@ -71,20 +71,20 @@ def test_cifar_is_known_by_its_classes(name: str, tmp_path: Path) -> None:
 def test_what_the_folder_says_comes_first(tmp_path: Path) -> None:
     root = made(tmp_path / "val", GOLDFISH, SHARK)
     (root / "templates.txt").write_text("my {}\n\nyour {}\n")
-    found = read_classes(root)
-    assert found.names == ["goldfish", "great white shark"] and found.prompts == ("my {}", "your {}")
+    read = read_classes(root)
+    assert read.names == ["goldfish", "great white shark"] and read.prompts == ("my {}", "your {}")
     (tmp_path / "classnames.txt").write_text(f"{GOLDFISH}\tgold, fish\n{SHARK}\tjaws\n")
-    found = read_classes(root)
-    assert found.names == ["gold", "jaws"]
-    assert found.about == "2 names (classnames.txt), 2 prompts (templates.txt)"
+    read = read_classes(root)
+    assert read.names == ["gold", "jaws"]
+    assert read.about == "2 names (classnames.txt), 2 prompts (templates.txt)"
     # What is asked for comes before both.
-    found = read_classes(root, "imagenet", "simple")
-    assert found.names == ["goldfish", "great white shark"] and len(found.prompts) == 7
+    read = read_classes(root, "imagenet", "simple")
+    assert read.names == ["goldfish", "great white shark"] and len(read.prompts) == 7
     assert read_classes(root, "folders", "amclr").names == [GOLDFISH, SHARK]
     (tmp_path / "mine.tsv").write_text(f"{SHARK}\tfish, big\n")
     (tmp_path / "mine.txt").write_text("{}!\n")
-    found = read_classes(root, str(tmp_path / "mine.tsv"), str(tmp_path / "mine.txt"))
-    assert found.names == [GOLDFISH, "fish"] and found.prompts == ("{}!",)
+    read = read_classes(root, str(tmp_path / "mine.tsv"), str(tmp_path / "mine.txt"))
+    assert read.names == [GOLDFISH, "fish"] and read.prompts == ("{}!",)
     assert len(read_classes(root, templates="openai").prompts) == 80
     assert read_classes(root, templates="pets").prompts == ("a photo of a {}, a type of pet.",)
     assert len({read_classes(root, templates=t).digest for t in ("", "amclr", "pets", "amclr")}) == 3
@@ -92,9 +92,9 @@ def test_what_the_folder_says_comes_first(tmp_path: Path) -> None:
 
 def test_without_the_extra_it_says_what_to_install(tmp_path: Path, no_extra: None) -> None:
     root = made(tmp_path / "val", GOLDFISH, SHARK)
-    found = read_classes(root)
-    assert found.names == [GOLDFISH, SHARK] and found.prompts == evaluate.TEMPLATES
-    assert found.advice == (
+    read = read_classes(root)
+    assert read.names == [GOLDFISH, SHARK] and read.prompts == evaluate.TEMPLATES
+    assert read.advice == (
         "these are classes of imagenet; for its names and prompts (open_clip, clip_benchmark): "
         "pip install 'amclr[zeroshot]'"
     )
@@ -122,9 +122,9 @@ def test_slips(options: dict[str, str], message: str, tmp_path: Path, monkeypatc
     Path("bare.txt").write_text("a photo\n")
     Path("empty.txt").write_text("\n")
     Path("latin.txt").write_bytes("caf\xe9 {}\n".encode("latin-1"))
-    with pytest.raises(UserError, match=message) as slip:
+    with pytest.raises(UserError, match=message) as error:
         read_classes(made(tmp_path / "pets", "cat", "cow"), **options)
-    assert "\n" not in str(slip.value)
+    assert "\n" not in str(error.value)
 
 
 def test_short_names(tmp_path: Path) -> None:

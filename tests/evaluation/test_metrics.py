@@ -28,15 +28,15 @@ def from_scores(scores: list[list[float]]) -> tuple[torch.Tensor, torch.Tensor]:
 def test_hand_drawn_ranks() -> None:
     # Rows are images, columns texts. Image 0 owns texts 0 and 1, image 1 text 2, image 2 text 3.
     images, texts = from_scores([[0.9, 0.1, 0.8, 0.7], [0.2, 0.6, 0.5, 0.4], [0.3, 0.2, 0.1, 0.0]])
-    found = evaluate.retrieval(images, texts, [0, 0, 1, 2])
+    results = evaluate.retrieval(images, texts, [0, 0, 1, 2])
     # Texts of image 0: rank 1; of image 1: rank 2 (0.6 above 0.5); of image 2: rank 4.
-    assert found["txt_r1"] == pytest.approx(100 / 3)
-    assert found["txt_r5"] == 100
-    assert found["txt_median_rank"] == 2
+    assert results["txt_r1"] == pytest.approx(100 / 3)
+    assert results["txt_r5"] == 100
+    assert results["txt_median_rank"] == 2
     # Images of texts: 0.9 first; 0.1 last of (0.1, 0.6, 0.2); 0.5 second of (0.8, 0.5, 0.1); 0.0 last.
-    assert found["img_r1"] == 25
-    assert found["img_r_mean"] == pytest.approx((25 + 100 + 100) / 3)
-    assert found["r_mean"] == pytest.approx((found["txt_r_mean"] + found["img_r_mean"]) / 2)
+    assert results["img_r1"] == 25
+    assert results["img_r_mean"] == pytest.approx((25 + 100 + 100) / 3)
+    assert results["r_mean"] == pytest.approx((results["txt_r_mean"] + results["img_r_mean"]) / 2)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -46,13 +46,13 @@ def test_equals_sorting(seed: int) -> None:
     owner = draw.permutation(np.repeat(np.arange(images), captions))
     i = unit(torch.from_numpy(draw.normal(size=(images, 6))))
     t = unit(torch.from_numpy(draw.normal(size=(len(owner), 6))) + 1.5 * i[owner])
-    found = evaluate.retrieval(i, t, owner, chunk=7)
+    results = evaluate.retrieval(i, t, owner, chunk=7)
     scores = (i @ t.T).numpy()
     first = [min(np.flatnonzero(owner[np.argsort(-row)] == k)) for k, row in enumerate(scores)]
     mine = [list(np.argsort(-column)).index(o) for column, o in zip(scores.T, owner, strict=True)]
     for k in (1, 5, 10):
-        assert found[f"txt_r{k}"] == pytest.approx(100 * np.mean(np.array(first) < k))
-        assert found[f"img_r{k}"] == pytest.approx(100 * np.mean(np.array(mine) < k))
+        assert results[f"txt_r{k}"] == pytest.approx(100 * np.mean(np.array(first) < k))
+        assert results[f"img_r{k}"] == pytest.approx(100 * np.mean(np.array(mine) < k))
 
 
 def test_equals_clip_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,15 +65,15 @@ def test_equals_clip_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
     i = unit(torch.randn(50, 16, generator=draw))
     owner = torch.arange(50).repeat_interleave(5)
     t = unit(i[owner] + 0.9 * torch.randn(250, 16, generator=draw) / 2)
-    found = evaluate.retrieval(i, t, owner)
+    results = evaluate.retrieval(i, t, owner)
     scores = t @ i.T
     positive = torch.zeros_like(scores, dtype=torch.bool)
     positive[torch.arange(250), owner] = True
     for k in (1, 5, 10):
         theirs = (benchmark.recall_at_k(scores, positive, k) > 0).float().mean()
-        assert found[f"img_r{k}"] == pytest.approx(100 * float(theirs), abs=1e-4)
+        assert results[f"img_r{k}"] == pytest.approx(100 * float(theirs), abs=1e-4)
         theirs = (benchmark.recall_at_k(scores.T, positive.T, k) > 0).float().mean()
-        assert found[f"txt_r{k}"] == pytest.approx(100 * float(theirs), abs=1e-4)
+        assert results[f"txt_r{k}"] == pytest.approx(100 * float(theirs), abs=1e-4)
     labels = torch.randint(0, 20, (200,), generator=draw)
     logits = torch.randn(200, 20, generator=draw) + 2 * F.one_hot(labels, 20)
     mine = evaluate.classify(logits, labels)
@@ -84,11 +84,11 @@ def test_equals_clip_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_collapsed_model_scores_chance() -> None:
     ones = unit(torch.ones(50, 4))
-    found = evaluate.retrieval(ones, ones.repeat_interleave(2, dim=0), torch.arange(50).repeat_interleave(2))
-    assert found["img_r1"] == pytest.approx(2)
-    assert found["img_r10"] == pytest.approx(20)
+    results = evaluate.retrieval(ones, ones.repeat_interleave(2, dim=0), torch.arange(50).repeat_interleave(2))
+    assert results["img_r1"] == pytest.approx(2)
+    assert results["img_r10"] == pytest.approx(20)
     # 100 texts in random order, two of them right: P(one among the first 5).
-    assert found["txt_r5"] == pytest.approx(100 * (1 - _miss(100, 2, 5)))
+    assert results["txt_r5"] == pytest.approx(100 * (1 - _miss(100, 2, 5)))
 
 
 def _miss(total: int, right: int, places: int) -> float:
@@ -126,11 +126,11 @@ class Letters:
 
 def test_zeroshot() -> None:
     words = ["zebra", "quokka", "fox", "lynx"]
-    found = evaluate.zeroshot(Letters(), ["zebra", "fox", "lynx", "zebra"], [0, 2, 3, 1], words, ["{}"])
-    assert found["zeroshot_top1"] == 75
-    assert set(found) == {"zeroshot_top1", "zeroshot_top3"}
+    results = evaluate.zeroshot(Letters(), ["zebra", "fox", "lynx", "zebra"], [0, 2, 3, 1], words, ["{}"])
+    assert results["zeroshot_top1"] == 75
+    assert set(results) == {"zeroshot_top1", "zeroshot_top3"}
     ready = Letters().encode_image(["zebra", "fox", "lynx", "zebra"])
-    assert evaluate.zeroshot(Letters(), ready.numpy(), [0, 2, 3, 1], words, [lambda w: w]) == found
+    assert evaluate.zeroshot(Letters(), ready.numpy(), [0, 2, 3, 1], words, [lambda w: w]) == results
     with pytest.raises(ValueError, match="no {} for the class name"):
         evaluate.zeroshot(Letters(), ready, [0, 2, 3, 1], words, ["a photo"])
     with pytest.raises(ValueError, match=r"labels must lie in \[0, 4\)"):
@@ -196,9 +196,9 @@ def test_retrieval_equals_clip_benchmark_from_end_to_end() -> None:
     def benchmark(indices: list[int]) -> dict[str, float]:
         batches = [(torch.tensor(indices[k : k + 8]), [captions[p] for p in indices[k : k + 8]])
                    for k in range(0, len(indices), 8)]  # fmt: skip
-        found = theirs.evaluate(model, batches, model.tokenizer, "cpu", amp=False, recall_k_list=[1, 5, 10])
+        results = theirs.evaluate(model, batches, model.tokenizer, "cpu", amp=False, recall_k_list=[1, 5, 10])
         return {
-            f"{'txt' if key.startswith('text') else 'img'}_r{key.split('@')[1]}": 100 * v for key, v in found.items()
+            f"{'txt' if key.startswith('text') else 'img'}_r{key.split('@')[1]}": 100 * v for key, v in results.items()
         }
 
     whole = evaluate.retrieval(images, texts, owner)
@@ -233,13 +233,13 @@ def test_zeroshot_equals_clip_benchmark_from_end_to_end(monkeypatch: pytest.Monk
 
     batches = Batches([(torch.arange(k, min(k + 16, 69)), labels[k : k + 16]) for k in range(0, 69, 16)])
     braced = [t.replace("{}", "{c}") for t in templates]
-    found = theirs.evaluate(model, batches, model.tokenizer, names, braced, "cpu", amp=False)
+    results = theirs.evaluate(model, batches, model.tokenizer, names, braced, "cpu", amp=False)
     mine = evaluate.zeroshot(model, range(69), labels, names, templates)
-    assert mine["zeroshot_top1"] == pytest.approx(100 * found["acc1"], abs=1e-4)
-    assert mine["zeroshot_top5"] == pytest.approx(100 * found["acc5"], abs=1e-4)
+    assert mine["zeroshot_top1"] == pytest.approx(100 * results["acc1"], abs=1e-4)
+    assert mine["zeroshot_top5"] == pytest.approx(100 * results["acc5"], abs=1e-4)
     scores, target = evaluate.class_scores(model, range(69), labels, names, templates)
     recall = evaluate.mean_class_recall(scores, target)
-    assert recall == pytest.approx(100 * found["mean_per_class_recall"], abs=1e-4)
+    assert recall == pytest.approx(100 * results["mean_per_class_recall"], abs=1e-4)
     assert abs(recall - mine["zeroshot_top1"]) > 1
     # A class without images counts for nothing; a tie is what it is by chance.
     assert evaluate.mean_class_recall(torch.tensor([[1.0, 1, 0, 0], [0, 1, 0, 0]]), torch.tensor([0, 1])) == 75
@@ -267,12 +267,12 @@ def test_agreement_of_lists_equals_loops(p: float) -> None:
     for row in second[50:100]:  # near the first ones
         i, j = draw.integers(0, 12, 2)
         row[[i, j]] = row[[j, i]]
-    found = evaluate.rank_biased_overlap(first, second, p)
-    assert found.tolist() == pytest.approx(
+    results = evaluate.rank_biased_overlap(first, second, p)
+    assert results.tolist() == pytest.approx(
         [rbo_in_loops(list(a), list(b), p) for a, b in zip(first, second, strict=True)]
     )
-    assert torch.allclose(found, evaluate.rank_biased_overlap(second, first, p))
-    assert found[:50].tolist() == pytest.approx([1] * 50)
+    assert torch.allclose(results, evaluate.rank_biased_overlap(second, first, p))
+    assert results[:50].tolist() == pytest.approx([1] * 50)
     shares = [len(set(a) & set(b)) / 12 for a, b in zip(first, second, strict=True)]
     assert evaluate.overlap(first, second).tolist() == pytest.approx(shares)
     assert evaluate.rank_biased_overlap([[1, 2, 3]], [[4, 5, 6]], p).tolist() == [0]
@@ -297,11 +297,11 @@ def test_agreement_of_what_texts_and_paraphrases_find() -> None:
     images = unit(torch.randn(150, 8, generator=draw))
     texts = unit(torch.randn(40, 8, generator=draw))
     again = unit(texts + 0.3 * torch.randn(40, 8, generator=draw))
-    found = evaluate.agreement(texts, again, images.numpy(), chunk=7)
+    results = evaluate.agreement(texts, again, images.numpy(), chunk=7)
     for k in range(40):
         lists = [sorted(range(150), key=lambda i: -float(row[k] @ images[i]))[:100] for row in (texts, again)]
-        assert float(found["overlap"][k]) == pytest.approx(len(set(lists[0][:10]) & set(lists[1][:10])) / 10)
-        assert float(found["rbo"][k]) == pytest.approx(rbo_in_loops(*lists, 0.9), abs=1e-6)
+        assert float(results["overlap"][k]) == pytest.approx(len(set(lists[0][:10]) & set(lists[1][:10])) / 10)
+        assert float(results["rbo"][k]) == pytest.approx(rbo_in_loops(*lists, 0.9), abs=1e-6)
     same = evaluate.agreement(texts, texts, images)
     assert same["overlap"].min() == 1 and same["rbo"].min() == pytest.approx(1)
     few = evaluate.agreement(texts, again, images[:4])  # of four images the first ten are all
@@ -310,7 +310,7 @@ def test_agreement_of_what_texts_and_paraphrases_find() -> None:
 
 def test_a_collapsed_model_agrees_by_chance() -> None:
     ones = unit(torch.ones(400, 4))
-    found = evaluate.agreement(ones[:5], ones[:5], ones)
-    assert found["overlap"].max() < 0.3 and found["rbo"].max() < 0.3
+    results = evaluate.agreement(ones[:5], ones[:5], ones)
+    assert results["overlap"].max() < 0.3 and results["rbo"].max() < 0.3
     with pytest.raises(ValueError, match="do not match"):
         evaluate.agreement(ones[:5], ones[:4], ones)

@@ -91,8 +91,8 @@ def test_karpathy_test_split_as_clip_benchmark_measures_it(
     listed = karpathy(tmp_path / "coco", "val2014", "val2014", 30)
     options = ("--split", "test", "--captions", 5, "--folds", 3)
     assert command("evaluate", trained, "--data", tmp_path / "coco" / "dataset_coco.json", *options) == 0
-    told = capsys.readouterr().out
-    assert "test split: 30 images, 150 captions\n" in told and "means over 3 folds of 10 images" in told
+    output = capsys.readouterr().out
+    assert "test split: 30 images, 150 captions\n" in output and "means over 3 folds of 10 images" in output
     found = saved(trained, "dataset_coco-test")
     texts = [text for _, own in listed for text in own[:5]]
     adapter = Adapter(trained, [tmp_path / "coco" / "val2014" / name for name, _ in listed], texts)
@@ -119,8 +119,8 @@ def test_where_karpathy_images_lie(trained: Path, tmp_path: Path, capsys: pytest
     shutil.move(tmp_path / "flickr30k" / "flickr30k-images", tmp_path / "elsewhere")
     away = ("evaluate", trained, "--data", tmp_path / "flickr30k" / "dataset_coco.json", "--split", "test")
     assert command(*away) == 1
-    told = capsys.readouterr().err
-    assert "has no usable sample; 12 x no such image (images elsewhere: --source.images FOLDER)" in told
+    output = capsys.readouterr().err
+    assert "has no usable sample; 12 x no such image (images elsewhere: --source.images FOLDER)" in output
     assert command(*away, "--source.images", tmp_path / "elsewhere") == 0
     assert f"test split: 12 images, {captions} captions\n" in capsys.readouterr().out
 
@@ -164,9 +164,9 @@ def test_several_sets_in_one_table(trained: Path, tmp_path: Path, capsys: pytest
     Image.new("RGB", (8, 8)).save(colours / "red" / "more.png")  # classes of unequal sizes
     (colours / "red" / "broken.png").write_bytes(b"broken")
     assert command("evaluate", trained, "--retrieval", "false", "--zeroshot", wnids, colours) == 0
-    told = capsys.readouterr().out
+    output = capsys.readouterr().out
     found = saved(trained, "zeroshot-tiny-colours")["zeroshot_sets"]
-    header, first, second, *about = told.splitlines()
+    header, first, second, *about = output.splitlines()
     assert header.split() == ["zero-shot", "images", "classes", "top-1", "top-3", "top-5", "top-10", "per", "class"]
     assert first.split()[:4] == ["tiny", "9", "3", f"{found['tiny']['zeroshot_top1']:.1f}"] and "–" in first
     assert second.split()[:3] == ["colours", "13", "4"]
@@ -179,8 +179,8 @@ def test_several_sets_in_one_table(trained: Path, tmp_path: Path, capsys: pytest
         assert command("evaluate", trained, "--retrieval", "false", "--zeroshot", root) == 0
         alone = saved(trained, f"zeroshot-{root.name}")
         assert {k: v for k, v in alone.items() if k.startswith("zeroshot")} == found[label]
-    told = capsys.readouterr().out
-    assert "zero-shot: 13 images, 4 classes" in told and "4 names (as its folders are called)" in told
+    output = capsys.readouterr().out
+    assert "zero-shot: 13 images, 4 classes" in output and "4 names (as its folders are called)" in output
     paths = sorted(p for p in colours.glob("*/*.png") if p.name != "broken.png")
     labels = [sorted(COLOURS).index(p.parent.name) for p in paths]
     scores, _ = evaluate.class_scores(amclr.load(trained), paths, labels, sorted(COLOURS))
@@ -200,10 +200,10 @@ def test_paraphrases_of_a_file(trained: Path, tmp_path: Path, capsys: pytest.Cap
     rows = [f"{c},{text}" for c, text in again.items()] + [f"{captions[0]},{captions[0].upper()}"]  # the same words
     (tmp_path / "mine.csv").write_text("\n".join(["caption,paraphrase", *rows]))
     assert command("evaluate", trained, "--paraphrased", tmp_path / "mine.csv") == 0
-    told = capsys.readouterr().out
+    output = capsys.readouterr().out
     found = saved(trained, "patches-val")["paraphrased"]
     assert (found["captions"], found["without"]) == (len(again), len(captions) - len(again)) == (10, 6)
-    assert f"{len(again)} of 16 captions, 6 without one left out" in told
+    assert f"{len(again)} of 16 captions, 6 without one left out" in output
     model = amclr.load(trained)
     images = model.encode_image([s.image for s in samples])
     owner = [i for i, s in enumerate(samples) for c in s.captions if c in again]
@@ -216,8 +216,10 @@ def test_paraphrases_of_a_file(trained: Path, tmp_path: Path, capsys: pytest.Cap
     rbo = [sum(0.1 * 0.9 ** (d - 1) * len(set(a[:d]) & set(b[:d])) / min(d, 8) for d in range(1, 9)) + 0.9**8
            for a, b in zip(*lists, strict=True)]  # fmt: skip
     assert found["rbo"] == pytest.approx(np.mean(rbo), abs=1e-5) and found["overlap"] == 100
-    assert "100.0 % of the first 8 in common" in told and f"rank-biased overlap {found['rbo']:.3f} (p = 0.9)" in told
-    drop = next(line for line in reversed(told.splitlines()) if line.startswith("  drop"))
+    assert (
+        "100.0 % of the first 8 in common" in output and f"rank-biased overlap {found['rbo']:.3f} (p = 0.9)" in output
+    )
+    drop = next(line for line in reversed(output.splitlines()) if line.startswith("  drop"))
     expected_drop = found["as_is"]["img_r5"] - found["paraphrased"]["img_r5"]
     assert float(drop.split()[2]) == pytest.approx(expected_drop, abs=0.051)
 
@@ -241,7 +243,7 @@ def test_rules_are_the_store_that_they_make(trained: Path, tmp_path: Path, capsy
     assert found[0]["captions"] == 12 and 10 < found[0]["overlap"] < 100
 
 
-# -- slips ----------------------------------------------------------------------------------------
+# -- mistakes --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -266,7 +268,7 @@ def test_rules_are_the_store_that_they_make(trained: Path, tmp_path: Path, capsy
         (["--wise", "2"], "--wise must be numbers between 0 and 1 with commas, as 0,0.5,1, got '2'"),
     ],
 )  # fmt: skip
-def test_slips_are_one_line_with_advice(
+def test_mistakes_are_one_line_with_advice(
     options: list[str], message: str, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
@@ -288,9 +290,9 @@ def test_a_run_after_the_folders(capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_help_lists_names_and_prompts(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         command("evaluate", "--help")
-    told = " ".join(capsys.readouterr().out.split())
+    output = " ".join(capsys.readouterr().out.split())
     for name in (*amclr.evaluation.classes.NAMES, *amclr.evaluation.classes.PROMPTS):
-        assert name in told
+        assert name in output
 
 
 def test_a_store_that_is_not_complete(
@@ -301,5 +303,7 @@ def test_a_store_that_is_not_complete(
     (version / "paraphrases.jsonl").unlink()
     capsys.readouterr()
     assert command("evaluate", trained, "--paraphrased", tmp_path / "store") == 1
-    told = capsys.readouterr().err
-    assert "are not complete: give the same `amclr paraphrase` command again" in told and told.endswith("give rules\n")
+    output = capsys.readouterr().err
+    assert "are not complete: give the same `amclr paraphrase` command again" in output and output.endswith(
+        "give rules\n"
+    )

@@ -1,11 +1,11 @@
-"""How far exports differ from the model, on pairs of a data set: a table.
+"""How far exports differ from the model on pairs of a data set, as a table.
 
     python -m benchmarks.parity --data FLICKR8K [--runs RUN ...] [--towers NAME ...] [--formats onnx] [--precisions fp32]
 
-The towers, unless runs are given: the demo's own, the packaged pretrained ones, ResNet-50 with DistilBERT and ViT-S/16
-with BERT, at their full sizes and with random weights where the weights are not packaged; batch norms are given the
-statistics of some images first, as training would. "same tensors" compares the networks, "its own reading" the way
-from the files: what open_clip's, or the example's, decoding and resizing changes.
+Default towers: the demo's, the packaged pretrained ones, ResNet-50 with DistilBERT, and ViT-S/16 with BERT. All have their
+full size, and random weights if none are packaged; batch norms get the statistics of some images first, as in training.
+"same tensors" compares the networks; "its own reading" starts from the files, and includes the decoding and resizing of
+open_clip or of the example.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from amclr.runs.folder import Run
 
 
 def towers(text_folder: Path) -> dict[str, ModelConfig]:
-    """Settings by name. text_folder: where configurations of text towers may be put."""
+    """Model settings by name. text_folder: folder for the configurations of text towers."""
     for name, config in (("distilbert", DistilBertConfig()), ("bert", BertConfig())):
         config.save_pretrained(text_folder / name)
         build_tokenizer(ModelConfig(text_tower="minilm"), []).save_pretrained(text_folder / name)
@@ -52,7 +52,7 @@ def towers(text_folder: Path) -> dict[str, ModelConfig]:
 
 
 def settle_norms(model: DualEncoder, images: list[Location]) -> None:
-    """Give batch norms of random weights the statistics of some images."""
+    """Set the statistics of batch norms with random weights from some images."""
     norms = [m for m in model.image_tower.modules() if isinstance(m, nn.BatchNorm2d)]
     if norms and model.config.image_lr:
         for norm in norms:
@@ -61,8 +61,8 @@ def settle_norms(model: DualEncoder, images: list[Location]) -> None:
             model.train()(torch.stack([model.prepare(p) for p in images[:64]]), None)
 
 
-def row(name: str, to: str, precision: str, found: dict[str, Parity], limit: float) -> str:
-    p, own = found["parity"], found["own_reading"]
+def row(name: str, to: str, precision: str, parities: dict[str, Parity], limit: float) -> str:
+    p, own = parities["parity"], parities["own_reading"]
     return (
         f"| {name} | {to}, {precision} | {p.difference:.1e} | {limit:g} | {p.same} of {p.queries} | {p.overlap:.1%} | "
         f"{own.difference:.1e} | {own.cosine:.6f} | {own.overlap:.1%} |"
@@ -73,7 +73,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True)
     parser.add_argument("--runs", nargs="*", default=[])
-    parser.add_argument("--towers", nargs="*", default=[], help="words of the names of towers; empty: all")
+    parser.add_argument("--towers", nargs="*", default=[], help="words in the names of towers; default: all")
     parser.add_argument("--formats", nargs="*", default=["open_clip", "onnx"])
     parser.add_argument("--precisions", nargs="*", default=["fp32", "fp16", "int8"])
     options = parser.parse_args()
@@ -85,10 +85,10 @@ def main() -> None:
         for s in manifests.load(config, manifests.cache_folder(config)).split("train")
         for c in s.captions
     ]  # fmt: skip
-    with tempfile.TemporaryDirectory() as made:
+    with tempfile.TemporaryDirectory() as text_folder:
         models = {run: Run.open(Path(run)).load_model for run in options.runs} or {
             name: lambda c=settings: DualEncoder(c, build_tokenizer(c, captions))  # type: ignore[misc]
-            for name, settings in towers(Path(made)).items()
+            for name, settings in towers(Path(text_folder)).items()
             if not options.towers or any(word in name for word in options.towers)
         }
         print(f"{options.data}; {machine('cpu', torch.get_num_threads())}", flush=True)

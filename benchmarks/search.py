@@ -1,12 +1,12 @@
-"""An index of many vectors, ours and FAISS used directly: time to make, memory, recall of the ten best, queries a second.
+"""Our index against FAISS used directly, on many vectors: build time, memory, recall@10, queries per second.
 
     python -m benchmarks.search                    # a million vectors; about ten minutes on two cores
     python -m benchmarks.search --rows 100000
 
-Vectors are made: unit rows around 20,000 centres, which have centres themselves, as images of many kinds have. Queries
-lie beside some of them. FAISS directly is IndexFlatIP for exact search, and index_factory's IVF-Flat with as many lists
-and probes as ours chose for the other. Each row is measured in a process of its own;
-memory is that beyond the libraries', the vectors given to FAISS included.
+The vectors are synthetic: unit rows around 20,000 centres, which are clustered themselves, like images of many kinds.
+Queries lie near some of them. FAISS directly is IndexFlatIP for exact search, and index_factory's IVF-Flat with as many
+lists and probes as ours chose for approximate search. Each row is measured in a process of its own; memory excludes the
+libraries, and includes the vectors passed to FAISS.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def unit(rows: np.ndarray) -> np.ndarray:
 
 
 def blocks(rows: int) -> Iterator[np.ndarray]:
-    """The vectors, a part at a time."""
+    """Yield the vectors, a part at a time."""
     draw = np.random.default_rng(0)
     kinds = unit(draw.normal(size=(500, DIM)))
     centres = unit(kinds[draw.integers(0, 500, 20_000)] + 0.06 * draw.normal(size=(20_000, DIM)))
@@ -51,25 +51,25 @@ def queries(rows: int) -> np.ndarray:
 
 
 def memory(what: str) -> float:
-    """Of this process, in MB: `VmRSS` now, `VmHWM` at most."""
-    found = re.search(rf"{what}:\s*(\d+) kB", Path("/proc/self/status").read_text())
-    return int(found[1]) / 1024 if found else float("nan")
+    """Memory of this process in MB: `VmRSS` is current, `VmHWM` the peak."""
+    match = re.search(rf"{what}:\s*(\d+) kB", Path("/proc/self/status").read_text())
+    return int(match[1]) / 1024 if match else float("nan")
 
 
-def timed(search: Any, asked: np.ndarray) -> tuple[np.ndarray, float, float]:
-    """What was found, queries a second one by one, and in batches."""
-    search(asked[:1])
+def timed(search: Any, batch: np.ndarray) -> tuple[np.ndarray, float, float]:
+    """Search, and return the rows, and the queries per second one by one and in batches."""
+    search(batch[:1])
     began = time.perf_counter()
     for k in range(100):
-        search(asked[k : k + 1])
+        search(batch[k : k + 1])
     one = 100 / (time.perf_counter() - began)
     began = time.perf_counter()
-    found = np.concatenate([search(asked[k : k + BATCH]) for k in range(0, len(asked), BATCH)])
-    return found, one, len(asked) / (time.perf_counter() - began)
+    found = np.concatenate([search(batch[k : k + BATCH]) for k in range(0, len(batch), BATCH)])
+    return found, one, len(batch) / (time.perf_counter() - began)
 
 
 def make_index(folder: Path, rows: int, lists: bool, out: Any) -> None:
-    """Ours, from vectors to files."""
+    """Build ours, from vectors to files."""
     from amclr.search.inverted_lists import InvertedLists
     from amclr.search.parts import FORMAT, IndexedImage, write_part
 
@@ -77,19 +77,19 @@ def make_index(folder: Path, rows: int, lists: bool, out: Any) -> None:
     (folder / "parts").mkdir(parents=True, exist_ok=True)
     began, at, parts = time.perf_counter(), 0, []
     for block in blocks(rows):
-        some = [IndexedImage(f"{at + k:08d}.jpg", "", 0, -1, "", (), b"") for k in range(len(block))]
-        parts.append(vars(write_part(folder, block, some, [b""] * len(block), "made")))
+        images = [IndexedImage(f"{at + k:08d}.jpg", "", 0, -1, "", (), b"") for k in range(len(block))]
+        parts.append(vars(write_part(folder, block, images, [b""] * len(block), "digest")))
         at += len(block)
-    about: dict[str, Any] = {"amclr index": FORMAT, "data": "", "dim": DIM, "model": "made", "parts": parts}
+    metadata: dict[str, Any] = {"amclr index": FORMAT, "data": "", "dim": DIM, "model": "digest", "parts": parts}
     if lists:
         vectors = np.concatenate(list(blocks(rows)))
-        about["lists"] = InvertedLists.train(vectors, queries(rows)[::2], progress=True).write(folder / "lists")
-    (folder / "index.json").write_text(json.dumps(about))
+        metadata["lists"] = InvertedLists.train(vectors, queries(rows)[::2], progress=True).write(folder / "lists")
+    (folder / "index.json").write_text(json.dumps(metadata))
     out.put(
         {
             "seconds": time.perf_counter() - began,
             "MB": memory("VmHWM") - base,
-            "probes": about.get("lists", {}).get("probes"),
+            "probes": metadata.get("lists", {}).get("probes"),
         }
     )
 
@@ -97,20 +97,20 @@ def make_index(folder: Path, rows: int, lists: bool, out: Any) -> None:
 def use_index(folder: Path, rows: int, out: Any) -> None:
     from amclr.search.index import Index
 
-    asked, base, began = queries(rows), memory("VmRSS"), time.perf_counter()
+    batch, base, began = queries(rows), memory("VmRSS"), time.perf_counter()
     index = Index(folder)
-    index.search(asked[:1])
+    index.search(batch[:1])
     opened = time.perf_counter() - began
-    found, one, many = timed(lambda q: index.search(q, 10)[1], asked)
+    found, one, many = timed(lambda q: index.search(q, 10)[1], batch)
     out.put({"opened": opened, "MB": memory("VmRSS") - base, "found": found, "one": one, "many": many})
 
 
 def direct(rows: int, count: int, probes: int, out: Any) -> None:
-    """FAISS alone, exact where `count` lists are none."""
+    """FAISS directly; exact if `count`, the number of lists, is 0."""
     import faiss
 
     base = memory("VmRSS")
-    vectors, asked, began = np.concatenate(list(blocks(rows))), queries(rows), time.perf_counter()
+    vectors, batch, began = np.concatenate(list(blocks(rows))), queries(rows), time.perf_counter()
     if count:
         index = faiss.index_factory(DIM, f"IVF{count},Flat", faiss.METRIC_INNER_PRODUCT)
         index.cp.spherical, index.cp.niter, index.cp.max_points_per_centroid = True, 10, 64
@@ -119,14 +119,14 @@ def direct(rows: int, count: int, probes: int, out: Any) -> None:
     else:
         index = faiss.IndexFlatIP(DIM)
     index.add(vectors)
-    made, peak = time.perf_counter() - began, memory("VmHWM") - base
+    seconds, peak = time.perf_counter() - began, memory("VmHWM") - base
     del vectors
-    found, one, many = timed(lambda q: index.search(q, 10)[1], asked)
-    out.put({"seconds": made, "MB": peak, "found": found, "one": one, "many": many})
+    found, one, many = timed(lambda q: index.search(q, 10)[1], batch)
+    out.put({"seconds": seconds, "MB": peak, "found": found, "one": one, "many": many})
 
 
 def alone(work: Any, *arguments: Any) -> dict[str, Any]:
-    """What `work` puts out, in a process of its own."""
+    """Run `work` in a process of its own, and return its result."""
     context = multiprocessing.get_context("spawn")
     out: Any = context.Queue()
     process = context.Process(target=work, args=(*arguments, out))
@@ -139,7 +139,7 @@ def alone(work: Any, *arguments: Any) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=1_000_000)
-    parser.add_argument("--folder", type=Path, help="where the indices are written; a temporary one")
+    parser.add_argument("--folder", type=Path, help="folder to write the indexes to; default: a temporary one")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as place:
         exact, lists = Path(place) / "exact", Path(place) / "lists"
@@ -147,18 +147,18 @@ def main() -> None:
             exact: alone(make_index, exact, options.rows, False),
             lists: alone(make_index, lists, options.rows, True),
         }
-        told = json.loads((lists / "index.json").read_text())["lists"]
+        lists_metadata = json.loads((lists / "index.json").read_text())["lists"]
         count = len(np.load(lists / "lists" / "centroids.npy"))
         used = {f: alone(use_index, f, options.rows) for f in (exact, lists)}
         size = {f: sum(x.stat().st_size for x in f.rglob("*") if x.is_file()) / 2**20 for f in (exact, lists)}
-        flat, ivf = alone(direct, options.rows, 0, 0), alone(direct, options.rows, count, told["probes"])
+        flat, ivf = alone(direct, options.rows, 0, 0), alone(direct, options.rows, count, lists_metadata["probes"])
     true = flat["found"]
 
     def recall(found: np.ndarray) -> str:
         return f"{100 * (found[:, :, None] == true[:, None, :]).any(2).mean():.1f}%"
 
     print(f"{options.rows:,} vectors of {DIM} dimensions, {QUERIES:,} queries, {os.cpu_count()} cores; "
-          f"{count:,} lists, of which a query looks at {told['probes']}\n")  # fmt: skip
+          f"{count:,} lists, of which a query looks at {lists_metadata['probes']}\n")  # fmt: skip
     print("| | made, s | its peak, MB | on disk, MB | opened, s | in use, MB | recall@10 | queries/s, one by one "
           f"| in batches of {BATCH} |")  # fmt: skip
     print("|---|---|---|---|---|---|---|---|---|")

@@ -1,11 +1,11 @@
-"""Many clients at `amclr serve`: requests, errors, latency, and the server's memory at the start, the middle and the end.
+"""Load test of `amclr serve`: requests, errors, latency, and the server's memory at the start, middle and end.
 
     python -m benchmarks.serving MODEL                  # ten minutes, 32 clients, 100,000 images
     python -m benchmarks.serving MODEL --minutes 2
 
-MODEL is what `amclr.load` takes. The index is made: rows around that model's embeddings of texts. Each client sends its
-next request when it has the answer to the last: texts (80 %; few come twice), images like one of the index (10 %),
-uploaded images (2 %) and thumbnails (8 %). Clients run beside the server on the same machine, in another process.
+MODEL is what `amclr.load` takes. The index is synthetic: rows around the model's embeddings of texts. Each client sends
+its next request after the answer to the last: texts (80 %, few of them repeated), images similar to one of the index
+(10 %), uploaded images (2 %) and thumbnails (8 %). The clients run on the same machine, in another process.
 """
 
 from __future__ import annotations
@@ -58,31 +58,32 @@ def make_index(model: str, rows: int, folder: Path) -> None:
     encoder = load(model)
     encoder.save_pretrained(folder / "model")
     (folder / "parts").mkdir()
-    said = texts(CENTRES, 0)
-    centres = encoder.encode_text(said).numpy()
-    draw, parts, shown = np.random.default_rng(0), [], [photograph(k, (160, 120)) for k in range(50)]
+    captions = texts(CENTRES, 0)
+    centres = encoder.encode_text(captions).numpy()
+    draw, parts, thumbnails = np.random.default_rng(0), [], [photograph(k, (160, 120)) for k in range(50)]
     for start in range(0, rows, PART_ROWS):
         numbers = np.arange(start, min(start + PART_ROWS, rows))
         vectors = centres[numbers % CENTRES] + 0.5 / encoder.config.dim**0.5 * draw.normal(
             size=(len(numbers), encoder.config.dim)
         )
         vectors = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
-        known = [
-            IndexedImage(f"{n:07d}.jpg", f"{n:07d}.jpg", 0, -1, "", (said[n % CENTRES],), b"") for n in numbers.tolist()
+        images = [
+            IndexedImage(f"{n:07d}.jpg", f"{n:07d}.jpg", 0, -1, "", (captions[n % CENTRES],), b"")
+            for n in numbers.tolist()
         ]
-        parts.append(vars(write_part(folder, vectors, known, [shown[n % 50] for n in numbers], "made")))
-    about = {"amclr index": FORMAT, "data": "", "dim": encoder.config.dim, "model": "made", "parts": parts}
-    (folder / "index.json").write_text(json.dumps(about))
+        parts.append(vars(write_part(folder, vectors, images, [thumbnails[n % 50] for n in numbers], "digest")))
+    metadata = {"amclr index": FORMAT, "data": "", "dim": encoder.config.dim, "model": "digest", "parts": parts}
+    (folder / "index.json").write_text(json.dumps(metadata))
 
 
 def memory(process: int) -> float:
-    """In MB: VmRSS."""
-    found = re.search(r"VmRSS:\s*(\d+) kB", Path(f"/proc/{process}/status").read_text())
-    return int(found[1]) / 1024 if found else float("nan")
+    """Resident memory of a process in MB."""
+    match = re.search(r"VmRSS:\s*(\d+) kB", Path(f"/proc/{process}/status").read_text())
+    return int(match[1]) / 1024 if match else float("nan")
 
 
 class Client(threading.Thread):
-    """Sends requests until a time, and keeps what each took."""
+    """Sends requests until a deadline, and records their latency."""
 
     def __init__(self, port: int, seed: int, rows: int, until: float) -> None:
         super().__init__(daemon=True)
@@ -91,9 +92,9 @@ class Client(threading.Thread):
         self.errors: collections.Counter[str] = collections.Counter()
 
     def run(self) -> None:
-        """Send them."""
+        """Send requests."""
         draw = np.random.default_rng(self.seed)
-        said, upload = texts(5000, self.seed), photograph(self.seed, (1600, 1200))
+        queries, upload = texts(5000, self.seed), photograph(self.seed, (1600, 1200))
         form = b"--x\r\nContent-Disposition: form-data; name=image; filename=a.jpg\r\n\r\n" + upload + b"\r\n--x--\r\n"
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
         number = 0
@@ -108,7 +109,7 @@ class Client(threading.Thread):
                         "POST", "/search/image", form, {"Content-Type": "multipart/form-data; boundary=x"}
                     )
                 else:
-                    query = urlencode({"query": said[number % len(said)]})
+                    query = urlencode({"query": queries[number % len(queries)]})
                     connection.request(
                         "GET",
                         {"text": f"/search?{query}", "similar": f"/similar/{row}"}.get(kind, f"/thumbnail/{row}"),
@@ -176,12 +177,10 @@ def main() -> None:
             print(report(clients, time.monotonic() - began, memories))
             connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
             connection.request("GET", "/metrics")
-            told = connection.getresponse().read().decode()
+            metrics = connection.getresponse().read().decode()
             connection.close()
-            size, batches = (float(re.search(rf"amclr_batch_queries_{k} (\S+)", told)[1]) for k in ("sum", "count"))  # type: ignore[index]
-            print(
-                f"queries answered together: {size / batches:.1f} on average; load {os.getloadavg()[1]:.1f} of 5 minutes"
-            )
+            size, batches = (float(re.search(rf"amclr_batch_queries_{k} (\S+)", metrics)[1]) for k in ("sum", "count"))  # type: ignore[index]
+            print(f"queries per batch: {size / batches:.1f} on average; 5-minute load {os.getloadavg()[1]:.1f}")
         finally:
             server.send_signal(signal.SIGTERM)
             print(f"ended with code {server.wait(60)}")

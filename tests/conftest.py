@@ -91,7 +91,7 @@ def undrawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     """Runs leave no curves and no gallery, which take longer than small runs do, but for tests marked `draws`."""
     if request.node.get_closest_marker("draws"):
         return
-    for module in ("amclr.training.validation", "amclr.evaluation.evaluator"):
+    for module in ("amclr.training.validation", "amclr.evaluation.run"):
         monkeypatch.setattr(f"{module}.draw_gallery", lambda *_: None)
     monkeypatch.setattr("amclr.utils.figures.curves", lambda *_: None)
 

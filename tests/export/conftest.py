@@ -130,22 +130,22 @@ def alone(work: Path) -> dict[str, str]:
 def check_alone(run: Path, to: str, out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Export by the command line, load without amclr, compare; the files too, which are read in another way."""
     assert command("export", run, "--to", to, "--out", out) == 0, capsys.readouterr().err
-    told = capsys.readouterr().out
+    output = capsys.readouterr().out
     limit = {"open_clip": 1e-5, "onnx": 1e-4}[to]
     record = json.loads((out / "parity.json").read_text())
-    assert f"(limit {limit:g})" in told and f"folder: {out}" in told
+    assert f"(limit {limit:g})" in output and f"folder: {out}" in output
     assert record["parity"]["difference"] <= limit and record["parity"]["same"] == record["parity"]["queries"] > 0
-    assert f"largest difference {record['parity']['difference']:.1e}" in told
+    assert f"largest difference {record['parity']['difference']:.1e}" in output
     assert not list(out.parent.glob("*.part"))
     check_tells_no_paths(out)
     model = amclr.load(run).cpu()
     images = sorted((run.parent / "patches" / "Images").iterdir())[:12]
-    found = embedded_alone(to, out, model, images, tmp_path)
+    theirs = embedded_alone(to, out, model, images, tmp_path)
     ours = {"images": model.encode_image(images).numpy(), "texts": model.encode_text(CAPTIONS).numpy()}
     for side, rows in ours.items():
-        assert rows.shape == found[side].shape and np.abs(rows - found[side]).max() <= limit
+        assert rows.shape == theirs[side].shape and np.abs(rows - theirs[side]).max() <= limit
     assert np.ptp(ours["images"], axis=0).max() > 0.01, "images must not all look the same to it"
-    assert (ours["images"] * found["files"]).sum(axis=1).min() > 0.99
+    assert (ours["images"] * theirs["files"]).sum(axis=1).min() > 0.99
 
 
 def check_tells_no_paths(out: Path) -> None:

@@ -42,12 +42,12 @@ def test_own_towers_for_open_clip(small: Path, tmp_path: Path, capsys: pytest.Ca
     out = tmp_path / "a folder" / "clip"
     check_alone(small, "open_clip", out, tmp_path, capsys)
     assert ".part" not in (out / "open_clip_config.json").read_text()
-    found = np.load(tmp_path / "outputs.npz")
-    assert math.isclose(float(found["scale"]), 1 / 0.01, rel_tol=1e-5), "amclr's own temperature"
+    outputs = np.load(tmp_path / "outputs.npz")
+    assert math.isclose(float(outputs["scale"]), 1 / 0.01, rel_tol=1e-5), "the temperature of objective amclr"
 
 
 def differences(model: DualEncoder, folder: Path) -> tuple[float, float]:
-    """How far open_clip's embeddings of images and of captions of unequal lengths are from ours."""
+    """Largest differences of image and text embeddings between open_clip and us; captions of unequal lengths."""
     open_clip.write(model, folder, 0.05, "fp32")
     check_tells_no_paths(folder)
     exported = open_clip.load(folder)
@@ -58,9 +58,9 @@ def differences(model: DualEncoder, folder: Path) -> tuple[float, float]:
     with torch.inference_mode():
         ours, theirs = model(pixels, tokens), (exported.images(pixels), exported.texts(tokens))
         own = exported.own_texts(captions)
-    assert (own - theirs[1]).abs().max() < 1e-6, "its tokenizer gives the same"
-    found = [float((a - b).abs().max()) for a, b in zip(ours, theirs, strict=True)]
-    return found[0], found[1]
+    assert (own - theirs[1]).abs().max() < 1e-6, "its tokenizer agrees with ours"
+    image, text = (float((a - b).abs().max()) for a, b in zip(ours, theirs, strict=True))
+    return image, text
 
 
 @pytest.mark.parametrize("name", ["resnet10t", "mobilenetv3_small_050", "vit_tiny_patch16_224"])
@@ -136,15 +136,15 @@ def test_clip_benchmark_measures_the_same(tmp_path: Path, monkeypatch: pytest.Mo
     pixels = torch.stack([ours.prepare(s.image) for s in samples])
     seen = (pixels / 255 - mean) / std
     loader = [(seen[k : k + 50], [list(s.captions) for s in samples[k : k + 50]]) for k in range(0, 200, 50)]
-    found = retrieval.evaluate(theirs, loader, tokenizer, "cpu", amp=False, recall_k_list=[1, 5, 10])
+    their_recalls = retrieval.evaluate(theirs, loader, tokenizer, "cpu", amp=False, recall_k_list=[1, 5, 10])
     captions = [c for s in samples for c in s.captions]
     owner = np.repeat(np.arange(200), [len(s.captions) for s in samples])
     images = ours.encode_image([s.image for s in samples])
-    own = evaluate.retrieval(images, ours.encode_text(captions), owner)
+    our_recalls = evaluate.retrieval(images, ours.encode_text(captions), owner)
     for k in (1, 5, 10):
-        assert own[f"txt_r{k}"] / 100 == pytest.approx(found[f"text_retrieval_recall@{k}"], abs=1e-3)
-        assert own[f"img_r{k}"] / 100 == pytest.approx(found[f"image_retrieval_recall@{k}"], abs=1e-3)
-    assert found["text_retrieval_recall@10"] > 0.02
+        assert our_recalls[f"txt_r{k}"] / 100 == pytest.approx(their_recalls[f"text_retrieval_recall@{k}"], abs=1e-3)
+        assert our_recalls[f"img_r{k}"] / 100 == pytest.approx(their_recalls[f"image_retrieval_recall@{k}"], abs=1e-3)
+    assert their_recalls["text_retrieval_recall@10"] > 0.02
 
     # Its accuracy() calls float() on an array of one element, which NumPy 2.4 refuses.
     monkeypatch.setattr(classification, "float", lambda x: np.ravel(x)[0], raising=False)

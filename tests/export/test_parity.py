@@ -22,10 +22,10 @@ def test_parity_tells_what_differs() -> None:
     assert alike.cosine == pytest.approx(1, abs=1e-9)
     turned = text.clone()
     turned[3] = -text[3]
-    found = parity((image, text), (image, turned))
-    assert found.difference == pytest.approx(float(2 * text[3].abs().max())) and found.cosine == pytest.approx(-1)
+    result = parity((image, text), (image, turned))
+    assert result.difference == pytest.approx(float(2 * text[3].abs().max())) and result.cosine == pytest.approx(-1)
     top = (image.double() @ text.double().T).topk(10).indices
-    assert found.same < 80 - int((top == 3).any(dim=1).sum()) and found.overlap < 1
+    assert result.same < 80 - int((top == 3).any(dim=1).sum()) and result.overlap < 1
     wrong = text.clone()
     wrong[0, 0] = math.nan
     assert math.isnan(parity((image, text), (image, wrong)).difference)

@@ -1,4 +1,4 @@
-"""Captioned folders, and tiny language models made here."""
+"""Captioned folders, and tiny language models built here."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ WORDS = [
 
 
 def captioned(root: Path, count: int = 24, seed: int = 0) -> Path:
-    """A folder of captioned images; the captions are random words, of many lengths, with some said twice."""
+    """A folder of captioned images; the captions are random words, of many lengths, and some occur twice."""
     (root / "Images").mkdir(parents=True, exist_ok=True)
     draw = random.Random(seed)
     rows = ["image,caption"]
@@ -96,12 +96,12 @@ def causal(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def options(model: Path | str, **others: Any) -> ParaphraseConfig:
+def options(model: Path | str, **settings: Any) -> ParaphraseConfig:
     base = ParaphraseConfig(
         model=str(model), k=2, candidates=6, batch_size=4, max_tokens=12, similarity=0.0, shortest=0.2, longest=4.0,
         accelerator="cpu", progress=False,
     )  # fmt: skip
-    return replace(base, **others)
+    return replace(base, **settings)
 
 
 def bytes_of(store: Path) -> dict[str, bytes]:

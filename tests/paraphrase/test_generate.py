@@ -24,27 +24,27 @@ from tests.paraphrase.conftest import WORDS, bytes_of, captioned, one_line, opti
 def test_a_seq2seq_model_fills_a_store_that_training_reads(seq2seq: Path, tmp_path: Path) -> None:
     data = captioned(tmp_path / "data")
     report = paraphrase(options(seq2seq), str(data))
-    found = read_store(data / "paraphrases")
+    store = read_store(data / "paraphrases")
     captions = {c for s in manifests.load(Config(data=str(data)), tmp_path).samples for c in s.captions}
-    assert set(found.texts) == captions and f"captions     {len(captions)} different ones" in report
-    assert found.version.startswith(f"{seq2seq.name}-k2-") and str(found.path) in report
-    kept = [(c, p) for c, texts in found.texts.items() for p in texts]
-    assert len(kept) > 12 and all(set(words(p)) <= {*WORDS, "paraphrase"} for _, p in kept)
-    assert all(len(t) <= 2 and len(set(t)) == len(t) and c not in t for c, t in found.texts.items())
-    report = json.loads((found.path / "report.json").read_text())
-    assert report["paraphrases"] == len(kept) and report["rejected"]["unfinished"] > 0
+    assert set(store.texts) == captions and f"captions     {len(captions)} different ones" in report
+    assert store.version.startswith(f"{seq2seq.name}-k2-") and str(store.path) in report
+    pairs = [(c, p) for c, texts in store.texts.items() for p in texts]
+    assert len(pairs) > 12 and all(set(words(p)) <= {*WORDS, "paraphrase"} for _, p in pairs)
+    assert all(len(t) <= 2 and len(set(t)) == len(t) and c not in t for c, t in store.texts.items())
+    report = json.loads((store.path / "report.json").read_text())
+    assert report["paraphrases"] == len(pairs) and report["rejected"]["unfinished"] > 0
     samples = manifests.load(Config(data=str(data)), tmp_path).samples
     drawn_from = [(s.paraphrases or ((),) * len(s.captions), s.captions) for s in samples]
-    assert all(had == tuple(map(found.of, of)) for had, of in drawn_from) and any(any(had) for had, _ in drawn_from)
+    assert all(had == tuple(map(store.of, of)) for had, of in drawn_from) and any(any(had) for had, _ in drawn_from)
     unused = manifests.load(Config(data=str(data), source=SourceConfig(paraphrases="none")), tmp_path).samples
     assert not any(any(s.paraphrases) for s in unused)
 
 
 def test_what_is_drawn_follows_from_seed_and_settings(seq2seq: Path, tmp_path: Path) -> None:
     data = captioned(tmp_path / "data")
-    for out, others in (("a", {}), ("b", {}), ("c", {"seed": 1}), ("d", {"top_k": 5})):
-        paraphrase(options(seq2seq, out=str(tmp_path / out), **others), str(data))
-        torch.rand(3)  # what others draw in between makes no difference
+    for out, settings in (("a", {}), ("b", {}), ("c", {"seed": 1}), ("d", {"top_k": 5})):
+        paraphrase(options(seq2seq, out=str(tmp_path / out), **settings), str(data))
+        torch.rand(3)  # other random draws make no difference
     texts = [read_store(tmp_path / out).texts for out in "abcd"]
     assert bytes_of(tmp_path / "a") == bytes_of(tmp_path / "b")
     assert texts[0] != texts[2] and texts[0] != texts[3]

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from amclr.data.text import store as stores
 from amclr.paraphrase import paraphrase
 from amclr.paraphrase.generators import ModelParaphraser
 from tests.paraphrase.conftest import captioned, one_line, options
@@ -17,36 +16,36 @@ from tests.paraphrase.conftest import captioned, one_line, options
 
 def test_a_causal_model_gives_its_new_tokens_alone(causal: Path, tmp_path: Path) -> None:
     """Greedy by hand, without padding, against a batch of prompts of different lengths."""
-    made = ModelParaphraser(options(causal, top_k=1, max_tokens=8, prompt="{} :"), torch.device("cpu"))
-    assert not made.seq2seq and made.tokenizer.padding_side == "left"
-    made.ends = frozenset(range(100))  # any token may end it: the texts come whole
+    paraphraser = ModelParaphraser(options(causal, top_k=1, max_tokens=8, prompt="{} :"), torch.device("cpu"))
+    assert not paraphraser.seq2seq and paraphraser.tokenizer.padding_side == "left"
+    paraphraser.ends = frozenset(range(100))  # any token may end it: the texts come whole
     captions = ["dog runs", "the old man sits near the wet grass under the water", "cat"]
-    got = made(captions, 2)
-    for caption, texts in zip(captions, got, strict=True):
-        ids = made.tokenizer(f"{caption} :", return_tensors="pt").input_ids
+    generated = paraphraser(captions, 2)
+    for caption, texts in zip(captions, generated, strict=True):
+        ids = paraphraser.tokenizer(f"{caption} :", return_tensors="pt").input_ids
         start = ids.shape[1]
         with torch.inference_mode():
             while ids.shape[1] < start + 8 and ids[0, -1] != 1:
-                ids = torch.cat([ids, made.model(ids).logits[:, -1:].argmax(-1)], 1)
-        assert texts == [made.tokenizer.decode(ids[0, start:], skip_special_tokens=True).strip()] * 2
+                ids = torch.cat([ids, paraphraser.model(ids).logits[:, -1:].argmax(-1)], 1)
+        assert texts == [paraphraser.tokenizer.decode(ids[0, start:], skip_special_tokens=True).strip()] * 2
     report = paraphrase(options(causal, out=str(tmp_path / "out")), str(captioned(tmp_path / "data")))
-    assert "paraphrases  " in report and len(stores.read_store(tmp_path / "out").texts) > 20
+    assert "paraphrases  " in report and len(read_store(tmp_path / "out").texts) > 20
 
 
 def test_an_answer_ends_with_its_line_or_its_end_token(causal: Path) -> None:
-    made = ModelParaphraser(options(causal), torch.device("cpu"))
-    ids = made.tokenizer("dog runs").input_ids
-    assert made._answer(ids) is None and made._answer([*ids, 1, 0, 0]) == "dog runs"
-    made.tokenizer.decode = lambda row, **_: " a dog\nCaption: another"
-    assert made._answer(ids) == "a dog"
+    paraphraser = ModelParaphraser(options(causal), torch.device("cpu"))
+    ids = paraphraser.tokenizer("dog runs").input_ids
+    assert paraphraser._answer(ids) is None and paraphraser._answer([*ids, 1, 0, 0]) == "dog runs"
+    paraphraser.tokenizer.decode = lambda row, **_: " a dog\nCaption: another"
+    assert paraphraser._answer(ids) == "a dog"
 
 
 def test_a_chat_model_is_asked_in_its_own_template(causal: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(causal, tmp_path / "chat")
     (folder / "chat_template.jinja").write_text("{% for m in messages %}[{{ m.content }}]{% endfor %} the")
-    made = ModelParaphraser(options(folder), torch.device("cpu"))
-    assert made.chat and made._prompted("dog runs").endswith("\n\ndog runs] the")
-    assert len(made(["dog runs"], 3)[0]) == 3
+    paraphraser = ModelParaphraser(options(folder), torch.device("cpu"))
+    assert paraphraser.chat and paraphraser._prompted("dog runs").endswith("\n\ndog runs] the")
+    assert len(paraphraser(["dog runs"], 3)[0]) == 3
 
 
 def test_code_that_comes_with_a_model_does_not_run(

@@ -156,7 +156,7 @@ def test_captions_added_during_an_interruption_keep_what_is_done(
     monkeypatch.setattr(ModelParaphraser, "__call__", lambda self, c, n: again.extend(c) or real(self, c, n))
     report = paraphrase(options(seq2seq), str(data))
     assert not set(again) & set(seen) and "8 of them done before an interruption" in report
-    assert len(stores.read_store(data / "paraphrases").texts) == len(again) + 8
+    assert len(read_store(data / "paraphrases").texts) == len(again) + 8
 
 
 def test_two_processes_make_the_store_of_one(seq2seq: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from amclr.data.text import store as stores
 from amclr.models import packaged
 from amclr.paraphrase import paraphrase
 from amclr.paraphrase.similarity import TextSimilarity
@@ -25,5 +24,5 @@ def test_far_meanings_are_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (data / "captions.txt").write_text("image,caption\n0.png,A dog runs on the beach\n")
     monkeypatch.setattr("amclr.paraphrase.generators.RuleParaphraser.__call__", lambda *_: [[far, near]])
     report = paraphrase(options("rules", similarity=0.5), str(data))
-    assert stores.read_store(data / "paraphrases").texts == {"A dog runs on the beach": (near,)}
+    assert read_store(data / "paraphrases").texts == {"A dog runs on the beach": (near,)}
     assert "1 similarity" in report

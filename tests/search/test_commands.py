@@ -33,8 +33,8 @@ def test_the_commands(
     lines = out.splitlines()
     assert code == 0 and lines[0].split()[0] == "1" and "green" in lines[0] and Image.open("search.png").width > 400
     code, out, _ = run_command(capsys, "search", "idx", "--image", folder / "Images/002.png", "--json", "-k", 3)
-    found = json.loads(out)
-    assert code == 0 and found[0]["name"] == "002.png" and found[0]["score"] == pytest.approx(1, abs=1e-5)
+    hits = json.loads(out)
+    assert code == 0 and hits[0]["name"] == "002.png" and hits[0]["score"] == pytest.approx(1, abs=1e-5)
     code, out, _ = run_command(capsys, "search", "idx", "a patch", "--threshold", 0.9999999, "--sheet", "none.png")
     assert code == 0 and "nothing found" in out and Path("none.png").is_file()
     code, out, _ = run_command(

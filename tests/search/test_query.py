@@ -40,7 +40,7 @@ def test_queries(query: str, wanted: str, unwanted: list[str]) -> None:
 
 
 def test_the_query_vector(run: Run, folder_and_index: tuple[Path, Path]) -> None:
-    """Against sums written out."""
+    """Against the sums, written out."""
     model, image = DualEncoder.from_pretrained(folder_and_index[1] / "model"), folder_and_index[0] / "Images/001.png"
     t, u, v = model.encode_text(["a red patch", "a blue patch", "a green patch"]).double().numpy()
     i = model.encode_image([image])[0].double().numpy()
@@ -51,8 +51,8 @@ def test_the_query_vector(run: Run, folder_and_index: tuple[Path, Path]) -> None
         ({"texts": ["a red patch"], "negatives": ["a blue patch", "a green patch"]}, t - 0.5 * (u + v) / 2),
         ({"negatives": ["a blue patch"]}, -u),
     ):
-        found = embed(model, **parts)  # type: ignore[arg-type]
-        np.testing.assert_allclose(found, expected / np.linalg.norm(expected), atol=1e-6)
+        vector = embed(model, **parts)  # type: ignore[arg-type]
+        np.testing.assert_allclose(vector, expected / np.linalg.norm(expected), atol=1e-6)
     with pytest.raises(UserError, match="the query is empty"):
         embed(model)
     with pytest.raises(UserError, match="share must lie between 0 and 1, got 2"):

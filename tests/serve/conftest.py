@@ -83,10 +83,10 @@ def assert_same(results: list[dict[str, Any]], hits: list[Hit]) -> None:
     np.testing.assert_allclose([r["score"] for r in results], [h.score for h in hits], atol=1e-5)
 
 
-def search_directly(index: Index, query: str, only: str = "", **how: Any) -> list[Hit]:
+def search_directly(index: Index, query: str, only: str = "", **options: Any) -> list[Hit]:
     positive, negatives = parse(query)
     vector = embed(index.model, [positive] if positive else [], negatives=negatives)
-    return find(index, vector, mask=text_mask(index, only), **how)
+    return find(index, vector, mask=text_mask(index, only), **options)
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from tests.serve.conftest import assert_same, png, search_directly
 
 
 @pytest.mark.parametrize(
-    "asked",
+    "parameters",
     [
         {"query": "a red patch"},
         {"query": "a patch -blue -\"number 7\"", "k": 20},
@@ -29,17 +29,21 @@ from tests.serve.conftest import assert_same, png, search_directly
         {"query": "  a\n yellow\tpatch ☃ 黄色 ", "skip": 58},
     ],
 )  # fmt: skip
-def test_texts(asked: dict[str, Any], client: TestClient, service: Service) -> None:
-    answer = client.get("/search", params=asked)
-    assert answer.status_code == 200 and answer.json() == client.post("/search", json=asked).json()
-    how = {"k": 12, **asked}
-    want = search_directly(service.index, how.pop("query"), **how)
-    assert want
-    assert_same(answer.json()["results"], want)
-    there = search_directly(
-        service.index, asked["query"], asked.get("only", ""), k=100, threshold=asked.get("threshold", -1.0)
+def test_texts(parameters: dict[str, Any], client: TestClient, service: Service) -> None:
+    answer = client.get("/search", params=parameters)
+    assert answer.status_code == 200 and answer.json() == client.post("/search", json=parameters).json()
+    options = {"k": 12, **parameters}
+    expected = search_directly(service.index, options.pop("query"), **options)
+    assert expected
+    assert_same(answer.json()["results"], expected)
+    in_all = search_directly(
+        service.index,
+        parameters["query"],
+        parameters.get("only", ""),
+        k=100,
+        threshold=parameters.get("threshold", -1.0),
     )
-    assert answer.json()["more"] == (there[-1].place > want[-1].place)
+    assert answer.json()["more"] == (in_all[-1].place > expected[-1].place)
 
 
 def test_images(client: TestClient, service: Service) -> None:
@@ -72,13 +76,13 @@ def test_thumbnails(client: TestClient, service: Service) -> None:
 def test_an_index_without_thumbnails(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder / "model", tmp_path / "index" / "model")
     (tmp_path / "index" / "parts").mkdir()
-    rows = [
+    images = [
         IndexedImage(name, f"/srv/secret/{k}.jpg", 0, -1, "", (), b"")
         for k, name in enumerate(("a.jpg", "/srv/secret/b"))
     ]
-    part = write_part(tmp_path / "index", np.eye(2, 16, dtype=np.float32), rows, [b"", b""], "made")
-    about = {"amclr index": FORMAT, "data": "", "dim": 16, "model": "made", "parts": [vars(part)]}
-    (tmp_path / "index" / "index.json").write_text(str(about).replace("'", '"'))
+    part = write_part(tmp_path / "index", np.eye(2, 16, dtype=np.float32), images, [b"", b""], "digest")
+    metadata = {"amclr index": FORMAT, "data": "", "dim": 16, "model": "digest", "parts": [vars(part)]}
+    (tmp_path / "index" / "index.json").write_text(str(metadata).replace("'", '"'))
     service = Service(tmp_path / "index")
     try:
         client = TestClient(create_app(service), base_url="http://localhost")
@@ -102,14 +106,14 @@ def test_described_and_measured(client: TestClient) -> None:
     client.get("/search", params={"query": ""})
     after = client.get("/metrics").text
 
-    def grown(what: str) -> float:
-        counts = [re.search(rf"^{re.escape(what)} (\S+)$", told, re.M) for told in (before, after)]
+    def increase(name: str) -> float:
+        counts = [re.search(rf"^{re.escape(name)} (\S+)$", text, re.M) for text in (before, after)]
         return float(counts[1][1]) - (float(counts[0][1]) if counts[0] else 0)  # type: ignore[index]
 
-    assert grown('amclr_requests_total{route="/search",status="200"}') == 2
-    assert grown('amclr_requests_total{route="/search",status="400"}') == 1
-    assert grown('amclr_texts_total{how="embedded"}') == 1 == grown('amclr_texts_total{how="kept"}')
-    assert grown("amclr_batch_queries_sum") == 2
+    assert increase('amclr_requests_total{route="/search",status="200"}') == 2
+    assert increase('amclr_requests_total{route="/search",status="400"}') == 1
+    assert increase('amclr_texts_total{how="embedded"}') == 1 == increase('amclr_texts_total{how="kept"}')
+    assert increase("amclr_batch_queries_sum") == 2
     assert "amclr_index_images 61.0" in after and "process_resident_memory_bytes" in after
 
 

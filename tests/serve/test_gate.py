@@ -111,8 +111,8 @@ HOSTILE: list[tuple[str, str, dict[str, Any]]] = [
 
 @pytest.mark.parametrize("case", range(len(HOSTILE)), ids=lambda k: f"{HOSTILE[k][0]} {HOSTILE[k][1][:40]} {k}")
 def test_hostile(case: int, shared: TestClient, folder: Path) -> None:
-    method, path, how = HOSTILE[case]
-    answer = shared.request(method, path, **how)
+    method, path, options = HOSTILE[case]
+    answer = shared.request(method, path, **options)
     assert 400 <= answer.status_code < 500, answer.text
     assert list(answer.json()) == ["error"] and answer.json()["error"]
     assert_tells_nothing(answer, folder)
@@ -159,8 +159,8 @@ def test_a_token(service: Service, folder: Path) -> None:
     assert client.post("/search/image", files={"image": png()}).status_code == 401
     assert client.post(*join(["a"])[1:2], **join(["a"])[2]).status_code == 401
 
-    asked = client.get("/")
-    assert asked.status_code == 401 and 'type="password"' in asked.text and "gradio" not in asked.text
+    login = client.get("/")
+    assert login.status_code == 401 and 'type="password"' in login.text and "gradio" not in login.text
     assert client.post("/login", data={"token": "wrong"}).status_code == 401 and not client.cookies
     assert client.post("/login", content=b"token=" + b"a" * 100_000).status_code == 413
     answer = client.post("/login", data={"token": TOKEN})

@@ -17,7 +17,7 @@ BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "
 
 @pytest.fixture
 def chromium() -> Iterator[Any]:
-    """A browser, and what it complained of and asked for elsewhere, which must be nothing."""
+    """A browser."""
     api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
     if not BROWSER:
         pytest.skip("no Chromium is installed")
@@ -45,11 +45,11 @@ def test_the_page_in_a_browser(folder: Path, tmp_path: Path, chromium: Any) -> N
         faults = watched(page, address)
         page.goto(address)
         page.wait_for_selector("text=Describe what the image shows")
-        said = "#hits [role=status]"
+        status = "#hits [role=status]"
 
         def after(act: Callable[[], Any], text: str) -> str:
             act()
-            page.wait_for_selector(f"{said}:has-text('{text}')", timeout=30_000)
+            page.wait_for_selector(f"{status}:has-text('{text}')", timeout=30_000)
             return str(page.inner_text("#hits"))
 
         def ask(text: str) -> None:
@@ -122,7 +122,7 @@ def test_the_page_in_a_browser(folder: Path, tmp_path: Path, chromium: Any) -> N
         faults = watched(phone, address)
         phone.goto(address)
         phone.click("#examples button >> nth=0")
-        phone.wait_for_selector(f"{said}:has-text('Results 1 to 24')")
+        phone.wait_for_selector(f"{status}:has-text('Results 1 to 24')")
         width = "document.documentElement.scrollWidth"
         assert phone.evaluate(width) <= 360, "nothing lies outside"
         cards = [phone.locator("#hits li").nth(k).bounding_box() for k in range(2)]

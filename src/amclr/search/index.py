@@ -50,7 +50,8 @@ class Index:
     def table(self) -> Any:
         """What is stored about all rows: a pyarrow Table with the columns of `amclr.search.parts.schema`."""
         pa, _ = arrow()
-        return pa.concat_tables([schema().empty_table(), *(read_table(self.folder, p) for p in self.parts)])
+        tables = [read_table(self.folder, p) for p in self.parts]
+        return pa.concat_tables(tables) if tables else schema().empty_table()
 
     @cached_property
     def _arrays(self) -> list[np.ndarray]:

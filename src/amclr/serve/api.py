@@ -13,7 +13,6 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 
-from amclr import serve
 from amclr.config.schema import ServeConfig
 from amclr.search.query import MAX_DEPTH, MAX_TEXT
 from amclr.serve import page
@@ -91,7 +90,9 @@ CACHE_CONTROL = "private, max-age=3600"
 def create_app(service: Service, config: ServeConfig | None = None) -> Gate:
     """Create the ASGI application: the API and the page, behind the gate."""
     config = config or service.config
-    app = FastAPI(title="amclr serve", version="1", description=serve.__doc__ or "", docs_url=None, redoc_url=None)
+    app = FastAPI(
+        title="amclr serve", version="1", description="Search in an index of images.", docs_url=None, redoc_url=None
+    )
     index = service.index
     # The thumbnails of another version of the index differ.
     version = hashlib.sha256("".join(p.sha256 for p in index.parts).encode()).hexdigest()[:16]

@@ -24,9 +24,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from amclr.config.schema import Config, ModelConfig, ParaphraseConfig, SourceConfig, paraphrase_problems
 from amclr.data import manifest as manifests
 from amclr.data.text.filters import REASONS, Filters, choose
+from amclr.data.text.rules import RULES, reword
 from amclr.data.text.store import FOLDER
 from amclr.data.text.version import ParaphrasedCaption, Version
-from amclr.data.text.wording import RULES, reword
 from amclr.distributed.world import Processes
 from amclr.models.dual_encoder import build_text_tower, build_tokenizer
 from amclr.utils.errors import UserError
@@ -53,7 +53,7 @@ class Paraphraser(Protocol):
 
 
 class RuleParaphraser:
-    """Candidates by the rules of `amclr.data.text.wording`."""
+    """Candidates by the rules of `amclr.data.text.rules`."""
 
     def __init__(self, seed: int) -> None:
         self.seed = seed

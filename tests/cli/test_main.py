@@ -317,4 +317,4 @@ def test_views_may_be_a_list_of_transforms(main: Command, folder: Path, tmp_path
     (tmp_path / "views.yaml").write_text(f"views:\n  image:\n  - {crop}\n  - ColorJiter: {{brightness: 0.4}}\n")
     done = main("train", "--data", folder, "--recipe", "scratch", "--config", "views.yaml")
     assert done.returncode == 1
-    assert done.stderr == "amclr: image views: unknown transform 'ColorJiter': did you mean ColorJitter?\n"
+    assert done.stderr == "amclr: image views: unknown transform 'ColorJiter': did you mean 'ColorJitter'?\n"

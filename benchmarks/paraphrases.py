@@ -22,7 +22,7 @@ from benchmarks.objectives import machine
 from amclr.config.recipes import frozen
 from amclr.config.schema import ParaphraseConfig, SourceConfig
 from amclr.data import manifest as manifests
-from amclr.data.text.wording import reword
+from amclr.data.text.rules import reword
 from amclr.paraphrase import paraphrase
 from amclr.training.loop import Training, assemble
 from amclr.training.step import backward

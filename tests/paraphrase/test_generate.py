@@ -98,7 +98,7 @@ def test_filters_reject_what_a_model_gets_wrong(tmp_path: Path, monkeypatch: pyt
     expected = {"same": 2, "numbers": 1, "colours": 1, "negation": 1, "sides": 1, "short": 1, "unfinished": 1, "long": 1,
                 "garbled": 1}  # fmt: skip
     assert counts["rejected"] == expected and counts["captions_with"] == {"0": 0, "1": 0, "2": 1, "3": 0}
-    assert "1 with 2" in report and "1 negation (other negation)" in report
+    assert "1 with 2" in report and "1 negation (different negation)" in report
     assert "pair of dogs" in (store.path / "sample.txt").read_text()
     paraphrase(options("rules", k=3, shortest=0.5, longest=2.0, keep_facts=False), str(data))
     assert generated[1] in read_store(data / "paraphrases").texts["Two dogs with a red ball on the left ."]

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from amclr.data.text.store import read_store
 from amclr.paraphrase import paraphrase
 from amclr.paraphrase.generators import ModelParaphraser
 from tests.paraphrase.conftest import captioned, one_line, options

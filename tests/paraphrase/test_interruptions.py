@@ -19,7 +19,7 @@ import pytest
 from amclr import cli
 from amclr.config.schema import Config, ParaphraseConfig
 from amclr.data import manifest as manifests
-from amclr.data.text import store as stores
+from amclr.data.text.store import read_store
 from amclr.paraphrase import paraphrase
 from amclr.paraphrase.generators import ModelParaphraser, RuleParaphraser
 from amclr.utils.errors import UserError

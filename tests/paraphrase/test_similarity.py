@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from amclr.data.text.store import read_store
 from amclr.models import packaged
 from amclr.paraphrase import paraphrase
 from amclr.paraphrase.similarity import TextSimilarity

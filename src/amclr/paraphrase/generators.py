@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 
 from amclr.config.schema import ParaphraseConfig
-from amclr.data.text.wording import RULES, reword
+from amclr.data.text.rules import RULES, reword
 from amclr.utils.errors import UserError, first_line
 from amclr.utils.randomness import derive
 

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from amclr.data.text.filters import Filters, choose
+from amclr.data.text.rules import RULES, reword
 from amclr.data.text.store import dump_json, read_store
-from amclr.data.text.wording import RULES, reword, words
+from amclr.data.text.wording import words
 from amclr.utils.errors import UserError
 
 

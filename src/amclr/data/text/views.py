@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from amclr.config.schema import Config
-from amclr.data.text.wording import synonyms
+from amclr.data.text.rules import synonyms
 from amclr.utils.randomness import Key, generator
 
 Words = Callable[[int], str]

@@ -108,7 +108,7 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
         assert event.wait(60)
         return digest(state)
 
-    monkeypatch.setattr(checkpoints, "digest", waits)
+    monkeypatch.setattr("amclr.runs.serialization.digest", waits)
     return event
 
 
@@ -356,14 +356,14 @@ def test_a_state_too_large_to_copy_is_written_at_once(
 ) -> None:
     state = state_of(1)
     monkeypatch.setattr(checkpoints, "free_memory", lambda: 4 * tensor_bytes(state) - 1)
-    monkeypatch.setattr(checkpoints, "copied", lambda _: pytest.fail("there is no room for a copy"))
+    monkeypatch.setattr(checkpoints, "copy_to_cpu", lambda _: pytest.fail("there is no room for a copy"))
     saved.save(state, 1, best=False, keep=1)
     assert same(read_state(saved.folder / "last.pt"), state) and "checkpoint" not in {
         t.name for t in threading.enumerate()
     }
     with full_disk():
         saved.save(state_of(2), 2, best=False, keep=1)
-    assert "the checkpoint of step 2 (File too large): the one of step 1 stays" in capsys.readouterr().err
+    assert "the checkpoint of step 2 (File too large): the one of step 1 is kept" in capsys.readouterr().err
 
 
 def test_a_system_without_room_for_a_thread(saved: Checkpoints) -> None:
@@ -457,7 +457,7 @@ def test_what_a_killed_process_left_goes(saved: Checkpoints) -> None:
 def test_metrics_are_on_the_disk_before_the_checkpoint_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = Run.create(tmp_path / "run", Config())
     run.log({"step": 1})
-    run.save(state_of(1), 1, best=True, keep=1, wait=True)
+    run.checkpoints.save(state_of(1), 1, best=True, keep=1, wait=True)
     seen: list[str] = []
     fsync, replace, unlink = os.fsync, os.replace, Path.unlink
 
@@ -468,7 +468,7 @@ def test_metrics_are_on_the_disk_before_the_checkpoint_is(tmp_path: Path, monkey
     monkeypatch.setattr(files.os, "fsync", lambda h: (told("sync", os.readlink(f"/proc/self/fd/{h}")), fsync(h)))
     monkeypatch.setattr(files.os, "replace", lambda a, b: (told("rename", b), replace(a, b)))
     monkeypatch.setattr(Path, "unlink", lambda p, **options: (told("unlink", p), unlink(p, **options)))
-    run.save(state_of(2), 2, best=False, keep=1)
+    run.checkpoints.save(state_of(2), 2, best=False, keep=1)
     run.checkpoints.wait()
     assert [s for s in seen if s != "unlink last.pt.part"] == [
         "sync metrics.jsonl", "sync run", "sync step-00000002.pt.part", "rename step-00000002.pt", "rename last.pt",
@@ -534,7 +534,7 @@ def test_a_process_that_goes_on_knows_which_one_stays(saved: Checkpoints, capsys
     with full_disk():
         fresh.save(state_of(9), 9, best=False, keep=1)
         fresh.wait(raises=False)
-    assert "step 9 (File too large): the one of step 8 stays" in capsys.readouterr().err
+    assert "step 9 (File too large): the one of step 8 is kept" in capsys.readouterr().err
 
 
 def test_the_best_one_is_written_once_there_is_room_again(saved: Checkpoints) -> None:
@@ -562,7 +562,7 @@ def test_a_folder_that_cannot_be_written(saved: Checkpoints, capsys: pytest.Capt
     saved.save(state_of(1), 1, best=False, keep=1)
     with pytest.raises(UserError, match=r"\(File exists\)"):
         saved.wait()
-    assert "cannot write the checkpoint of step 1 (File exists): there is none" in capsys.readouterr().err
+    assert "cannot write the checkpoint of step 1 (File exists): there is no earlier one" in capsys.readouterr().err
     saved.folder.unlink()
     saved.save(state_of(2), 2, best=False, keep=1)
     saved.wait()
@@ -632,9 +632,9 @@ def test_a_process_that_ends_finishes_its_checkpoint(ending: str, tmp_path: Path
     script = f"""
 import sys, time, torch
 from pathlib import Path
-from amclr.runs import checkpoints
-real = checkpoints.digest
-checkpoints.digest = lambda state: (time.sleep(1), real(state))[1]
+from amclr.runs import checkpoints, serialization
+real = serialization.digest
+serialization.digest = lambda state: (time.sleep(1), real(state))[1]
 checkpoints.Checkpoints(Path({str(tmp_path / "c")!r})).save({{"x": torch.ones(9), "step": 1}}, 1, best=True, keep=1)
 {ending}
 """
@@ -731,7 +731,7 @@ def test_whatever_ends_a_run_the_checkpoint_under_way_is_finished(
         raise error
 
     monkeypatch.setattr(Checkpoints, "interval", lambda self: 0.0)
-    monkeypatch.setattr(checkpoints, "digest", lambda state: (time.sleep(0.3), digest(state))[1])
+    monkeypatch.setattr("amclr.runs.serialization.digest", lambda state: (time.sleep(0.3), digest(state))[1])
     fails_at(3, monkeypatch, raises)
     with pytest.raises((RuntimeError, Stopped), match="a bug|stopped"):
         train(frozen(folder), progress=False)
@@ -753,7 +753,7 @@ def test_a_run_goes_on_while_the_disk_is_full(
     told = capsys.readouterr().err
     assert re.search(r"cannot write the checkpoint of step 3 \(File too large\): the one of step \d is kept", told)
     state = run.load_last()
-    assert state is not None and state["step"] == 8 and run.best_is_intact()
+    assert state is not None and state["step"] == 8 and run.checkpoints.best_is_intact()
 
 
 def test_what_ended_a_run_is_not_hidden_by_a_disk_that_is_full(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

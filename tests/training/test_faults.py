@@ -95,7 +95,7 @@ def test_a_skipped_step_leaves_no_trace(
     for step in range(3):
         before = {k: v.clone() for k, v in {**training.model.state_dict(), **training.objective.state_dict()}.items()}
         made = loop.advance(training, training.batches[step])
-        assert made.outcome == ("skipped" if step == 2 else "made")
+        assert made.outcome == ("skipped" if step == 2 else "done")
         training.step += 1
     after = {**training.model.state_dict(), **training.objective.state_dict()}
     assert all(torch.equal(v, after[k]) for k, v in before.items())
@@ -248,7 +248,7 @@ def test_a_worker_that_dies_is_replaced(
     run = train(config_for(folder, "parts", workers=2), progress=False)
     assert marker.exists() and handlers == {signal.SIG_DFL}
     assert re.search(
-        r"a process that prepares batches died \(DataLoader worker .*\): started again", capsys.readouterr().err
+        r"a worker process that prepares batches died \(DataLoader worker .*\): restarted", capsys.readouterr().err
     )
     assert_same_run_but_for_faults(whole, run)
 
@@ -276,7 +276,7 @@ def test_a_worker_that_dies_before_its_batch_is_fetched_is_replaced(
     monkeypatch.setattr(_MultiProcessingDataLoaderIter, "_try_get_data", late)
     run = train(config_for(folder, "parts", workers=2), progress=False)
     assert re.search(
-        r"a process that prepares batches died \(DataLoader worker has gone with its batch: \w+\): started again",
+        r"a worker process that prepares batches died \(DataLoader worker is gone with its batch: \w+\): restarted",
         capsys.readouterr().err,
     )
     assert_same_run_but_for_faults(whole, run)

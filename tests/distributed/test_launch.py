@@ -344,10 +344,10 @@ def test_a_gpus_arithmetic_is_set_and_put_back() -> None:
 
 
 def test_what_will_not_do_is_said(folder: Path) -> None:
-    with pytest.raises(UserError, match="--strategy fsdp spreads the model over several processes: start them by"):
+    with pytest.raises(UserError, match="--strategy fsdp shards the model over several processes: start them with"):
         train(frozen(folder, strategy="fsdp"), progress=False)
     if not torch.cuda.is_available():
-        with pytest.raises(UserError, match="--accelerator cuda .* will not do here"):
+        with pytest.raises(UserError, match="--accelerator cuda .* cannot run here"):
             train(replace(frozen(folder), accelerator="cuda"), progress=False)
 
 

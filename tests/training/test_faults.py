@@ -406,7 +406,7 @@ def test_a_signal_before_the_first_step(begun: bool, folder: Path, monkeypatch: 
     monkeypatch.setattr(place, name, lambda *_: signal.raise_signal(signal.SIGTERM))
     options = ["--model.image_lr", "0", "--model.text_lr", "0", "--out", str(run)]
     told: list[str] = []
-    monkeypatch.setattr(cli, "_fail", lambda message, code: told.append(message) or code)
+    monkeypatch.setattr(sys.modules["amclr.cli.main"], "_fail", lambda message, code: told.append(message) or code)
     assert cli.main(["train", "--data", str(folder), *SMALL, *options]) == 143
     assert told == [f"stopped; resume with: amclr train --resume {run}" if begun else "stopped"]
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
@@ -415,7 +415,7 @@ def test_a_signal_before_the_first_step(begun: bool, folder: Path, monkeypatch: 
 def test_a_signal_while_a_image_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is not taken for an error of the image."""
     monkeypatch.setattr(images, "_open", lambda _: signal.raise_signal(signal.SIGUSR1))
-    with pytest.raises(Interrupted), Signals(says=False) as signals, signals.interrupting():
+    with pytest.raises(Interrupted), Signals(verbose=False) as signals, signals.interrupting():
         images.read_image(Path("image.png"), 32)
 
 

@@ -302,7 +302,8 @@ def test_resuming_on_other_images_is_refused(objective: str, folder: Path) -> No
     names = listed.read_text()
     listed.write_text(names.replace("020.png\n", ""))
     with pytest.raises(
-        UserError, match=r"have changed \(31 now, 32 before; removed: 020.png\): restore the data that '.*run' started with"
+        UserError,
+        match=r"have changed \(31 now, 32 before; removed: 020.png\): restore the data that '.*run' started with",
     ):
         train(resume=run.folder, progress=False)
     listed.write_text(names)
@@ -322,7 +323,8 @@ def test_with_other_images_the_samples_that_stay_keep_their_estimates(folder: Pa
     settings = (run.folder / "config.yaml").read_text()
     (run.folder / "config.yaml").write_text(settings.replace("epochs: 2", "epochs: 3"))
     with pytest.raises(
-        UserError, match=r"31 now, 32 before; removed: 020.png, 033.png; added: 000-new.png\).*--resume .*run --changed_data"
+        UserError,
+        match=r"31 now, 32 before; removed: 020.png, 033.png; added: 000-new.png\).*--resume .*run --changed_data",
     ):
         train(resume=run.folder, progress=False)
     former = Run.open(run.folder)
@@ -499,7 +501,9 @@ def test_other_weights_and_validation_images_are_refused(folder: Path) -> None:
     assert run.load_last()["step"] == 12  # type: ignore[index]
     listed = folder / "val.txt"
     listed.write_text(listed.read_text().replace("003.png\n", ""))
-    with pytest.raises(UserError, match=r"the validation images have changed \(11 now, 12 before; removed: patches/003.png\)"):
+    with pytest.raises(
+        UserError, match=r"the validation images have changed \(11 now, 12 before; removed: patches/003.png\)"
+    ):
         train(resume=run.folder, progress=False)
 
 
@@ -681,7 +685,7 @@ def test_what_is_cached_serves_other_sets_of_the_same_images_and_captions(
     for tower in (model.image_tower, model.text_tower):
         real = tower.forward
         monkeypatch.setattr(tower, "forward", lambda *a, real=real, **k: seen.append(1) or real(*a, **k))
-    monkeypatch.setattr(features, "CHUNK", 1)
+    monkeypatch.setattr("amclr.models.feature_cache.CHUNK", 1)
 
     def both(rows: np.ndarray, texts: list[str], cache: Path = own_cache) -> tuple[np.ndarray, np.ndarray, int]:
         seen.clear()
@@ -723,7 +727,7 @@ def test_interrupted_caching_goes_on_where_it_was(
     towers: Any, own_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config, model, samples, store = towers
-    monkeypatch.setattr(features, "CHUNK", 8)
+    monkeypatch.setattr("amclr.models.feature_cache.CHUNK", 8)
     whole = features.image_features(model, samples, "weak", 3, config, own_cache / "whole", store, progress=False)
     real, done = model.image_tower.forward, []
 

@@ -28,7 +28,7 @@ from amclr.training.state import Training
 from amclr.utils.errors import UserError
 from tests.conftest import SMALL
 from tests.processes import Processes
-from tests.training.test_loop import assert_same_run, config_for, frozen
+from tests.training.configs import assert_same_run, config_for, frozen
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 

@@ -22,7 +22,7 @@ from amclr.search.index import Index, build
 from amclr.training.loop import train
 from amclr.utils.errors import UserError
 from tests.conftest import COLOURS, make_folder, paint
-from tests.training.test_loop import config_for
+from tests.training.configs import config_for
 
 
 @pytest.fixture(scope="module")

@@ -34,7 +34,7 @@ from amclr.training.loop import train
 from amclr.training.state import Training
 from amclr.utils.errors import UserError
 from tests.conftest import SMALL, Command
-from tests.training.test_loop import config_for, frozen, untimed
+from tests.training.configs import config_for, frozen, untimed
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 

@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-import amclr
-import amclr.training.step
+from amclr.config.recipes import RECIPES
 from amclr.config.schema import (
     Config,
     LossConfig,
@@ -66,7 +65,7 @@ def test_a_folder_in_use_is_refused(folder: Path) -> None:
     (folder.parent / "file").write_text("x")
     with pytest.raises(UserError, match="is in use: choose another --out"):
         train(frozen(folder, "file"), progress=False)
-    with pytest.raises(UserError, match="cannot make the run folder '.*file/run': Not a directory"):
+    with pytest.raises(UserError, match="cannot create the run folder '.*file/run': Not a directory"):
         train(frozen(folder, "file/run"), progress=False)
     with pytest.raises(UserError, match="no run folder"):
         train(resume=folder, progress=False)
@@ -80,7 +79,7 @@ def test_config_round_trip() -> None:
     with pytest.raises(ValueError, match="LossConfig has no setting gama"):
         from_dict({"loss": {"gama": 1}})
     assert problems(Config()) == []
-    for recipe in amclr.config.recipes.RECIPES.values():
+    for recipe in RECIPES.values():
         assert problems(recipe()) == []
 
 

@@ -6,7 +6,7 @@
 Nothing is sent: the figures are those of ring collectives, in which each process sends (W - 1) / W of what is
 gathered or reduced, and twice that of what is summed on all. `--link` is the bandwidth per process in GB/s that
 the times are computed with: about 300 for NVLink within a machine, 25 to 50 for 200 to 400 Gbit/s between machines.
-`tests/test_devices.py` compares the objective's bytes with those that it really hands to the collectives.
+`tests/distributed/test_launch.py` compares the objective's bytes with those that it really hands to the collectives.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-import timm
 import torch
 from torch import nn
 
@@ -24,6 +23,7 @@ from amclr.objectives import build
 
 
 def _paper() -> tuple[int, int]:
+    import timm
     from transformers import DistilBertConfig, DistilBertModel
 
     towers = timm.create_model("resnet50", num_classes=0), DistilBertModel(DistilBertConfig())

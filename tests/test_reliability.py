@@ -24,7 +24,7 @@ from amclr.training import loop
 from amclr.training.loop import Stopped, train
 from amclr.training.state import Training
 from tests.conftest import make_folder
-from tests.training.test_loop import assert_same_run, config_for
+from tests.training.configs import assert_same_run, config_for
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 

@@ -22,7 +22,7 @@ from amclr.runs.folder import Run
 from tests.conftest import COLOURS, REAL, SMALL, Command, needs_real_data, paint
 from tests.data.encoded import bomb
 from tests.data.formats import items_of, write_parquet, write_tars
-from tests.training.test_loop import assert_same_run
+from tests.training.configs import assert_same_run
 
 
 def one_line(result: subprocess.CompletedProcess[str], code: int = 1) -> str:

@@ -28,7 +28,7 @@ from amclr.training.state import Training
 from amclr.utils.errors import UserError
 from tests.conftest import SMALL
 from tests.processes import Processes
-from tests.training.test_loop import assert_same_run, config_for, frozen
+from tests.training.configs import assert_same_run, config_for, frozen
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 
@@ -344,10 +344,10 @@ def test_a_gpus_arithmetic_is_set_and_put_back() -> None:
 
 
 def test_what_will_not_do_is_said(folder: Path) -> None:
-    with pytest.raises(UserError, match="--strategy fsdp spreads the model over several processes: start them by"):
+    with pytest.raises(UserError, match="--strategy fsdp shards the model over several processes: start them with"):
         train(frozen(folder, strategy="fsdp"), progress=False)
     if not torch.cuda.is_available():
-        with pytest.raises(UserError, match="--accelerator cuda .* will not do here"):
+        with pytest.raises(UserError, match="--accelerator cuda .* cannot run here"):
             train(replace(frozen(folder), accelerator="cuda"), progress=False)
 
 

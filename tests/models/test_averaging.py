@@ -34,7 +34,7 @@ from amclr.training.loop import Stopped, train
 from amclr.utils.errors import UserError
 from tests.conftest import Command
 from tests.models.test_dual_encoder import CAPTIONS, TINY, encoder, sample_images
-from tests.training.test_loop import assert_same_run, config_for, frozen
+from tests.training.configs import assert_same_run, config_for, frozen
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 

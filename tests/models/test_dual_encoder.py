@@ -327,12 +327,12 @@ def test_recomputed_activations_give_the_same(image: str, adapters: int) -> None
 
 def test_towers_that_cannot_recompute_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(
-        UserError, match=r"--model.activation_checkpointing: the image tower \(SelecSls\) has no way to"
+        UserError, match=r"--model.activation_checkpointing: the image tower \(SelecSls\) does not support it"
     ):
         encoder(replace(TINY, image_tower="selecsls42", image_pretrained=False, activation_checkpointing=True))
     monkeypatch.setattr(BertModel, "supports_gradient_checkpointing", False)
     with pytest.raises(
-        UserError, match=r"--model.activation_checkpointing: the text tower \(BertModel\) has no way to"
+        UserError, match=r"--model.activation_checkpointing: the text tower \(BertModel\) does not support it"
     ):
         encoder(replace(TINY, activation_checkpointing=True))
     # A frozen tower has nothing to compute again.

@@ -24,7 +24,7 @@ from amclr.runs.folder import Run
 from amclr.training.loop import train
 from amclr.utils.errors import UserError
 from tests.conftest import paint
-from tests.training.test_loop import config_for
+from tests.training.configs import config_for
 
 CAPTIONS = ["a red patch", "one blue patch", "ä green patch, number 7"]
 IMAGES = [paint(colour, k) for k, colour in enumerate(("red", "blue", "green"))]

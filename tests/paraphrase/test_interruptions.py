@@ -20,6 +20,7 @@ from amclr import cli
 from amclr.config.schema import Config, ParaphraseConfig
 from amclr.data import manifest as manifests
 from amclr.data.text.store import read_store
+from amclr.data.text.version import Version
 from amclr.paraphrase import paraphrase
 from amclr.paraphrase.generators import ModelParaphraser, RuleParaphraser
 from amclr.utils.errors import UserError
@@ -116,7 +117,7 @@ def test_a_line_cut_anywhere_is_done_again(process: int, tmp_path: Path, monkeyp
     data = captioned(tmp_path / "data", 12)
     settings = options("rules", out=str(tmp_path / "store"))
     with monkeypatch.context() as patch:
-        patch.setattr(stores.Version, "finish", lambda self: {})
+        patch.setattr(Version, "finish", lambda self: {})
         paraphrase(settings, str(data))
     (part,) = (tmp_path / "store").glob("*/parts/*.jsonl")
     whole = part.read_bytes()
@@ -223,7 +224,7 @@ def test_ctrl_c_says_how_to_resume(
 
 def test_one_process_at_a_time(tmp_path: Path) -> None:
     data = captioned(tmp_path / "data")
-    version = stores.Version(data / "paraphrases", {"model": "rules", "k": 2})
+    version = Version(data / "paraphrases", {"model": "rules", "k": 2})
     from amclr.paraphrase.generate import _lock
 
     with _lock(version.folder), pytest.raises(UserError, match="another `amclr paraphrase` is writing to"):

@@ -21,7 +21,7 @@ from amclr.search.inverted_lists import InvertedLists
 from amclr.search.parts import FORMAT, IndexedImage, write_part
 from amclr.training.loop import train
 from tests.conftest import COLOURS, make_folder, paint
-from tests.training.test_loop import config_for
+from tests.training.configs import config_for
 
 TINY = ModelConfig(image_size=32, dim=16)
 CAPTIONS = [f"a {c} patch number {k}" for k, c in enumerate(COLOURS)]

@@ -34,7 +34,7 @@ from amclr.training.loop import train
 from amclr.training.state import Training
 from amclr.utils.errors import UserError
 from tests.conftest import SMALL, Command
-from tests.training.test_loop import config_for, frozen, untimed
+from tests.training.configs import config_for, frozen, untimed
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 
@@ -95,7 +95,7 @@ def test_a_skipped_step_leaves_no_trace(
     for step in range(3):
         before = {k: v.clone() for k, v in {**training.model.state_dict(), **training.objective.state_dict()}.items()}
         made = loop.advance(training, training.batches[step])
-        assert made.outcome == ("skipped" if step == 2 else "made")
+        assert made.outcome == ("skipped" if step == 2 else "done")
         training.step += 1
     after = {**training.model.state_dict(), **training.objective.state_dict()}
     assert all(torch.equal(v, after[k]) for k, v in before.items())
@@ -248,7 +248,7 @@ def test_a_worker_that_dies_is_replaced(
     run = train(config_for(folder, "parts", workers=2), progress=False)
     assert marker.exists() and handlers == {signal.SIG_DFL}
     assert re.search(
-        r"a process that prepares batches died \(DataLoader worker .*\): started again", capsys.readouterr().err
+        r"a worker process that prepares batches died \(DataLoader worker .*\): restarted", capsys.readouterr().err
     )
     assert_same_run_but_for_faults(whole, run)
 
@@ -276,7 +276,7 @@ def test_a_worker_that_dies_before_its_batch_is_fetched_is_replaced(
     monkeypatch.setattr(_MultiProcessingDataLoaderIter, "_try_get_data", late)
     run = train(config_for(folder, "parts", workers=2), progress=False)
     assert re.search(
-        r"a process that prepares batches died \(DataLoader worker has gone with its batch: \w+\): started again",
+        r"a worker process that prepares batches died \(DataLoader worker is gone with its batch: \w+\): restarted",
         capsys.readouterr().err,
     )
     assert_same_run_but_for_faults(whole, run)
@@ -406,7 +406,7 @@ def test_a_signal_before_the_first_step(begun: bool, folder: Path, monkeypatch: 
     monkeypatch.setattr(place, name, lambda *_: signal.raise_signal(signal.SIGTERM))
     options = ["--model.image_lr", "0", "--model.text_lr", "0", "--out", str(run)]
     told: list[str] = []
-    monkeypatch.setattr(cli, "_fail", lambda message, code: told.append(message) or code)
+    monkeypatch.setattr(sys.modules["amclr.cli.main"], "_fail", lambda message, code: told.append(message) or code)
     assert cli.main(["train", "--data", str(folder), *SMALL, *options]) == 143
     assert told == [f"stopped; resume with: amclr train --resume {run}" if begun else "stopped"]
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
@@ -415,7 +415,7 @@ def test_a_signal_before_the_first_step(begun: bool, folder: Path, monkeypatch: 
 def test_a_signal_while_a_image_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is not taken for an error of the image."""
     monkeypatch.setattr(images, "_open", lambda _: signal.raise_signal(signal.SIGUSR1))
-    with pytest.raises(Interrupted), Signals(says=False) as signals, signals.interrupting():
+    with pytest.raises(Interrupted), Signals(verbose=False) as signals, signals.interrupting():
         images.read_image(Path("image.png"), 32)
 
 

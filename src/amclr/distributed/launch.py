@@ -1,4 +1,4 @@
-"""Processes, devices and arithmetic of a run: the only file that knows the training engine (Lightning Fabric)."""
+"""Processes, devices and arithmetic of a run: the only file that uses the training engine (Lightning Fabric)."""
 
 from __future__ import annotations
 
@@ -23,33 +23,35 @@ from torch.utils import deterministic
 from amclr.config.schema import Config
 from amclr.utils.errors import UserError
 
-# How the processes meet says nothing that a user of ours can act on.
+# Messages about how the processes connect are nothing that a user can act on.
 logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
-# Newer versions of torch name it otherwise, which older ones do not know.
+# Newer versions of torch have renamed the argument; older ones do not know the new name.
 warnings.filterwarnings("ignore", message=".*broadcast_buffers. is deprecated")
 
-GRACE = 30.0
+FAILURE_TIMEOUT = 30.0
 """Seconds that processes have to end by themselves after one has failed."""
 
 __all__ = ["Fabric", "arithmetic", "processes_started", "start_processes"]
 
 
 def start_processes(config: Config, uses_all: bool) -> Fabric:
-    """Fabric for what the launcher started, or `--devices` asks for, with the processes joined together.
+    """Fabric over the processes that a launcher or `--devices` starts, with their connection set up.
 
-    uses_all: whether every step uses all that is trained. Raises UserError for what will not do here.
+    uses_all: whether every step uses all trained parameters. Raises UserError for settings that cannot run here.
     """
     local, machines = processes_started() or (config.devices or 1, 1)
     strategy: Any = "auto"
     if local * machines > 1:
         if config.strategy == "fsdp":
             strategy = ModelParallelStrategy(shard, local * machines, 1, timeout=timedelta(days=1))
-        else:  # norms' statistics are averaged by `average_statistics`
+        else:  # batch norm statistics are averaged by `average_statistics`
             strategy = DDPStrategy(
                 timeout=timedelta(days=1), broadcast_buffers=False, find_unused_parameters=not uses_all
             )
     elif config.strategy == "fsdp":
-        raise UserError("--strategy fsdp spreads the model over several processes: start them by --devices or torchrun")
+        raise UserError(
+            "--strategy fsdp shards the model over several processes: start them with --devices or torchrun"
+        )
     try:
         precision: Any = config.precision
         if precision == "auto":
@@ -60,51 +62,53 @@ def start_processes(config: Config, uses_all: bool) -> Fabric:
         )
     except (ValueError, RuntimeError, TypeError, ImportError) as error:
         what = f"--accelerator {config.accelerator} --precision {config.precision} with {local} processes"
-        raise UserError(f"{what} will not do here: {' '.join(str(error).split())[:200]}") from None
+        raise UserError(f"{what} cannot run here: {' '.join(str(error).split())[:200]}") from None
     subprocess_script._ChildProcessObserver = _Observer  # type: ignore[misc]
     fabric.launch()
     return fabric
 
 
 class _Observer(subprocess_script._ChildProcessObserver):
-    """Ends the processes that `--devices` started where one has failed, but lets them say so and end first."""
+    """Ends the processes of `--devices` after one has failed, once they have had time to report and end themselves."""
 
     def _terminate_all(self) -> None:
-        time.sleep(GRACE)
-        print("amclr: one of the processes has failed, and another does not end: stopped", file=sys.stderr, flush=True)
+        time.sleep(FAILURE_TIMEOUT)
+        print("amclr: one process has failed and another does not end: killed", file=sys.stderr, flush=True)
         super()._terminate_all()
 
 
 @contextmanager
 def arithmetic(config: Config, device: torch.device) -> Iterator[None]:
-    """How a GPU computes while a block runs: with or without TF32, with algorithms that give the same bits again."""
+    """Set how a GPU computes during a block: TF32 or not, deterministic algorithms or not."""
     if device.type != "cuda":
         yield
         return
-    # Only read when cuBLAS is first used; without it, its results may differ from call to call.
+    # Read when cuBLAS is first used; without it, results may differ from call to call.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    fill: Any = deterministic  # its setting is made when it is imported
+    fill: Any = deterministic
     before = (
         torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark,
         torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled(),
         fill.fill_uninitialized_memory,
     )  # fmt: skip
 
-    def put(products: str, convolutions: bool, benchmark: bool, deterministic: bool, warns: bool, fills: bool) -> None:
-        torch.set_float32_matmul_precision(products)
+    def apply(matmul: str, convolutions: bool, benchmark: bool, deterministic: bool, warns: bool, fills: bool) -> None:
+        torch.set_float32_matmul_precision(matmul)
         torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark = convolutions, benchmark
         torch.use_deterministic_algorithms(deterministic, warn_only=warns)
         fill.fill_uninitialized_memory = fills
 
-    put("high" if config.tf32 else "highest", config.tf32, not config.deterministic, config.deterministic, True, False)
+    apply(
+        "high" if config.tf32 else "highest", config.tf32, not config.deterministic, config.deterministic, True, False
+    )
     try:
         yield
     finally:
-        put(*before)
+        apply(*before)
 
 
 def processes_started() -> tuple[int, int] | None:
-    """How many processes torchrun or SLURM started on this machine, and on how many machines; None if they did not."""
+    """How many processes torchrun or SLURM started on this machine, and on how many machines; None without them."""
     env = os.environ
     if "TORCHELASTIC_RUN_ID" in env:
         local = int(env["LOCAL_WORLD_SIZE"])
@@ -116,16 +120,16 @@ def processes_started() -> tuple[int, int] | None:
 
 
 def shard(model: Any, mesh: Any) -> nn.Module:
-    """Spread a model's weights over the processes (FSDP2): each block of a tower by itself, then the rest."""
+    """Shard a model's weights over the processes (FSDP2): each block of a tower by itself, then the rest."""
     from torch.distributed.fsdp import fully_shard
 
-    own = mesh["data_parallel"]
-    for parameter in model.parameters():  # weights in channels-last order cannot be cut
+    mesh = mesh["data_parallel"]
+    for parameter in model.parameters():  # weights in channels-last order cannot be sharded
         parameter.data = parameter.data.contiguous()
     for tower in (model.image_tower, model.text_tower):
         for block in (m for stack in tower.modules() if isinstance(stack, nn.ModuleList) for m in stack):
             if not any(isinstance(m, nn.ModuleList) for m in block.modules()):
-                fully_shard(block, mesh=own)
-        fully_shard(tower, mesh=own)
-    fully_shard(model, mesh=own)
+                fully_shard(block, mesh=mesh)
+        fully_shard(tower, mesh=mesh)
+    fully_shard(model, mesh=mesh)
     return model

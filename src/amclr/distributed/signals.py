@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop, heard where it can."""
+"""Signals that ask a run to stop, handled where it can stop."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-"""Ctrl-C; what schedulers send before they kill; what SLURM can be asked to send (`--signal=USR1@60`)."""
+"""Ctrl-C; what schedulers send before they kill; what SLURM can send ahead of that (`--signal=USR1@60`)."""
 
-SAME = 0.5
-"""Seconds within which a second signal is taken for the first."""
+SAME_SIGNAL = 0.5
+"""Seconds within which a second signal counts as the first."""
 
 
 def leave_signals_to_the_trainer(worker: int) -> None:
-    """Let processes that prepare batches go on until the loop ends: Ctrl-C and schedulers reach every process."""
+    """Have worker processes ignore signals, which reach every process: the loop ends the workers."""
     for number in STOPPING:
         signal.signal(number, signal.SIG_IGN)
 
 
 class Interrupted(BaseException):
-    """A signal came during what can be done again. Nothing that catches errors on the way is to catch it."""
+    """A signal during work that can be repeated. A BaseException, so that nothing on the way catches it."""
 
 
 class Ended(KeyboardInterrupt):
-    """As Ctrl-C, after another signal."""
+    """Like Ctrl-C, after another signal."""
 
     def __init__(self, signum: int) -> None:
         super().__init__()
@@ -37,13 +37,13 @@ class Ended(KeyboardInterrupt):
 
 @contextmanager
 def ending() -> Iterator[None]:
-    """A block, of the main thread, that signals end as Ctrl-C does, rather than the process without a word."""
-    own = os.getpid()
+    """A block, in the main thread, where signals in STOPPING act like Ctrl-C rather than end the process at once."""
+    process = os.getpid()
 
     def end(signum: int, frame: Any) -> None:
-        if os.getpid() == own:
+        if os.getpid() == process:
             raise Ended(signum)
-        signal.signal(signum, signal.SIG_DFL)  # a process forked meanwhile has nothing to say
+        signal.signal(signum, signal.SIG_DFL)  # a forked process just ends
         os.kill(os.getpid(), signum)
 
     former = {}
@@ -59,15 +59,15 @@ def ending() -> Iterator[None]:
 
 
 class Signals:
-    """As a context: note the first signal that asks to stop instead of dying at once; a second acts as usual.
+    """A context that records the first signal instead of ending the process; a second one acts as usual.
 
-    What comes at the same time counts as one: a launcher passes on what its processes have got as well.
+    Signals at the same time count as one, since launchers forward to their processes what these have received too.
     """
 
-    def __init__(self, says: bool = True) -> None:
-        self.says = says
+    def __init__(self, verbose: bool = True) -> None:
+        self.verbose = verbose
         self.caught = 0
-        """The number of the signal; 0 while there was none."""
+        """The number of the signal; 0 while there is none."""
         self._interrupts, self._when = False, 0.0
         self._former: dict[int, Any] = {}
 
@@ -85,19 +85,19 @@ class Signals:
 
     def _handle(self, signum: int, frame: Any) -> None:
         if self.caught:
-            if time.monotonic() - self._when > SAME:
+            if time.monotonic() - self._when > SAME_SIGNAL:
                 self.__exit__()
                 signal.raise_signal(signum)
             return
         self.caught, self._when = signum, time.monotonic()
-        if self.says:
-            print("\nstopping after this step, with a checkpoint (once more: at once)", file=sys.stderr)
+        if self.verbose:
+            print("\nstopping after this step, with a checkpoint (again: at once)", file=sys.stderr)
         if self._interrupts:
             raise Interrupted
 
     @contextmanager
     def interrupting(self, wanted: bool = True) -> Iterator[None]:
-        """A block that a signal ends by Interrupted."""
+        """A block that a signal ends with Interrupted, if `wanted`."""
         self._interrupts = wanted
         try:
             if wanted and self.caught:
@@ -109,10 +109,10 @@ class Signals:
 
 @contextmanager
 def no_handler_of_loaders() -> Iterator[None]:
-    """Make a loader without torch's handler of SIGCHLD, which raises wherever the main thread happens to be.
+    """A block that creates a loader without torch's SIGCHLD handler, which raises anywhere in the main thread.
 
-    That may be within the optimiser, and a worker that has died shows at the next batch too. torch sets the handler
-    with a process's first loader, which need not be ours: then it is taken away.
+    That may be within the optimiser, and a worker's death is noticed at the next batch anyway. torch sets the handler
+    with a process's first loader; if that was not ours, the handler is removed.
     """
     former = signal.getsignal(signal.SIGCHLD)
     if getattr(former, "__module__", "").startswith("torch."):

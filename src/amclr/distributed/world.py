@@ -1,4 +1,4 @@
-"""The processes that share a batch: gather and sum, and on one process the identity. Needs torch alone."""
+"""The processes that share a batch: gather and sum, which on one process are the identity. Needs torch alone."""
 
 from __future__ import annotations
 
@@ -13,34 +13,34 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-NOTHING: Mapping[str, int] = {}
+NO_NUMBERS: Mapping[str, int] = {}
 
 
 def processes() -> int:
-    """How many processes torch.distributed has been initialised with; 1 without it."""
+    """The number of processes of torch.distributed; 1 without it."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def process() -> int:
-    """Which of them this is; 0 without torch.distributed."""
+    """The rank of this process; 0 without torch.distributed."""
     return dist.get_rank() if processes() > 1 else 0
 
 
 @dataclass(frozen=True)
 class Processes:
-    """The processes of a torchrun that share work without a model in common; one without it."""
+    """The processes of a torchrun that share work, but no model; without torchrun, one."""
 
     rank: int = 0
     count: int = 1
 
     @classmethod
     def start(cls) -> Processes:
-        """Join the others, where torchrun started several."""
+        """Connect to the others, where torchrun started several."""
         count = int(os.environ.get("WORLD_SIZE", "1"))
         if count == 1:
             return cls()
         if not dist.is_initialized():
-            # Nothing is exchanged; they only wait for the slowest at the end, which may be hours.
+            # They only wait for the slowest at the end, which may take hours.
             dist.init_process_group("gloo", timeout=timedelta(days=30))
         return cls(dist.get_rank(), count)
 
@@ -58,26 +58,26 @@ class World:
     rank: int = 0
 
     @classmethod
-    def of(cls, rows: int, device: torch.device, together: bool = True, same: Mapping[str, int] = NOTHING) -> World:
-        """The world of a batch of which this process holds `rows`; negative: it could not make its part.
+    def of(cls, rows: int, device: torch.device, together: bool = True, same: Mapping[str, int] = NO_NUMBERS) -> World:
+        """The world of a batch of which this process holds `rows`; negative if it could not make its part.
 
-        together: gather over the default process group where there is one. same: numbers by name that must
-        be the same on all processes, such as the width of the rows. Raises ValueError on every process if any
-        passed a negative number of rows or other numbers than the rest, so that none waits for it.
+        together: gather over the default process group where there is one. same: numbers by name that must be equal
+        on all processes, such as the width of the rows. Raises ValueError on every process if any passes a negative
+        number of rows or different numbers, so that none waits for it.
         """
         if not together or processes() == 1:
             return cls((rows,))
-        own = torch.tensor([rows, *same.values()], device=device)
-        parts = [torch.empty_like(own) for _ in range(processes())]
-        dist.all_gather(parts, own)
-        found = torch.stack(parts).tolist()
-        sizes = tuple(row[0] for row in found)
+        numbers = torch.tensor([rows, *same.values()], device=device)
+        parts = [torch.empty_like(numbers) for _ in range(processes())]
+        dist.all_gather(parts, numbers)
+        gathered = torch.stack(parts).tolist()
+        sizes = tuple(row[0] for row in gathered)
         if min(sizes) < 0:
             raise ValueError(f"process {sizes.index(min(sizes))} refused its part of the batch: see its message")
-        for rank, row in enumerate(found):
-            if row[1:] != found[0][1:]:
+        for rank, row in enumerate(gathered):
+            if row[1:] != gathered[0][1:]:
                 raise ValueError(
-                    f"processes 0 and {rank} do not do the same: {', '.join(same)} are {found[0][1:]} and {row[1:]}"
+                    f"processes 0 and {rank} do not do the same: {', '.join(same)} are {gathered[0][1:]} and {row[1:]}"
                 )
         return cls(sizes, dist.get_rank())
 
@@ -97,11 +97,11 @@ class World:
         return slice(self.start, self.start + self.sizes[self.rank])
 
     def gather(self, part: Tensor, dim: int = 0) -> Tensor:
-        """The parts of all processes, joined along the batch's dimension `dim`; without a gradient."""
+        """The parts of all processes, concatenated along the batch dimension `dim`; without a gradient."""
         if self.alone:
             return part
         part = part.detach().movedim(dim, 0).contiguous()
-        # Collectives want equal shapes: the smaller parts are padded.
+        # Collectives need equal shapes: smaller parts are padded.
         longest = max(self.sizes)
         padded = (
             part if len(part) == longest else torch.cat([part, part.new_zeros(longest - len(part), *part.shape[1:])])
@@ -113,8 +113,7 @@ class World:
     def gather_rows(self, part: Tensor) -> Tensor:
         """`gather` along dimension 0 with a gradient: that of this process's rows.
 
-        Exact where every process computes the same function of the whole: then no gradients need to be
-        exchanged.
+        Exact where every process computes the same function of the whole: then no gradients need to be exchanged.
         """
         return part if self.alone else _Rows.apply(part, self)
 
@@ -138,12 +137,12 @@ class _Rows(torch.autograd.Function):
 
 
 def share_of(count: int, rank: int, size: int) -> slice:
-    """Which of `count` things in a row process `rank` of `size` takes: shares differ by one at most."""
+    """The slice of `count` items that process `rank` of `size` takes: shares differ by one at most."""
     return slice(count * rank // size, count * (rank + 1) // size)
 
 
 def average_statistics(model: nn.Module) -> None:
-    """Make the running statistics of batch norms those of all processes together: their mean."""
+    """Average the running statistics of batch norms over the processes."""
     if processes() == 1:
         return
     norms = [m for m in model.modules() if isinstance(m, _NormBase) and m.training and m.running_mean is not None]
@@ -156,38 +155,38 @@ def average_statistics(model: nn.Module) -> None:
         buffer.copy_(part.view_as(buffer))
 
 
-def is_spread(value: object) -> bool:
-    """Whether a tensor is spread over the processes (a DTensor); asked so that its module need not be imported."""
+def is_sharded(value: object) -> bool:
+    """Whether a tensor is sharded over the processes (a DTensor); checked without importing that module."""
     return hasattr(value, "full_tensor")
 
 
 def local(tensor: Any) -> Tensor:
-    """This process's part of a tensor that is spread over the processes; any other as it is."""
-    found: Tensor = tensor.to_local() if is_spread(tensor) else tensor
-    return found
+    """This process's shard of a sharded tensor; any other unchanged."""
+    shard: Tensor = tensor.to_local() if is_sharded(tensor) else tensor
+    return shard
 
 
 def whole(value: Any, keep: bool = True) -> Any:
-    """A nested state with tensors that are spread over the processes (DTensor) put together.
+    """A nested state with its sharded tensors (DTensor) gathered.
 
-    All processes call it. keep: false drops them there after, where another process is to have them.
+    All processes call it. keep: false drops the gathered tensors, on processes that do not need them.
     """
     if isinstance(value, dict):
         return {k: whole(v, keep) for k, v in value.items()}
     if isinstance(value, list | tuple):
         return type(value)(whole(v, keep) for v in value)
-    if is_spread(value):
-        found = value.full_tensor()
-        return found.cpu() if keep else found.new_empty(0)
+    if is_sharded(value):
+        gathered = value.full_tensor()
+        return gathered.cpu() if keep else gathered.new_empty(0)
     return value
 
 
-def spread(value: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor, spread over the processes as `like` is, if it is."""
-    if not is_spread(like):
+def shard_like(value: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor, sharded over the processes as `like` is, if it is."""
+    if not is_sharded(like):
         return value
     from torch.distributed.tensor import DTensor, distribute_tensor
 
     assert isinstance(like, DTensor)
-    found: Tensor = distribute_tensor(value.to(like.device), like.device_mesh, like.placements)
-    return found
+    sharded: Tensor = distribute_tensor(value.to(like.device), like.device_mesh, like.placements)
+    return sharded

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from amclr.config.schema import Config
-from amclr.distributed.world import is_spread, local, spread
+from amclr.distributed.world import is_sharded, local, shard_like
 from amclr.models.dual_encoder import DualEncoder
 from amclr.utils.errors import UserError
 
@@ -35,7 +35,7 @@ class Averaging:
         weights = model.state_dict()
         self.names = [k for k in model.trained_names() if weights[k].is_floating_point()]
         # A sharded model replaces its tensors, so its state dict has to be asked for each time.
-        self._live = None if any(map(is_spread, weights.values())) else weights
+        self._live = None if any(map(is_sharded, weights.values())) else weights
         self.steps = 0
         """Steps averaged so far."""
         self.average = {k: weights[k].clone() for k in self.names} if config.ema else {}
@@ -101,7 +101,7 @@ class Averaging:
         if self.average and "average" in state:
             self.steps = state["average"]["steps"]
             weights: State = state["average"]["weights"]
-            _copy(self.average, {k: spread(weights[k], v) for k, v in self.average.items()})
+            _copy(self.average, {k: shard_like(weights[k], v) for k, v in self.average.items()})
 
 
 def result_weights(state: Mapping[str, Any]) -> State:
@@ -145,7 +145,7 @@ def weights_digest(tensors: Iterable[Tensor]) -> str:
     """A hash of tensors; empty for none, or where any is sharded over processes."""
     sha, count = hashlib.sha256(), 0
     for tensor in tensors:
-        if is_spread(tensor):
+        if is_sharded(tensor):
             return ""
         sha.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         count += 1

@@ -20,7 +20,7 @@ from amclr.data.manifest import Manifest
 from amclr.data.sources.rows import Reject, append_rejects
 from amclr.distributed.launch import Fabric
 from amclr.distributed.team import Team
-from amclr.distributed.world import spread, whole
+from amclr.distributed.world import shard_like, whole
 from amclr.evaluation.evaluator import Evaluator
 from amclr.evaluation.monitor import Monitor
 from amclr.models.averaging import Averaging
@@ -173,7 +173,7 @@ class Training:
     def load_weights(self, state: Mapping[str, Tensor]) -> None:
         """Load weights into the model, sharded over the processes as its own are."""
         own = self.model.state_dict()
-        self.model.load_saved({k: spread(v, own[k]) if k in own else v for k, v in state.items()})
+        self.model.load_saved({k: shard_like(v, own[k]) if k in own else v for k, v in state.items()})
 
     def check_settings(self, state: Mapping[str, Any]) -> None:
         """Raise UserError where config.yaml differs from a checkpoint's settings, as after an edit by hand."""
@@ -224,7 +224,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
     """Load an optimiser's state, sharded over the processes as its parameters are."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     entries = {
-        k: {name: spread(v, parameters[k]) if isinstance(v, Tensor) and v.dim() else v for name, v in entry.items()}
+        k: {name: shard_like(v, parameters[k]) if isinstance(v, Tensor) and v.dim() else v for name, v in entry.items()}
         for k, entry in state["state"].items()
     }
     optimizer.load_state_dict({**state, "state": entries})

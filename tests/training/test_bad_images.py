@@ -13,8 +13,9 @@ import pytest
 from amclr.config.schema import (
     SourceConfig,
 )
-from amclr.evaluation.evaluator import inspect, report
 from amclr.evaluation.run import evaluate_run
+from amclr.evaluation.tables import format_results
+from amclr.inspection.dataset import inspect
 from amclr.runs.folder import Run
 from amclr.training import loop
 from amclr.training.assembly import assemble
@@ -83,7 +84,7 @@ def test_bad_images_that_nothing_looked_for_are_passed_over(
     assert "1 of 8 images to evaluate on cannot be decoded, and are left out; the first: " in capsys.readouterr().err
     measured = evaluate_run(run.folder, progress=False)
     assert measured["r_mean"] == pytest.approx(results["r_mean"], abs=1e-3) and measured["images"] == 7
-    assert "val split: 7 images, 14 captions, 1 left out" in report(measured)
+    assert "val split: 7 images, 14 captions, 1 left out" in format_results(measured)
     assert "contact sheet" in inspect(run.config, folder.parent / "sheet.png", progress=False)
     with pytest.raises(UserError, match="1 of 32 training images can no longer be read, over the limit of 2.0%"):
         train(make(folder, "strict", source=replace(source, max_bad=0.02), decoded=decoded), progress=False)

@@ -16,8 +16,7 @@ import torch
 import amclr
 import amclr.training.step
 from amclr.data import manifest as manifests
-from amclr.data.text.version import ParaphrasedCaption
-from amclr.data.text.version import Version
+from amclr.data.text.version import ParaphrasedCaption, Version
 from amclr.evaluation.evaluator import Evaluator
 from amclr.evaluation.run import evaluate_run
 from amclr.models.dual_encoder import DualEncoder

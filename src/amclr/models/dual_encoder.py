@@ -49,15 +49,17 @@ class DualEncoder(nn.Module, OnHub):
     tower with adapters, and with `freeze_norms` those of the image tower, keep their statistics.
 
     from_checkpoint: `load_saved` follows, so the pretrained weights of trained towers are not loaded, and nothing is
-    compiled. complete: all weights will be loaded, so no pretrained weights are loaded at all.
+    compiled. complete: all weights will be loaded, so no pretrained weights are loaded at all. text_only: without the
+    image tower, whose libraries take seconds to import; such a model embeds texts alone.
 
     about: facts about its training that `save_pretrained` writes, by name: strings, numbers, and under "measured" a
     table of numbers.
     """
 
     def __init__(
-        self, config: ModelConfig, tokenizer: Any, from_checkpoint: bool = False, complete: bool = False
-    ) -> None:
+        self, config: ModelConfig, tokenizer: Any, from_checkpoint: bool = False, complete: bool = False,
+        text_only: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.config = config
         self.tokenizer = tokenizer
@@ -72,9 +74,11 @@ class DualEncoder(nn.Module, OnHub):
             )
             if tower != "small" and loaded and (lr == 0 or rank) and not complete
         }
-        self.image_tower = build_image_tower(config, weights=fresh or "image_tower" in self.published)
+        self.image_tower: Any = nn.Identity()
+        if not text_only:
+            self.image_tower = build_image_tower(config, weights=fresh or "image_tower" in self.published)
         self.text_tower = build_text_tower(config, tokenizer, weights=fresh or "text_tower" in self.published)
-        self.image_head = self._head(self.image_tower.width)
+        self.image_head = nn.Identity() if text_only else self._head(self.image_tower.width)
         self.text_head = self._head(self.text_tower.width)
         for tower in self.frozen_towers:
             tower.requires_grad_(False)

@@ -70,8 +70,11 @@ class OnHub(ModelHubMixin):
         return cls.from_folder(folder)
 
     @classmethod
-    def from_folder(cls, folder: Path) -> Self:
-        """The model in a folder that `save_pretrained` wrote. Raises UserError, with the reason, if unreadable."""
+    def from_folder(cls, folder: Path, text_only: bool = False) -> Self:
+        """The model in a folder that `save_pretrained` wrote, or what embeds texts with it.
+
+        Raises UserError, with the reason, if it is unreadable.
+        """
         try:
             content = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
             if not isinstance(content, dict) or "amclr" not in content:
@@ -89,9 +92,10 @@ class OnHub(ModelHubMixin):
                 local = replace(local, text_tower=str(folder / "text_tower"))
             tokenizer = import_transformers().AutoTokenizer.from_pretrained(folder / "tokenizer")
             build: Any = cls
-            model = build(local, tokenizer, from_checkpoint=True, complete=True)
+            model = build(local, tokenizer, from_checkpoint=True, complete=True, text_only=text_only)
             model.config, model.about = config, dict(content.get("training") or {})
-            model.load_saved(load_file(folder / WEIGHTS))
+            state = load_file(folder / WEIGHTS)
+            model.load_saved({k: v for k, v in state.items() if k.startswith("text_") or not text_only})
         except UserError:
             raise
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:

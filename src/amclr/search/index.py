@@ -47,6 +47,13 @@ class Index:
         return load(self.folder / "model")
 
     @cached_property
+    def text_encoder(self) -> DualEncoder:
+        """The model, or until that is loaded the part of it that embeds texts, which loads in half the time."""
+        from amclr.models.dual_encoder import DualEncoder
+
+        return self.model if "model" in vars(self) else DualEncoder.from_folder(self.folder / "model", text_only=True)
+
+    @cached_property
     def table(self) -> Any:
         """What is stored about all rows: a pyarrow Table with the columns of `amclr.search.parts.schema`."""
         pa, _ = arrow()

@@ -144,7 +144,8 @@ def search(
     if image and not Path(image).is_file():
         raise UserError(f"there is no image '{image}'")
     try:
-        vector = embed(index.model, [positive] if positive else [], [image] if image else [], negatives, image_share)
+        model = index.model if image else index.text_encoder
+        vector = embed(model, [positive] if positive else [], [image] if image else [], negatives, image_share)
     except BadImage as error:
         raise UserError(f"'{image}': {error}") from None
     return index, find(index, vector, k, threshold=threshold, mask=text_mask(index, only))

@@ -132,7 +132,7 @@ def test_lists_follow_the_rows(saved: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_ten_kills_lose_nothing(saved: Path, tmp_path: Path) -> None:
+def test_ten_kills_lose_nothing(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is lost, and no image of a finished part is embedded again."""
     photos = make_folder(tmp_path / "set", images=48)
     log, out = tmp_path / "log", tmp_path / "index"
@@ -182,6 +182,7 @@ for where, left in {[*kills, ("write_part", 10**6)]!r}:
     ended = done.stdout.split("\n")
     assert ended.count("killed") == 10, done.stdout + done.stderr
     assert "48 0 0" in ended
+    monkeypatch.setattr(builder, "CHUNK", 4)  # batches of another size round sums differently
     undisturbed = content(build_index(saved, photos, tmp_path / "other")[0])
     assert content(Index(out)) == undisturbed
     embedded = sum(map(int, log.read_text().split()))

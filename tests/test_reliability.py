@@ -32,11 +32,11 @@ pytestmark = pytest.mark.usefixtures("undrawn")
 def begin(config: Config, steps: Any) -> None:
     """Start a run or go on with it, in a forked process that tells how many steps are done."""
     torch.set_num_threads(1)
-    taken = loop.advance
+    original = loop.advance
 
     def advance(t: Training, batch: Any) -> Any:
         steps.value = t.step
-        return taken(t, batch)
+        return original(t, batch)
 
     loop.advance = advance
     there = (Path(config.out) / "config.yaml").is_file()
@@ -119,17 +119,17 @@ def test_ten_signals_leave_ten_checkpoints_within_ten_seconds(folder: Path) -> N
 def test_a_second_signal_acts_at_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a step that takes a minute: the first Ctrl-C waits for it, the second does not; nothing is lost but the step."""
     whole = train(config_for(folder, "whole"), progress=False)
-    taken = loop.advance
+    original = loop.advance
 
     def takes_long(t: Training, batch: Any) -> Any:
         if t.step == 6:
             time.sleep(60)
-        return taken(t, batch)
+        return original(t, batch)
 
     config = config_for(folder, "parts")
     monkeypatch.setattr(loop, "advance", takes_long)
     process, steps = started(config)
-    monkeypatch.setattr(loop, "advance", taken)
+    monkeypatch.setattr(loop, "advance", original)
     while steps.value < 6:
         time.sleep(0.01)
     for _ in range(2):  # as a launcher does: it passes on what reaches all its processes by itself
@@ -163,7 +163,7 @@ def test_twenty_thousand_steps_take_no_more_memory(tmp_path: Path) -> None:
     )
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
     process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "config.json")], env=environment)
-    found: dict[int, tuple[int, int, int]] = {}
+    result: dict[int, tuple[int, int, int]] = {}
     log = tmp_path / "run" / "metrics.jsonl"
     try:
         while process.poll() is None:
@@ -174,18 +174,18 @@ def test_twenty_thousand_steps_take_no_more_memory(tmp_path: Path) -> None:
             with suppress(StopIteration, OSError):  # what is ending has no memory any more
                 now = _memory(process.pid), len(os.listdir(f"/proc/{process.pid}/fd")), _children(process.pid)
                 # The least of each stretch: a checkpoint that is being written has files, and pages, of its own.
-                found[step] = tuple(map(min, now, found.get(step, now)))  # type: ignore[assignment]
+                result[step] = tuple(map(min, now, result.get(step, now)))  # type: ignore[assignment]
     finally:
         process.kill()
     assert process.returncode == 0
-    print(found)
-    steps = sorted(found)[:-1]  # during the last one it ends
+    print(result)
+    steps = sorted(result)[:-1]  # during the last one it ends
     assert steps[-1] >= 17
     half = len(steps) // 2
-    early, late = (min(found[s][0] for s in part) for part in (steps[:half], steps[half:]))
+    early, late = (min(result[s][0] for s in part) for part in (steps[:half], steps[half:]))
     growth = (late - early) / 2**20 / half * 10
-    assert growth < 1.0, f"{growth:.2f} MiB per 10,000 steps: {found}"
-    assert found[steps[-1]][1:] == found[steps[0]][1:], found
+    assert growth < 1.0, f"{growth:.2f} MiB per 10,000 steps: {result}"
+    assert result[steps[-1]][1:] == result[steps[0]][1:], result
 
 
 def _as_dict(config: Config) -> dict[str, Any]:

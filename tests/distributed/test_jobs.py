@@ -53,7 +53,7 @@ def stay(file: Path, heeds: bool = True) -> str:
     return "stayed"
 
 
-def made(calls: list[Call], at_once: int) -> dict[int, Any]:
+def built(calls: list[Call], at_once: int) -> dict[int, Any]:
     with closing(side_by_side(calls, at_once, lambda: None)) as ended:
         return dict(ended)
 
@@ -75,10 +75,10 @@ def test_results_losses_and_what_was_printed(tmp_path: Path) -> None:
             ]
         )
     ]
-    found = made(calls, 2)
-    assert found[0] == (3, 2) and found[4] != os.getpid()
-    assert (found[1], found[2], found[3]) == (Lost(1), Lost(-signal.SIGKILL), Lost(3))
-    assert "SIGKILL: memory may have run out" in str(found[2]) and str(found[3]) == "its process ended with code 3"
+    result = built(calls, 2)
+    assert result[0] == (3, 2) and result[4] != os.getpid()
+    assert (result[1], result[2], result[3]) == (Lost(1), Lost(-signal.SIGKILL), Lost(3))
+    assert "SIGKILL: memory may have run out" in str(result[2]) and str(result[3]) == "its process ended with code 3"
     assert [f.name for f in (tmp_path / "outputs").iterdir()] == ["1.txt"]
     said = calls[1].output.read_text()
     assert said.startswith("so far so good") and "RuntimeError: no luck" in said
@@ -86,7 +86,7 @@ def test_results_losses_and_what_was_printed(tmp_path: Path) -> None:
 
 def test_so_many_at_a_time(tmp_path: Path) -> None:
     """Of four naps two overlap, and never three."""
-    times = made([Call(nap, (0.5,), tmp_path / f"{k}.txt") for k in range(4)], 2).values()
+    times = built([Call(nap, (0.5,), tmp_path / f"{k}.txt") for k in range(4)], 2).values()
     most = max(sum(start <= other < end for start, end in times) for other, _ in times)
     assert most == 2
 
@@ -107,7 +107,7 @@ def test_devices_go_round(
     if visible:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     calls = [Call(os.getenv, ("CUDA_VISIBLE_DEVICES",), tmp_path / f"{k}.txt") for k in range(3)]
-    assert [given for _, given in sorted(made(calls, 3).items())] == devices
+    assert [given for _, given in sorted(built(calls, 3).items())] == devices
 
 
 def test_cores_are_shared_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,9 +115,9 @@ def test_cores_are_shared_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("torch.get_num_threads", lambda: 8)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
     calls = [Call(os.getenv, ("OMP_NUM_THREADS",), tmp_path / f"{k}.txt") for k in range(3)]
-    assert set(made(calls, 3).values()) == {"2"} and set(made(calls[:1], 1).values()) == {"8"}
+    assert set(built(calls, 3).values()) == {"2"} and set(built(calls[:1], 1).values()) == {"8"}
     monkeypatch.setattr("torch.get_num_threads", lambda: 1)  # where it was asked for
-    assert set(made(calls[:1], 1).values()) == {"1"}
+    assert set(built(calls[:1], 1).values()) == {"1"}
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -155,7 +155,7 @@ def test_a_second_signal_kills(tmp_path: Path) -> None:
 
 def test_nothing_stays_where_the_first_process_is_killed(tmp_path: Path) -> None:
     files = [tmp_path / "0.pid", tmp_path / "1.pid"]
-    parent = multiprocessing.get_context("fork").Process(target=made, args=(stays(tmp_path), 2))
+    parent = multiprocessing.get_context("fork").Process(target=built, args=(stays(tmp_path), 2))
     parent.start()
     until(lambda: all(f.is_file() and f.read_text() for f in files))
     pids = [int(f.read_text()) for f in files]

@@ -91,7 +91,7 @@ def towers(folder: Path, out: str, **changes: Any) -> Config:
 
 
 @pytest.mark.slow
-def test_a_model_spread_over_the_processes_trains_the_same(folder: Path, tmp_path: Path) -> None:
+def test_a_sharded_model_trains_the_same(folder: Path, tmp_path: Path) -> None:
     """FSDP against DDP; its checkpoint is whole: one process goes on with it, and evaluates it."""
     runs = {}
     for strategy in ("ddp", "fsdp"):
@@ -115,7 +115,7 @@ def trained_further(rank: int, config: Config, run: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("others", [1, 2, 4])
-def test_a_checkpoint_of_two_processes_is_taken_up_by_any_number(others: int, folder: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_of_two_processes_is_resumed_by_any_number(others: int, folder: Path, tmp_path: Path) -> None:
     """Stopped by a signal to one of them, both stop at the same step; tables and weights go on as on one process."""
     one = train(on_two(folder, "one", objective="xamclr", epochs=6), progress=False)
     config = on_two(folder, "two", objective="xamclr", epochs=6)
@@ -131,12 +131,12 @@ def test_a_checkpoint_of_two_processes_is_taken_up_by_any_number(others: int, fo
 
 
 def stopped_by_a_signal(rank: int, config: Config) -> None:
-    taken, step = amclr.training.step.embed, iter(range(10_000))
+    original, step = amclr.training.step.embed, iter(range(10_000))
 
     def embed(model: Any, batch: Any) -> Any:
         if next(step) == 10 and rank == 1:
             signal.raise_signal(signal.SIGTERM)
-        return taken(model, batch)
+        return original(model, batch)
 
     amclr.training.step.embed = embed
     with pytest.raises(Stopped, match="resume with: amclr train --resume" if rank == 0 else "^$") as stopped:
@@ -159,7 +159,7 @@ def test_two_processes_resume_bit_by_bit(folder: Path, tmp_path: Path) -> None:
 
 def steps_slowly(rank: int, config: Config, where: str) -> None:
     """Train, marking each step in a file; process 1 does something to itself at step 6."""
-    taken, step = amclr.training.step.embed, iter(range(10_000))
+    original, step = amclr.training.step.embed, iter(range(10_000))
 
     def embed(model: Any, batch: Any) -> Any:
         k = next(step)
@@ -172,7 +172,7 @@ def steps_slowly(rank: int, config: Config, where: str) -> None:
                 time.sleep(1000)
             if where == "raises":
                 raise ArithmeticError("the sum does not add up")
-        return taken(model, batch)
+        return original(model, batch)
 
     amclr.training.step.embed = embed
     if where == "noticed by one" and rank == 0:
@@ -212,7 +212,7 @@ def test_one_process_of_two_is_lost(where: str, message: str, folder: Path, tmp_
 
 
 @pytest.mark.slow
-def test_a_slip_is_reported_by_one_process(folder: Path, tmp_path: Path) -> None:
+def test_a_mistake_is_reported_by_one_process(folder: Path, tmp_path: Path) -> None:
     both = Processes(2, steps_slowly, on_two(folder, "run", batch_size=64), "", logs=tmp_path / "logs")
     assert both.wait(60) == [1, 1]
     said = [both.said(k) for k in range(2)]
@@ -251,9 +251,9 @@ def bytes_gathered(rank: int, objective: str, out: Path) -> None:
         return gather(self, part, dim)
 
     World.gather = counted  # type: ignore[method-assign]
-    made = build(objective, 64, backend="eager")
-    views = {v: torch.nn.functional.normalize(torch.randn(16, 32), dim=1) for v in made.required_views}
-    made(views, torch.arange(16) + 16 * rank)[0]
+    built = build(objective, 64, backend="eager")
+    views = {v: torch.nn.functional.normalize(torch.randn(16, 32), dim=1) for v in built.required_views}
+    built(views, torch.arange(16) + 16 * rank)[0]
     if rank == 0:
         out.write_text(str(sum(sent)))
 
@@ -264,8 +264,8 @@ def test_what_is_sent_is_what_the_docs_compute(objective: str, tmp_path: Path) -
     from benchmarks.communication import step
 
     Processes(2, bytes_gathered, objective, tmp_path / "sent", logs=tmp_path / "logs").succeed()
-    told = step(objective, 0, 32, 32, 2)
-    assert int((tmp_path / "sent").read_text()) == pytest.approx(told.features + told.scalars, rel=0.01)
+    output = step(objective, 0, 32, 32, 2)
+    assert int((tmp_path / "sent").read_text()) == pytest.approx(output.features + output.scalars, rel=0.01)
 
 
 def watched(rank: int) -> None:
@@ -283,7 +283,7 @@ def watched(rank: int) -> None:
     assert "watchdog" not in {t.name for t in threading.enumerate()}
 
 
-def test_the_watch_ends_before_the_process(tmp_path: Path) -> None:
+def test_the_watchdog_ends_before_the_process(tmp_path: Path) -> None:
     """Else the interpreter now and then aborts at its end, and a launcher takes a finished run for a failed one."""
     Processes(2, watched, logs=tmp_path / "logs").succeed()
 
@@ -324,7 +324,7 @@ def test_slurm_is_understood(monkeypatch: pytest.MonkeyPatch) -> None:
     assert processes_started() == (4, 3)
 
 
-def test_a_gpus_arithmetic_is_set_and_put_back() -> None:
+def test_a_gpus_arithmetic_is_set_and_restored() -> None:
     from amclr.distributed.launch import arithmetic
 
     def now() -> tuple[Any, ...]:
@@ -343,7 +343,7 @@ def test_a_gpus_arithmetic_is_set_and_put_back() -> None:
     assert now() == before
 
 
-def test_what_will_not_do_is_said(folder: Path) -> None:
+def test_settings_that_cannot_run_are_reported(folder: Path) -> None:
     with pytest.raises(UserError, match="--strategy fsdp shards the model over several processes: start them with"):
         train(frozen(folder, strategy="fsdp"), progress=False)
     if not torch.cuda.is_available():
@@ -371,12 +371,12 @@ def in_float16(monkeypatch: pytest.MonkeyPatch, scale: float) -> None:
 def test_a_step_left_out_of_scaled_ones(what: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the scaler knows of its gradients is forgotten: the next step is made, with the scale of before."""
     in_float16(monkeypatch, 4.0)
-    taken, scales = loop.advance, {}
+    original, scales = loop.advance, {}
 
     def poisoned(t: Training, batch: Any) -> Any:
         batch.images = batch.images * torch.nan if t.step == 3 else batch.images
         scales[t.step] = t.fabric.strategy.precision.scaler.get_scale()
-        return taken(t, batch)
+        return original(t, batch)
 
     monkeypatch.setattr(loop, "advance", poisoned)
     run = train(frozen(folder, on_nan=what), progress=False)
@@ -389,12 +389,12 @@ def test_loss_scaling_resumes_bit_by_bit(folder: Path, monkeypatch: pytest.Monke
     whole = train(frozen(folder, "whole", epochs=9, objective="amclr"), progress=False)
     state = whole.load_last()
     assert state is not None and 1 < state["precision"]["scale"] < 2.0**40
-    taken, count = amclr.training.step.embed, iter(range(1000))
+    original, count = amclr.training.step.embed, iter(range(1000))
 
     def interrupt(model: Any, batch: Any) -> Any:
         if next(count) == 5:
             signal.raise_signal(signal.SIGTERM)
-        return taken(model, batch)
+        return original(model, batch)
 
     monkeypatch.setattr("amclr.training.step.embed", interrupt)
     with pytest.raises(Stopped):

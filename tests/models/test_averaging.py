@@ -92,7 +92,7 @@ def test_frozen_towers_are_not_averaged() -> None:
     assert not Averaging(encoder(), Config()).state_dict(), "nothing to keep, and no start to go back to"
 
 
-def test_kept_weights_come_and_go() -> None:
+def test_the_result_is_swapped_in_and_out() -> None:
     model = encoder()
     averaging = Averaging(model, Config(ema=0.9))
     shift(model, 0)
@@ -124,7 +124,7 @@ def test_a_signal_while_weights_are_exchanged(folder: Path, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.5, 0.8])
-def test_wise_is_the_line_from_the_start(share: float, published: ModelConfig) -> None:
+def test_wise_interpolates_from_the_initial_weights(share: float, published: ModelConfig) -> None:
     """Towers go back, heads that began at random do not."""
     model = encoder(published)
     start = {k: v.double() for k, v in model.state_dict().items()}
@@ -169,12 +169,12 @@ def tuned(folder: Path, published: ModelConfig, out: str = "run", **changes: Any
 def stop_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     import signal
 
-    taken, count = amclr.training.step.embed, iter(range(1000))
+    original, count = amclr.training.step.embed, iter(range(1000))
 
     def interrupt(model: Any, batch: Any) -> Any:
         if next(count) == step:
             signal.raise_signal(signal.SIGTERM)
-        return taken(model, batch)
+        return original(model, batch)
 
     monkeypatch.setattr("amclr.training.step.embed", interrupt)
 
@@ -341,9 +341,9 @@ def test_adapted_runs_load_merged_and_go_on(folder: Path, published: ModelConfig
     assert found == pytest.approx(json.loads((run.folder / "results.json").read_text())["r_mean"], abs=1e-3)
     # Anew from there, with other adapters: it begins with what was loaded, which must be stored then.
     second = replace(config, out=str(folder.parent / "second"), init_from=str(run.folder), wise=0.5)
-    begun = initial_model(second, [], Path(second.out))
+    started = initial_model(second, [], Path(second.out))
     torch.testing.assert_close(
-        begun.encode_image(sample_images()), model.encode_image(sample_images()), atol=1e-5, rtol=0
+        started.encode_image(sample_images()), model.encode_image(sample_images()), atol=1e-5, rtol=0
     )
     later = train(second, progress=False)
     row = [r for r in later.metrics() if r["kind"] == "eval"][-1]
@@ -518,11 +518,11 @@ def test_monitor(folder: Path, published: ModelConfig, capsys: pytest.CaptureFix
     start = evaluate_run(first.folder, zeroshot=str(root), retrieval=False, progress=False)
     config = config_for(folder, init_from=str(first.folder), monitor=str(root), objective="clip", ema=0.5)
     run = train(config, progress=True)
-    told = capsys.readouterr().err
-    assert "zero-shot monitor: 39 of 40 images in 4 classes, 1 left out" in told
+    output = capsys.readouterr().err
+    assert "zero-shot monitor: 39 of 40 images in 4 classes, 1 left out" in output
     rows = [r for r in run.metrics() if r["kind"] == "eval"]
     assert {r["zeroshot_top1_start"] for r in rows} == {start["zeroshot_top1"]}
-    assert f"zero-shot {rows[0]['zeroshot_top1']:.1f} (start {start['zeroshot_top1']:.1f})" in told
+    assert f"zero-shot {rows[0]['zeroshot_top1']:.1f} (start {start['zeroshot_top1']:.1f})" in output
     best = run.load_best()["step"]
     ended = evaluate_run(run.folder, zeroshot=str(root), retrieval=False, progress=False)
     assert next(r for r in rows if r["step"] == best)["zeroshot_top1"] == pytest.approx(ended["zeroshot_top1"])

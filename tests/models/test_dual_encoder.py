@@ -80,8 +80,8 @@ def test_embeds_unit_rows_whatever_the_batching(tmp_path: Path) -> None:
 def test_pads_do_not_count(bert_folder: Path) -> None:
     for pooling in ("mean", "first"):
         model = encoder(replace(TINY, text_tower=str(bert_folder), text_pooling=pooling)).eval()  # type: ignore[arg-type]
-        alone, beside = model.encode_text(CAPTIONS[:1]), model.encode_text(CAPTIONS)
-        torch.testing.assert_close(alone[0], beside[0], atol=1e-5, rtol=0)
+        alone, neighbour = model.encode_text(CAPTIONS[:1]), model.encode_text(CAPTIONS)
+        torch.testing.assert_close(alone[0], neighbour[0], atol=1e-5, rtol=0)
 
 
 def test_transformers_folder_and_from_scratch(bert_folder: Path, tmp_path: Path) -> None:
@@ -299,8 +299,8 @@ def kept_bytes(model: DualEncoder, images: torch.Tensor | None, tokens: dict[str
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        made = model.train()(images, tokens)
-    del made
+        built = model.train()(images, tokens)
+    del built
     return sum(t.untyped_storage().nbytes() for place, t in kept.items() if place not in weights)
 
 
@@ -313,10 +313,10 @@ def test_recomputed_activations_give_the_same(image: str, adapters: int) -> None
     plain, frugal = encoder(config), encoder(replace(config, activation_checkpointing=True))
     assert plain.text_tower.trunk.config.hidden_dropout_prob > 0  # type: ignore[union-attr]
     for seed in (0, 1):
-        expected, found = gradients(plain, seed), gradients(frugal, seed)
-        assert expected.keys() == found.keys()
+        expected, result = gradients(plain, seed), gradients(frugal, seed)
+        assert expected.keys() == result.keys()
         for name, gradient in expected.items():
-            torch.testing.assert_close(found[name], gradient, msg=name)
+            torch.testing.assert_close(result[name], gradient, msg=name)
     for name, tensor in plain.state_dict().items():
         assert torch.equal(tensor, frugal.state_dict()[name]), name
     other = gradients(plain, 2)["text_tower.trunk.encoder.layer.0.output.dense.weight"]
@@ -325,7 +325,7 @@ def test_recomputed_activations_give_the_same(image: str, adapters: int) -> None
     assert kept_bytes(frugal, *batch) < 0.7 * kept_bytes(plain, *batch)
 
 
-def test_towers_that_cannot_recompute_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_towers_without_activation_checkpointing_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(
         UserError, match=r"--model.activation_checkpointing: the image tower \(SelecSls\) does not support it"
     ):
@@ -402,17 +402,17 @@ def test_compiled_towers() -> None:
     for number, caption in enumerate(captions):
         images, _ = some_batch(count=3 + number)
         tokens = {k: v.repeat(3 + number, 1) for k, v in plain.tokenize([caption]).items()}
-        found = []
+        result = []
         for model in (plain, compiled):
             model.zero_grad()
             image, text = model(images, tokens)
             assert image is not None and text is not None
             (image * text).sum().backward()
-            found.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+            result.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
-        largest = max(float(g.abs().max()) for g in found[0].values())
-        for name, gradient in found[0].items():
-            torch.testing.assert_close(found[1][name], gradient, rtol=1e-2, atol=1e-4 * largest)
+        largest = max(float(g.abs().max()) for g in result[0].values())
+        for name, gradient in result[0].items():
+            torch.testing.assert_close(result[1][name], gradient, rtol=1e-2, atol=1e-4 * largest)
     assert graphs[0] >= 2 and len(set(graphs[1:])) == 1, "no graph more for other lengths"
     assert graphs[1] - graphs[0] <= 1, "the image tower's, for other numbers of images"
     torch.testing.assert_close(compiled.encode_image(sample_images()), plain.encode_image(sample_images()))
@@ -429,10 +429,10 @@ def test_runs_that_recompute_learn_the_same(micro_batch: int, folder: Path) -> N
     )  # fmt: skip
     plain = train(replace(base, out=str(folder.parent / "plain")), progress=False).load_last()
     frugal = replace(base, out=str(folder.parent / "frugal"), model=replace(model, activation_checkpointing=True))
-    found = train(frugal, progress=False).load_last()
-    assert plain is not None and found is not None and plain["model"].keys() == found["model"].keys()
+    result = train(frugal, progress=False).load_last()
+    assert plain is not None and result is not None and plain["model"].keys() == result["model"].keys()
     for name, tensor in plain["model"].items():
-        torch.testing.assert_close(found["model"][name], tensor, rtol=1e-4, atol=1e-5, msg=name)
+        torch.testing.assert_close(result["model"][name], tensor, rtol=1e-4, atol=1e-5, msg=name)
 
 
 @pytest.mark.slow

@@ -40,10 +40,10 @@ def towers(folder: Path) -> tuple[Config, DualEncoder, list[manifests.Sample], I
 
 def test_cached_features_are_the_towers_own(towers: Any, own_cache: Path) -> None:
     config, model, samples, store = towers
-    found = features.image_features(model, samples, "weak", 3, config, own_cache, store, progress=False)
-    assert found.shape == (32, 3, 256)
+    result = features.image_features(model, samples, "weak", 3, config, own_cache, store, progress=False)
+    assert result.shape == (32, 3, 256)
     drawn = policy("weak", 32)
-    table = found.read()
+    table = result.read()
     for i, v in ((0, 0), (17, 2), (31, 1)):
         (view,) = drawn([store[i]], np.array([samples[i].id]), 0, "cached", v, "weak")
         with torch.inference_mode():
@@ -81,7 +81,7 @@ def test_cache_is_reused_until_something_that_matters_changes(
     assert get() == 96
 
 
-def test_what_is_cached_serves_other_sets_of_the_same_images_and_captions(
+def test_cached_features_serve_other_sets_of_the_same_images_and_captions(
     towers: Any, own_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Splits, folds and data that grow share their features; the rows are those of a cache of their own."""
@@ -100,38 +100,39 @@ def test_what_is_cached_serves_other_sets_of_the_same_images_and_captions(
         images = features.image_features(model, some, "weak", 2, config, cache, decoded, progress=False)
         return images.read(), features.caption_features(model, texts, cache, progress=False).read(), len(seen)
 
-    images, texts, made = both(np.arange(20), captions)
-    assert made == 20 + 50, "ten captions stand twice"
+    images, texts, built = both(np.arange(20), captions)
+    assert built == 20 + 50, "ten captions stand twice"
     assert both(np.arange(10, 20), captions[:7])[2] == 0
     rows = np.random.default_rng(0).permutation(32)
-    mixed, others, made = both(rows, ["another", *captions[::-1]])
-    assert made == 12 + 1
+    mixed, others, built = both(rows, ["another", *captions[::-1]])
+    assert built == 12 + 1
     alone, own, _ = both(np.arange(32), ["another", *captions[::-1]], own_cache / "alone")
     assert np.array_equal(mixed, alone[rows]) and np.array_equal(images, alone[:20])
     assert np.array_equal(others, own) and np.array_equal(texts, own[:0:-1])
-    found = features.image_features(model, [samples[i] for i in rows], "weak", 2, config, own_cache, store, False)
-    assert len(found.parts) == 2, "the files of both computations"
+    result = features.image_features(model, [samples[i] for i in rows], "weak", 2, config, own_cache, store, False)
+    assert len(result.parts) == 2, "the files of both computations"
     pick = np.arange(32) % 2
-    assert np.array_equal(found.read(rows, pick), mixed[rows, pick])
-    assert np.array_equal(found.read(rows[:5]), mixed[rows[:5]]) and found.read(rows[:0]).shape == (0, *mixed.shape[1:])
+    assert np.array_equal(result.read(rows, pick), mixed[rows, pick])
+    assert np.array_equal(result.read(rows[:5]), mixed[rows[:5]]) and result.read(rows[:0]).shape == (
+        0,
+        *mixed.shape[1:],
+    )
 
 
 def test_towers_of_the_same_weights_with_other_tokenizers_share_nothing(towers: Any, own_cache: Path) -> None:
     """Two small towers of one seed, whose tokenizers are as large and were trained on other captions."""
     config, *_ = towers
-    found = []
+    result = []
     for captions in (["red dog", "dog red"], ["big cat", "cat big"]):
         torch.manual_seed(0)
         model = DualEncoder(config.model, build_tokenizer(config.model, captions))
-        found.append(features.caption_features(model, ["red cat"], own_cache, False).read())
+        result.append(features.caption_features(model, ["red cat"], own_cache, False).read())
         with torch.inference_mode():
-            np.testing.assert_allclose(found[-1], model.text_tower(**model.tokenize(["red cat"])), atol=1e-4)
-    assert not np.allclose(*found, atol=1e-2)
+            np.testing.assert_allclose(result[-1], model.text_tower(**model.tokenize(["red cat"])), atol=1e-4)
+    assert not np.allclose(*result, atol=1e-2)
 
 
-def test_interrupted_caching_goes_on_where_it_was(
-    towers: Any, own_cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_interrupted_caching_is_resumed(towers: Any, own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config, model, samples, store = towers
     monkeypatch.setattr("amclr.models.feature_cache.CHUNK", 8)
     whole = features.image_features(model, samples, "weak", 3, config, own_cache / "whole", store, progress=False)
@@ -220,14 +221,14 @@ def test_another_store_computes_its_own_texts_alone(
     towers: Any, own_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config, model, samples, store = towers
-    real, asked = model.tokenize, []
-    monkeypatch.setattr(model, "tokenize", lambda t: asked.extend(t) or real(t))
+    real, requested = model.tokenize, []
+    monkeypatch.setattr(model, "tokenize", lambda t: requested.extend(t) or real(t))
 
     def texts(paraphrases: tuple[str, ...], views: tuple[str, ...]) -> list[str]:
-        asked.clear()
+        requested.clear()
         with_them = [replace(s, paraphrases=(paraphrases,) * len(s.captions)) for s in samples]
         FeatureBatches(model, with_them, store, plan, views, drawing, own_cache, progress=False)
-        return list(asked)
+        return list(requested)
 
     plan = BatchPlan(np.array([s.id for s in samples]), 8, 0)
     both = ("text", "text_aug")
@@ -243,10 +244,10 @@ def test_replaced_features_are_those_of_the_next_sample(towers: Any, own_cache: 
         Path(samples[k].image.file).write_bytes(b"")
     plan = BatchPlan(np.array([s.id for s in samples]), 8, 0)
     data = FeatureBatches(model, samples, store, plan, ("image", "text"), config, own_cache, progress=False)
-    found: dict[str, str] = {}
+    result: dict[str, str] = {}
     for step in range(4):
         batch, planned = data[step], plan[step][1]
         assert isinstance(batch.images, torch.Tensor) and not batch.images.isnan().any()
         assert batch.ids.tolist() == [{4: 5, 31: 0}.get(i, i) for i in planned.tolist()]
-        found |= batch.replaced
-    assert found.keys() == {samples[4].name, samples[31].name} and all("0 bytes" in r for r in found.values())
+        result |= batch.replaced
+    assert result.keys() == {samples[4].name, samples[31].name} and all("0 bytes" in r for r in result.values())

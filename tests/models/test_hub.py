@@ -146,7 +146,7 @@ def test_had_from_the_hub(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize(
-    ("spoil", "told"),
+    ("spoil", "output"),
     [
         (lambda f: (f / "config.json").write_text("{"), "cannot read the model in .*; export it again"),
         (lambda f: (f / "config.json").write_text('{"model_type": "bert"}'), "another library's model"),
@@ -156,19 +156,19 @@ def test_had_from_the_hub(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         (lambda f: shutil.rmtree(f / "tokenizer"), "cannot read the model in .*; export it again"),
     ],
 )  # fmt: skip
-def test_a_damaged_folder(spoil: Any, told: str, tmp_path: Path) -> None:
+def test_a_damaged_folder(spoil: Any, output: str, tmp_path: Path) -> None:
     DualEncoder(TINY, build_tokenizer(TINY, CAPTIONS)).save_pretrained(tmp_path / "saved")
     spoil(tmp_path / "saved")
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=output):
         amclr.load(tmp_path / "saved")
 
 
 def test_weights_of_another_model(tmp_path: Path) -> None:
     DualEncoder(TINY, build_tokenizer(TINY, CAPTIONS)).save_pretrained(tmp_path / "saved")
     file = tmp_path / "saved" / "config.json"
-    told = json.loads(file.read_text())
-    told["model"]["dim"] = 24
-    file.write_text(json.dumps(told))
+    output = json.loads(file.read_text())
+    output["model"]["dim"] = 24
+    file.write_text(json.dumps(output))
     with pytest.raises(UserError, match="these weights belong to another model"):
         amclr.load(tmp_path / "saved")
 

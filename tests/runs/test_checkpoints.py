@@ -29,26 +29,26 @@ def test_what_is_loaded_is_what_was_saved(saved: Checkpoints) -> None:
     for wait in (False, True):
         saved.save(state_of(7), 7, best=True, keep=1, wait=wait)
         saved.wait()
-        for found in (saved.load_last(), saved.load_best()):
-            assert same(found, wanted), "and nothing besides, such as the digest"
+        for result in (saved.load_last(), saved.load_best()):
+            assert same(result, wanted), "and nothing besides, such as the digest"
     assert saved.best_is_intact()
 
 
 @pytest.mark.parametrize("wait", [False, True])
 @pytest.mark.parametrize("value", [np.float64(1), {1, 2}, {(1, 2): 3}, object(), torch.eye(2).to_sparse()])
-def test_what_cannot_be_kept_is_a_mistake(value: Any, wait: bool, saved: Checkpoints) -> None:
+def test_what_cannot_be_saved_is_a_mistake(value: Any, wait: bool, saved: Checkpoints) -> None:
     with pytest.raises(TypeError, match="a checkpoint cannot hold"):
         saved.save({"model": {"x": value}}, 1, best=False, keep=1, wait=wait)
     assert saved.load_last() is None
 
 
-def test_tensors_that_stand_in_a_state_twice_are_copied_once(saved: Checkpoints) -> None:
+def test_tensors_that_occur_twice_are_copied_once(saved: Checkpoints) -> None:
     tensor, other = torch.zeros(1000), torch.zeros(1000)
     state = {"a": tensor, "b": [tensor.view(1000), other], "c": {"d": tensor[:500]}}
     assert tensor_bytes(state) == 4 * 2500
-    found = copy_to_cpu(state)
-    assert found["a"].data_ptr() == found["b"][0].data_ptr() != tensor.data_ptr()
-    assert len({t.data_ptr() for t in (tensor, found["a"], found["b"][1], found["c"]["d"])}) == 4
+    result = copy_to_cpu(state)
+    assert result["a"].data_ptr() == result["b"][0].data_ptr() != tensor.data_ptr()
+    assert len({t.data_ptr() for t in (tensor, result["a"], result["b"][1], result["c"]["d"])}) == 4
     saved.save({"a": tensor, "b": tensor.view(1000)}, 1, best=False, keep=1)
     saved.wait()
     assert (saved.folder / "last.pt").stat().st_size < 6000
@@ -69,7 +69,7 @@ def test_a_state_on_a_gpu(wait: bool, saved: Checkpoints) -> None:
     assert same(saved.load_last(), wanted)
 
 
-def test_the_newest_sound_one_is_loaded_and_what_is_wrong_is_told(
+def test_the_newest_intact_one_is_loaded_and_damage_is_reported(
     saved: Checkpoints, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for step in (1, 2, 3):
@@ -82,10 +82,10 @@ def test_the_newest_sound_one_is_loaded_and_what_is_wrong_is_told(
     (saved.folder / "step-00000002.pt").write_bytes(b"")
     fresh = Checkpoints(saved.folder)
     assert same(fresh.load_last(), state_of(1))
-    told = capsys.readouterr().err.splitlines()
-    assert len(told) == 2, "one line for each file, whatever its names"
-    assert re.search(r"checkpoint .*last.pt is damaged \(its content is not what was written\)", told[0])
-    assert re.search(r"checkpoint .*step-00000002.pt is damaged \(\w+\)", told[1])
+    output = capsys.readouterr().err.splitlines()
+    assert len(output) == 2, "one line for each file, whatever its names"
+    assert re.search(r"checkpoint .*last.pt is damaged \(its content is not what was written\)", output[0])
+    assert re.search(r"checkpoint .*step-00000002.pt is damaged \(\w+\)", output[1])
     assert fresh.best_is_intact() and same(fresh.load_best(), state_of(1))
     (saved.folder / "best.pt").write_bytes(b"rubbish")
     assert not fresh.best_is_intact(), "also where it has been read before"
@@ -99,7 +99,7 @@ def test_the_newest_sound_one_is_loaded_and_what_is_wrong_is_told(
     assert not fresh.best_is_intact()
 
 
-def test_training_may_go_on_while_a_checkpoint_is_written(saved: Checkpoints, gate: threading.Event) -> None:
+def test_training_continues_while_a_checkpoint_is_written(saved: Checkpoints, gate: threading.Event) -> None:
     before = {t.name for t in threading.enumerate()}
     model = nn.Linear(50, 50)
     optimizer = torch.optim.AdamW(model.parameters())
@@ -230,13 +230,13 @@ def test_metrics_are_on_the_disk_before_the_checkpoint_is(tmp_path: Path, monkey
     seen: list[str] = []
     fsync, replace, unlink = os.fsync, os.replace, Path.unlink
 
-    def told(name: str, path: Any) -> None:
+    def record(name: str, path: Any) -> None:
         if threading.current_thread().name == "checkpoint":
             seen.append(f"{name} {Path(path).name}")
 
-    monkeypatch.setattr(files.os, "fsync", lambda h: (told("sync", os.readlink(f"/proc/self/fd/{h}")), fsync(h)))
-    monkeypatch.setattr(files.os, "replace", lambda a, b: (told("rename", b), replace(a, b)))
-    monkeypatch.setattr(Path, "unlink", lambda p, **options: (told("unlink", p), unlink(p, **options)))
+    monkeypatch.setattr(files.os, "fsync", lambda h: (record("sync", os.readlink(f"/proc/self/fd/{h}")), fsync(h)))
+    monkeypatch.setattr(files.os, "replace", lambda a, b: (record("rename", b), replace(a, b)))
+    monkeypatch.setattr(Path, "unlink", lambda p, **options: (record("unlink", p), unlink(p, **options)))
     run.checkpoints.save(state_of(2), 2, best=False, keep=1)
     run.checkpoints.wait()
     assert [s for s in seen if s != "unlink last.pt.part"] == [
@@ -252,15 +252,15 @@ def test_how_often_checkpoints_are_written(saved: Checkpoints, monkeypatch: pyte
     monkeypatch.setattr(checkpoints, "BYTES_PER_SECOND", 100.0)
     assert saved.interval() == (saved.folder / "last.pt").stat().st_size / 100
     monkeypatch.setattr(checkpoints, "BYTES_PER_SECOND", 1e12)
-    tensors, begun = {"x": torch.zeros(10_000_000)}, time.monotonic()
+    tensors, started = {"x": torch.zeros(10_000_000)}, time.monotonic()
     saved.save(tensors, 2, best=False, keep=1)
     saved.wait()
-    taken = time.monotonic() - begun
+    original = time.monotonic() - started
     monkeypatch.setattr(checkpoints, "MIN_INTERVAL", 0.0)
-    assert 0.5 * taken < saved.interval() / 50 <= taken
+    assert 0.5 * original < saved.interval() / 50 <= original
 
 
-def test_a_full_disk_is_told_and_training_goes_on(saved: Checkpoints, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_full_disk_is_reported_and_training_continues(saved: Checkpoints, capsys: pytest.CaptureFixture[str]) -> None:
     message = (
         r"cannot write a checkpoint in '.*checkpoints' \(File too large\): free some space, then resume with: "
         rf"amclr train --resume {re.escape(str(saved.folder.parent))}$"
@@ -280,8 +280,8 @@ def test_a_full_disk_is_told_and_training_goes_on(saved: Checkpoints, capsys: py
         saved.save(state_of(4, 3000), 4, best=False, keep=1)  # the failure before does not stop this one
         with pytest.raises(UserError, match=message):
             saved.wait()
-        told = capsys.readouterr().err
-        assert told.count("(File too large): the one of step 2 is kept; the next one is tried again\n") == 2
+        output = capsys.readouterr().err
+        assert output.count("(File too large): the one of step 2 is kept; the next one is tried again\n") == 2
         with pytest.raises(UserError, match=message):
             saved.save(state_of(5), 5, best=False, keep=1, wait=True)
         assert not capsys.readouterr().err, "what is raised is not told besides"
@@ -294,7 +294,7 @@ def test_a_full_disk_is_told_and_training_goes_on(saved: Checkpoints, capsys: py
     assert not capsys.readouterr().err
 
 
-def test_a_process_that_goes_on_knows_which_one_stays(saved: Checkpoints, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_resumed_process_knows_which_one_is_kept(saved: Checkpoints, capsys: pytest.CaptureFixture[str]) -> None:
     saved.save(state_of(8), 8, best=False, keep=1, wait=True)
     fresh = Checkpoints(saved.folder)
     with full_disk():

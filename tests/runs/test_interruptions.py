@@ -104,7 +104,7 @@ checkpoints.Checkpoints(Path({str(tmp_path / "c")!r})).save({{"x": torch.ones(9)
     assert state is not None and state["x"].tolist() == [1.0] * 9
 
 
-def saves_until_killed(folder: Path, told: int) -> None:
+def saves_until_killed(folder: Path, output: int) -> None:
     """Save step after step, and tell of those that are said to be on the disk."""
     saved = Checkpoints(folder)
     state = saved.load_last()
@@ -115,21 +115,21 @@ def saves_until_killed(folder: Path, told: int) -> None:
         saved.save(state_of(step, 20_000), step, best=step % 3 == 0, keep=2, wait=wait)
         if wait or step % 2:
             saved.wait()
-            os.write(told, struct.pack("q", step))
+            os.write(output, struct.pack("q", step))
 
 
 def killed(folder: Path, rounds: int, seed: int) -> int:
     """Kill a process that saves, so many times, at random moments; the last step that it had told of."""
     draw, acknowledged, half = random.Random(seed), 0, 0
     for _ in range(rounds):
-        ends, told = os.pipe()
+        ends, output = os.pipe()
         child = os.fork()
         if not child:
             try:
-                saves_until_killed(folder, told)
+                saves_until_killed(folder, output)
             finally:
                 os._exit(1)
-        os.close(told)
+        os.close(output)
         time.sleep(draw.uniform(0.01, 0.12))
         os.kill(child, signal.SIGKILL)
         assert os.WIFSIGNALED(os.waitpid(child, 0)[1]), "it was still at it"
@@ -145,11 +145,11 @@ def killed(folder: Path, rounds: int, seed: int) -> int:
             assert acknowledged == 0
         if (folder / "best.pt").exists():
             assert saved.best_is_intact() and saved.load_best()["step"] % 3 == 0
-        found = names(saved) if folder.is_dir() else []
-        half += any(n.endswith(".part") for n in found)
-        assert len([n for n in found if n.endswith(".part")]) <= 1
+        result = names(saved) if folder.is_dir() else []
+        half += any(n.endswith(".part") for n in result)
+        assert len([n for n in result if n.endswith(".part")]) <= 1
         # One that had been renamed, before the oldest went.
-        assert len([n for n in found if n.startswith("step-") and n.endswith(".pt")]) <= 3
+        assert len([n for n in result if n.startswith("step-") and n.endswith(".pt")]) <= 3
     assert half > rounds // 20, "some were killed within the writing of a file"
     return acknowledged
 
@@ -171,12 +171,12 @@ def test_killed_a_hundred_times_while_saving(tmp_path: Path, capsys: pytest.Capt
 
 def fails_at(step: int, monkeypatch: pytest.MonkeyPatch, what: Any) -> None:
     """Call something in place of the forward pass of a step."""
-    taken, calls = amclr.training.step.embed, iter(range(1000))
+    original, calls = amclr.training.step.embed, iter(range(1000))
 
     def embed(model: Any, batch: Any) -> Any:
         if next(calls) == step:
             what()
-        return taken(model, batch)
+        return original(model, batch)
 
     monkeypatch.setattr("amclr.training.step.embed", embed)
 
@@ -197,7 +197,7 @@ def test_whatever_ends_a_run_the_checkpoint_under_way_is_finished(
     assert state is not None and state["step"] == 3
 
 
-def test_a_run_goes_on_while_the_disk_is_full(
+def test_a_run_continues_while_the_disk_is_full(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -208,8 +208,8 @@ def test_a_run_goes_on_while_the_disk_is_full(
         run = train(frozen(folder), progress=False)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    told = capsys.readouterr().err
-    assert re.search(r"cannot write the checkpoint of step 3 \(File too large\): the one of step \d is kept", told)
+    output = capsys.readouterr().err
+    assert re.search(r"cannot write the checkpoint of step 3 \(File too large\): the one of step \d is kept", output)
     state = run.load_last()
     assert state is not None and state["step"] == 8 and run.checkpoints.best_is_intact()
 

@@ -59,10 +59,10 @@ def test_a_finished_run_shows_its_measures_and_images(run: Run) -> None:
         Image.fromarray(np.zeros((2, 3, 3), np.uint8)).save(run.folder / name)
     assert repr(run) == f"<amclr run '{run.folder}': amclr on 'photos', 3 epochs, mean recall 6.2 %>"
     shown = Shown(run._repr_html_())
-    told = " ".join(shown.texts)
-    assert "run data photos objective amclr epochs 3 " in told.replace(str(run.folder) + " ", "")
-    assert "text retrieval 0.0 1.0 2.0 3.0 image retrieval 10.0 11.0 12.0 13.0" in told
-    assert "zero-shot 7.3 – – –" in told
+    output = " ".join(shown.texts)
+    assert "run data photos objective amclr epochs 3 " in output.replace(str(run.folder) + " ", "")
+    assert "text retrieval 0.0 1.0 2.0 3.0 image retrieval 10.0 11.0 12.0 13.0" in output
+    assert "zero-shot 7.3 – – –" in output
     sources = [v for k, v in shown.attributes if k == "src" and v]
     assert [base64.b64decode(s.removeprefix("data:image/png;base64,")) for s in sources] == [
         (run.folder / name).read_bytes() for name in FIGURES

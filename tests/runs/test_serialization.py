@@ -53,7 +53,7 @@ def test_the_digest_tells_structure_order_and_small_numbers_apart() -> None:
         torch.complex64,
     ],
 )
-def test_the_digest_is_of_values_however_they_lie(
+def test_the_digest_does_not_depend_on_memory_layout(
     dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     values = torch.randint(0, 2, (6, 5, 4)).to(dtype)
@@ -125,14 +125,14 @@ def test_a_payload_is_refused_and_not_executed(
 
     saved.save(state_of(1), 1, best=True, keep=5, wait=True)
     saved.save(state_of(2), 2, best=False, keep=5, wait=True)
-    for what, protocol, told in [
+    for what, protocol, output in [
         (os.mkdir, 2, "Trying to load unsupported GLOBAL posix.mkdir"), (os.mkdir, 4, "Unsupported operand 149"),
         (Path.mkdir, 2, "Unsupported global: GLOBAL"),
     ]:  # fmt: skip
         content = {**state_of(3), "model": Payload(what, tmp_path / "executed")}
         torch.save(content, saved.folder / "step-00000002.pt", pickle_protocol=protocol)
         assert same(saved.load_last(), state_of(1))
-        assert f"is damaged (refused: {told}" in capsys.readouterr().err
+        assert f"is damaged (refused: {output}" in capsys.readouterr().err
     (saved.folder / "best.pt").write_bytes((saved.folder / "step-00000002.pt").read_bytes())
     with pytest.raises(UserError, match=r"damaged \(refused: "):
         saved.load_best()

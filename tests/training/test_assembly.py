@@ -44,7 +44,7 @@ def test_captions_that_all_say_the_same_are_refused(folder: Path) -> None:
         ({"model": ModelConfig(image_tower="resnet5000")}, "cannot load image tower"),
     ],
 )
-def test_settings_that_will_not_do(changes: dict[str, Any], message: str, folder: Path) -> None:
+def test_settings_that_are_refused(changes: dict[str, Any], message: str, folder: Path) -> None:
     config = config_for(folder, **changes)
     with pytest.raises(UserError, match=message):
         train(config, progress=False)
@@ -60,7 +60,7 @@ def test_a_folder_in_use_is_refused(folder: Path) -> None:
         train(frozen(folder, "file"), progress=False)
     with pytest.raises(UserError, match="cannot create the run folder '.*file/run': Not a directory"):
         train(frozen(folder, "file/run"), progress=False)
-    with pytest.raises(UserError, match="no run folder"):
+    with pytest.raises(UserError, match="is not a run folder"):
         train(resume=folder, progress=False)
 
 

@@ -35,12 +35,12 @@ def test_images_that_go_bad_while_training_are_listed_up_to_the_limit(
     whole = [file.read_bytes() for file in bad]
     fit = loop.fit
 
-    def spoiled(training: Training, progress: bool, profile: bool) -> None:
+    def damaged_fit(training: Training, progress: bool, profile: bool) -> None:
         for file in bad:
             file.write_bytes(b"")
         fit(training, progress, profile)
 
-    monkeypatch.setattr(loop, "fit", spoiled)
+    monkeypatch.setattr(loop, "fit", damaged_fit)
     run = train(config, progress=False)
     rows = [json.loads(line) for line in (run.folder / "rejects.jsonl").read_text().splitlines()]
     assert sorted(r["key"] for r in rows) == ["012.png", "025.png", "031.png"]
@@ -64,7 +64,7 @@ def test_images_that_go_bad_while_training_are_listed_up_to_the_limit(
     ("make", "decoded"),
     [pytest.param(config_for, "none", marks=pytest.mark.draws), (config_for, "ram"), (frozen, "none")],
 )
-def test_bad_images_that_nothing_looked_for_are_passed_over(
+def test_bad_images_that_were_not_scanned_are_skipped(
     make: Any, decoded: Any, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """In training another takes the place of each; evaluation, the gallery and the contact sheet leave them out."""
@@ -98,7 +98,7 @@ def test_bad_images_that_nothing_looked_for_are_passed_over(
         inspect(run.config, folder.parent / "sheet.png", progress=False)
 
 
-def test_bad_images_count_until_they_are_mended(folder: Path) -> None:
+def test_bad_images_count_until_they_are_repaired(folder: Path) -> None:
     """What went bad before a run is taken up counts again only if it is still bad, or else no mending would help."""
     run = train(frozen(folder, source=SourceConfig(max_bad=0.04)), progress=False)
     for name in ("012.png", "025.png", "gone.png"):

@@ -57,15 +57,15 @@ def poisoned(monkeypatch: pytest.MonkeyPatch, steps: set[int], t: list[Any] | No
 # -- numbers --------------------------------------------------------------------------------------
 
 
-def test_nan_stops_and_is_kept_to_look_into(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nan_stops_and_its_batch_is_saved(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     poisoned(monkeypatch, {5})
     config = frozen(folder, epochs=3)
     with pytest.raises(UserError, match=r"the loss is nan at step 5: lower --optim.lr .*; samples and batch are in"):
         train(config, progress=False)
     run = Run.open(Path(config.out))
-    told = json.loads((run.folder / "faults" / "step-00000005.json").read_text())
-    assert told["step"] == 5 and len(told["samples"]) == 8 and told["loss"] == "nan"
-    assert set(told["samples"]) <= set((folder / "train.txt").read_text().split())
+    report = json.loads((run.folder / "faults" / "step-00000005.json").read_text())
+    assert report["step"] == 5 and len(report["samples"]) == 8 and report["loss"] == "nan"
+    assert set(report["samples"]) <= set((folder / "train.txt").read_text().split())
     kept = torch.load(run.folder / "faults" / "step-00000005.pt", weights_only=True)
     assert kept["images"].isnan().all() and kept["ids"].shape == (8,)
     state = run.load_last()
@@ -86,16 +86,16 @@ def test_a_skipped_step_leaves_no_trace(
         def blot(view: str) -> float:
             return float("nan") if where["step"] in (2, 5) and view == "image" else 1.0
 
-        taken = loop.advance
-        monkeypatch.setattr(loop, "advance", lambda t, b: where.update(step=t.step) or taken(t, b))
+        original = loop.advance
+        monkeypatch.setattr(loop, "advance", lambda t, b: where.update(step=t.step) or original(t, b))
     else:
         poisoned(monkeypatch, {2, 5})
     config = make(folder, objective="iamclr", epochs=3, on_nan="skip")
     training = assemble(replace(config, out=str(folder.parent / "looked")), folder.parent / "looked", None, False)
     for step in range(3):
         before = {k: v.clone() for k, v in {**training.model.state_dict(), **training.objective.state_dict()}.items()}
-        made = loop.advance(training, training.batches[step])
-        assert made.outcome == ("skipped" if step == 2 else "done")
+        result = loop.advance(training, training.batches[step])
+        assert result.outcome == ("skipped" if step == 2 else "done")
         training.step += 1
     after = {**training.model.state_dict(), **training.objective.state_dict()}
     assert all(torch.equal(v, after[k]) for k, v in before.items())
@@ -113,11 +113,11 @@ def test_rolled_back_is_as_if_the_step_were_not_there(folder: Path, monkeypatch:
     real = loop.advance
     with monkeypatch.context() as patch:
 
-        def told(t: Training, batch: Any) -> Any:
+        def recording(t: Training, batch: Any) -> Any:
             t.skipped.add(6)
             return real(t, batch)
 
-        patch.setattr(loop, "advance", told)
+        patch.setattr(loop, "advance", recording)
         known = train(replace(config, out=str(folder.parent / "known")), progress=False)
     poisoned(monkeypatch, {6})
     run = train(replace(config, on_nan="rollback"), progress=False)
@@ -134,18 +134,18 @@ def test_every_step_left_out_is_listed_once(folder: Path, monkeypatch: pytest.Mo
     config = frozen(folder, epochs=3, checkpoint_minutes=60)
     run = train(replace(config, on_nan="rollback"), progress=False)
     assert [r["step"] for r in run.metrics() if r["kind"] == "fault"] == [5, 6]
-    taken = loop.advance
+    original = loop.advance
 
     def killed(t: Training, batch: Any) -> Any:
-        made = taken(t, batch)
+        result = original(t, batch)
         if t.step == 4:
             raise MemoryError
-        return made
+        return result
 
     poisoned(monkeypatch, {4})
     again = replace(config, on_nan="skip", out=str(folder.parent / "again"))
     with monkeypatch.context() as patch:
-        taken = loop.advance
+        original = loop.advance
         patch.setattr(loop, "advance", killed)
         with pytest.raises(MemoryError):
             train(again, progress=False)
@@ -168,7 +168,7 @@ def assert_same_run_but_for_faults(a: Run, b: Run) -> None:
     "when",
     [pytest.param("forward", marks=pytest.mark.slow), "backward", pytest.param("allocator", marks=pytest.mark.slow)],
 )
-def test_out_of_memory_halves_the_parts_and_goes_on(
+def test_out_of_memory_halves_the_micro_batches(
     when: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """As a device that holds three images' activations: the run equals one with --micro_batch 2 from that step on."""
@@ -328,7 +328,7 @@ def test_a_worker_that_is_stuck_is_replaced(folder: Path, monkeypatch: pytest.Mo
 # -- going on with a run --------------------------------------------------------------------------
 
 
-def test_going_on_under_other_settings(folder: Path) -> None:
+def test_resuming_with_other_settings(folder: Path) -> None:
     """What changes what is learned is refused, by name; more epochs, and how it runs, are taken up."""
     run = train(frozen(folder), progress=False)
     other = replace(run.config, batch_size=4, loss=LossConfig(temperature=0.2), workers=1)
@@ -398,21 +398,21 @@ def test_resume_with_options(main: Command, folder: Path, tmp_path: Path) -> Non
     assert "Self CPU" in (tmp_path / "run/profile/summary-rank0.txt").read_text()
 
 
-@pytest.mark.parametrize("begun", [False, True])
-def test_a_signal_before_the_first_step(begun: bool, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("started", [False, True])
+def test_a_signal_before_the_first_step(started: bool, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The scheduler's code, and how to go on if there is something to go on with."""
     run = folder.parent / "run"
-    place, name = (FeatureBatches, "__init__") if begun else (manifests, "prepare")
+    place, name = (FeatureBatches, "__init__") if started else (manifests, "prepare")
     monkeypatch.setattr(place, name, lambda *_: signal.raise_signal(signal.SIGTERM))
     options = ["--model.image_lr", "0", "--model.text_lr", "0", "--out", str(run)]
-    told: list[str] = []
-    monkeypatch.setattr(sys.modules["amclr.cli.main"], "_fail", lambda message, code: told.append(message) or code)
+    output: list[str] = []
+    monkeypatch.setattr(sys.modules["amclr.cli.main"], "_fail", lambda message, code: output.append(message) or code)
     assert cli.main(["train", "--data", str(folder), *SMALL, *options]) == 143
-    assert told == [f"stopped; resume with: amclr train --resume {run}" if begun else "stopped"]
+    assert output == [f"stopped; resume with: amclr train --resume {run}" if started else "stopped"]
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
-def test_a_signal_while_a_image_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_signal_while_an_image_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is not taken for an error of the image."""
     monkeypatch.setattr(images, "_open", lambda _: signal.raise_signal(signal.SIGUSR1))
     with pytest.raises(Interrupted), Signals(verbose=False) as signals, signals.interrupting():

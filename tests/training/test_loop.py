@@ -66,8 +66,8 @@ def test_a_small_encoder_learns_colours(objective: str, tmp_path: Path) -> None:
     names = ["red", "green", "blue", "yellow"]
     paths = sorted((folder / "Images").iterdir())[:16]
     captions = [f"a {n} patch number 1" for n in names]
-    found = amclr.evaluate.zeroshot(model, paths, [k % 4 for k in range(16)], captions, ["{}"])
-    assert found["zeroshot_top1"] > 70
+    result = amclr.evaluate.zeroshot(model, paths, [k % 4 for k in range(16)], captions, ["{}"])
+    assert result["zeroshot_top1"] > 70
 
 
 @pytest.mark.draws
@@ -102,8 +102,8 @@ def test_loaded_model_is_the_best_one(folder: Path) -> None:
     images = [s.image for s in manifests.load(run.config, folder.parent).split("val")]
     captions = [c for s in manifests.load(run.config, folder.parent).split("val") for c in s.captions]
     owner = np.repeat(np.arange(len(images)), 2)
-    found = amclr.evaluate.retrieval(model.encode_image(images), model.encode_text(captions), owner)
-    assert found["r_mean"] == pytest.approx(json.loads((run.folder / "results.json").read_text())["r_mean"], abs=1e-4)
+    result = amclr.evaluate.retrieval(model.encode_image(images), model.encode_text(captions), owner)
+    assert result["r_mean"] == pytest.approx(json.loads((run.folder / "results.json").read_text())["r_mean"], abs=1e-4)
 
 
 def test_the_same_seed_gives_the_same_run(folder: Path) -> None:
@@ -180,7 +180,7 @@ def test_gradients_are_clipped(folder: Path) -> None:
     assert 1e-4 < distance < 12.2e-3
 
 
-def test_word_noise_where_a_image_has_one_caption(tmp_path: Path) -> None:
+def test_word_noise_where_an_image_has_one_caption(tmp_path: Path) -> None:
     folder = make_folder(tmp_path / "single", captions=1)
     run = train(frozen(folder, objective="amclr", views=ViewsConfig(word_noise=0.5)), progress=False)
     assert (run.folder / "results.json").is_file()

@@ -38,13 +38,13 @@ def test_stopped_and_resumed_equals_uninterrupted(
 ) -> None:
     """A signal in the middle of an epoch: nothing is lost, and the rest goes on bit by bit the same."""
     whole = train(make(folder, "whole", objective="iamclr", epochs=3), progress=False)
-    taken = amclr.training.step.embed
+    original = amclr.training.step.embed
     count = iter(range(1000))
 
     def interrupt(model: Any, batch: Any) -> Any:
         if next(count) == stop:
             signal.raise_signal(signal.SIGTERM)
-        return taken(model, batch)
+        return original(model, batch)
 
     monkeypatch.setattr("amclr.training.step.embed", interrupt)
     config = make(folder, "parts", objective="iamclr", epochs=3)
@@ -71,11 +71,11 @@ def test_a_signal_during_evaluation_puts_it_off(again: bool, folder: Path, monke
         count = iter(range(100))
 
         def interrupted(self: Evaluator, epochs: int = epochs, count: Any = count) -> dict[str, float]:
-            found = measure(self)
+            result = measure(self)
             done = [r["epoch"] for r in run.metrics() if r["kind"] == "eval"]
             if len(done) == epochs - 1 and next(count) == 0:
                 signal.raise_signal(signal.SIGUSR1)
-            return found
+            return result
 
         monkeypatch.setattr(Evaluator, "__call__", interrupted)
         with pytest.raises(Stopped) as stopped:
@@ -164,15 +164,15 @@ def test_with_other_images_the_samples_that_stay_keep_their_estimates(folder: Pa
     training = assemble(former.config, run.folder, former, False, changed_data=True)
     training.restore(changed_data=True)
     assert training.step == 6 and training.plan.steps_per_epoch == 3  # two epochs, as before
-    found, saved = training.objective.state_dict(), before["objective"]
+    result, saved = training.objective.state_dict(), before["objective"]
     assert sum(k.endswith(".values") for k in saved) >= 2
     for key in (k for k in saved if k.endswith(".values")):
         for row, name in enumerate(now):
             if name == "000-new.png":
                 fresh = build("iamclr", 1, temperature=0.1).state_dict()
-                assert torch.equal(found[key][row], fresh[key][0])
+                assert torch.equal(result[key][row], fresh[key][0])
             else:
-                assert torch.equal(found[key][row], saved[key][sorted(names).index(name)])
+                assert torch.equal(result[key][row], saved[key][sorted(names).index(name)])
     after = train(resume=run.folder, changed_data=True, progress=False)
     assert after.load_last()["step"] == 9  # type: ignore[index]
 
@@ -203,7 +203,7 @@ def test_changed_data_keep_what_was_measured(val_too: bool, folder: Path) -> Non
     train(resume=run.folder, progress=False)
 
 
-def test_going_on_with_changed_data_must_succeed_to_be_remembered(
+def test_resuming_with_changed_data_must_succeed_to_be_remembered(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = train(frozen(folder), progress=False)
@@ -296,23 +296,23 @@ def test_a_checkpoint_never_runs_code(folder: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "executed").exists()
 
 
-def test_a_run_keeps_the_paraphrases_that_it_began_with(folder: Path) -> None:
+def test_a_run_keeps_the_paraphrases_that_it_started_with(folder: Path) -> None:
     """A store that is made, or another that becomes the latest, while a run is stopped changes nothing in it."""
     train(frozen(folder, "without"), progress=False)
     assert Run.open(folder.parent / "without").config.source.paraphrases == "none"
-    made = []
+    built = []
     for seed in (0, 1):
         version = Version(folder / "paraphrases", {"model": "rules", "k": 1, "seed": seed})
         version.append([ParaphrasedCaption("a red patch number 8", (f"patch {seed}",))])
         version.finish()
-        made.append(version)
+        built.append(version)
         train(frozen(folder, f"with{seed}"), progress=False)
     for seed in (0, 1):
         run = Run.open(folder.parent / f"with{seed}")
-        found = manifests.load(run.config, folder.parent)
-        assert found.paraphrases == (str(made[seed].folder),)
-        assert [p for s in found.samples for k in s.paraphrases for p in k] == [f"patch {seed}"]
-    (made[1].folder / "paraphrases.jsonl").unlink()
+        result = manifests.load(run.config, folder.parent)
+        assert result.paraphrases == (str(built[seed].folder),)
+        assert [p for s in result.samples for k in s.paraphrases for p in k] == [f"patch {seed}"]
+    (built[1].folder / "paraphrases.jsonl").unlink()
     with pytest.raises(UserError, match="are not complete"):
         train(frozen(folder, "incomplete"), progress=False)
     measured = evaluate_run(folder.parent / "with1", progress=False)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from amclr.objectives import METHODS, backward_in_chunks, build
-from tests.objectives.test_objectives import peak_bytes
+from tests.objectives.helpers import peak_bytes
 
 VIEWS = ("image", "image_aug", "text", "text_aug")
 BATCH = 14

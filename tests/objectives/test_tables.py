@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from amclr.objectives import VIEWS, build, tables
-from tests.objectives.test_objectives import draw_views, tensors
+from tests.objectives.helpers import draw_views, tensors
 
 SAMPLES = {"image": 40, "text": 60}
 

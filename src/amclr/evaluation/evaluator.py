@@ -79,9 +79,9 @@ class Evaluator:
             Reject(s.image.file, 0, f"while evaluating: {r}", s.name) for s, r in zip(bad, reasons, strict=True)
         ]
         if not self.samples:
-            raise UserError(f"none of the images to evaluate on can be decoded; the first: {self.rejects[0]}")
+            raise UserError(f"no image to evaluate on can be decoded; the first: {self.rejects[0]}")
         print(
-            f"{len(bad)} of {len(samples)} images to evaluate on cannot be decoded and are left out; the first: "
+            f"{len(bad)} of {len(samples)} images to evaluate on cannot be decoded, and are left out; the first: "
             f"{self.rejects[-len(bad)]}", file=sys.stderr,
         )  # fmt: skip
 

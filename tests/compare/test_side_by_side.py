@@ -20,7 +20,8 @@ from amclr.compare import compare, report, runner
 from amclr.compare.experiment import read_experiment
 from amclr.compare.plan import plan
 from amclr.data import manifest as manifests
-from amclr.data.images import decode as images
+from amclr.data.images import scan as image_scan
+from amclr.data.images import store as image_store
 from amclr.models.features import caption_features, image_features
 from amclr.runs.loading import initial_model
 from tests.compare.experiments import BASE, measured, paraphrases_file, run, written
@@ -164,9 +165,10 @@ def test_runs_that_want_the_same_at_once(folder: Path, own_cache: Path, tmp_path
     def work(rank: int) -> None:
         model.text_tower.forward = counted("captions", model.text_tower.forward)
         model.image_tower.forward = counted("images", model.image_tower.forward)
-        images.read_image = counted("decoded", images.read_image)
+        image_store.read_image = counted("decoded", image_store.read_image)
+        image_scan.read_image = counted("decoded", image_scan.read_image)
         samples = manifests.prepare(config, own_cache, False).split("train")
-        store = images.ImageStore([s.image for s in samples], 32, progress=False)
+        store = image_store.ImageStore([s.image for s in samples], 32, progress=False)
         made = image_features(model, samples, "weak", 2, config, own_cache, store, False)
         rows = caption_features(model, texts, own_cache, False)
         assert made.readable().all() and len(rows) == 300

@@ -107,7 +107,7 @@ def test_leftovers_of_a_kill_are_replaced(small: Path, tmp_path: Path) -> None:
             ["RUN", "--to", "onnx", "--precision", "fp8"],
             "--to onnx supports --precision fp32 or fp16 or int8, got 'fp8'",
         ),
-        (["nothing", "--to", "onnx"], "'nothing' is no run folder (it has no config.yaml): give the --out of an"),
+        (["nothing", "--to", "onnx"], "'nothing' is not a run folder (no config.yaml): give the --out of an"),
         (["RUN", "--to", "onnx", "--out", "USED"], "is in use: choose another --out, or remove it"),
         (["RUN", "--to", "onnx", "--out", "USED/file/deeper"], "cannot create the folder"),
         (["RUN", "--to", "onnx", "--data", "nowhere"], "nowhere"),

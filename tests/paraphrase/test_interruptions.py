@@ -216,7 +216,7 @@ def test_ctrl_c_says_how_to_resume(
         command = ["paraphrase", str(data), "--model", "rules", "--batch_size", "4", "--progress", "false"]
         assert cli.main(command) == 130
     assert capsys.readouterr().err == (
-        "amclr: stopped, with every batch kept that was done; the same command goes on\n"
+        "amclr: interrupted; finished batches are kept: rerun the same command to resume\n"
     )
     assert parts(data / "paraphrases") == 3 and cli.main(command) == 0
     assert "12 of them done before an interruption" in capsys.readouterr().out

@@ -20,7 +20,7 @@ from filelock import FileLock
 from PIL import Image
 
 from amclr.config.schema import ScenesConfig
-from amclr.data import scenes
+from amclr.data.scenes.dataset import write_scenes
 from amclr.models.dual_encoder import DualEncoder
 from amclr.models.tokenizer import build_tokenizer
 from amclr.search import builder
@@ -67,7 +67,7 @@ def test_any_data_set(kind: str, saved: Path, tmp_path: Path, own_cache: Path) -
                     tar.add(tmp_path / f"{k}.txt", f"{k}.txt")
     else:
         small = ScenesConfig(train=3, val=2, test=1, zeroshot=4)
-        scenes.write_scenes(tmp_path / "set", small, progress=False)
+        write_scenes(tmp_path / "set", small, progress=False)
         data = tmp_path / "set"
     index, _ = build_index(saved, data, tmp_path / "index")
     assert len(index) == 6
@@ -223,7 +223,7 @@ def test_a_signal_keeps_what_was_embedded(saved: Path, tmp_path: Path) -> None:
     _, error = process.communicate(timeout=60)
     if process.returncode == 0:
         pytest.skip("it had ended before the signal came")
-    assert process.returncode == 130 and "the same command goes on" in error, error
+    assert process.returncode == 130 and "rerun the same command to resume" in error, error
     _, result = build_index(saved, photos, tmp_path / "index")
     assert result.rows == 400 and result.embedded <= 384
 

@@ -66,11 +66,11 @@ def test_the_commands(
         (("label", "idx", "images", "--classes", "a,b", "--top", "3"), "--top must be 1 to 2"),
         (("label", "idx", "images", "--classes", "a,b", "--templates", "absent"), "no templates file"),
         (("label", "idx", "empty", "--classes", "a,b"), "there is no image in 'empty'"),
-        (("label", "absent", "images", "--classes", "a,b"), "is no run folder"),
+        (("label", "absent", "images", "--classes", "a,b"), "is not a run folder"),
         (("dedup", "absent"), "is not an index"),
         (("dedup", "idx", "--threshold", "3"), "--threshold must lie between 0 and 1"),
         (("label", "idx", "images"), "needs --classes"),
-        (("index", "absent", "images", "--out", "new"), "is no run folder"),
+        (("index", "absent", "images", "--out", "new"), "is not a run folder"),
         (("index", "idx/model", "absent", "--out", "new"), "no data set at 'absent'"),
     ],
 )

@@ -399,16 +399,17 @@ def test_resume_with_options(main: Command, folder: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("started", [False, True])
-def test_a_signal_before_the_first_step(started: bool, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The scheduler's code, and how to go on if there is something to go on with."""
+def test_a_signal_before_the_first_step(
+    started: bool, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The scheduler's exit code, and how to resume if there is something to resume."""
     run = folder.parent / "run"
     place, name = (FeatureBatches, "__init__") if started else (manifests, "prepare")
     monkeypatch.setattr(place, name, lambda *_: signal.raise_signal(signal.SIGTERM))
     options = ["--model.image_lr", "0", "--model.text_lr", "0", "--out", str(run)]
-    output: list[str] = []
-    monkeypatch.setattr(sys.modules["amclr.cli.main"], "_fail", lambda message, code: output.append(message) or code)
     assert cli.main(["train", "--data", str(folder), *SMALL, *options]) == 143
-    assert output == [f"stopped; resume with: amclr train --resume {run}" if started else "stopped"]
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message == (f"amclr: stopped; resume with: amclr train --resume {run}" if started else "amclr: interrupted")
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 

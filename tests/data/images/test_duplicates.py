@@ -163,7 +163,7 @@ def test_groups_of_a_batch_are_by_view() -> None:
 
 
 @pytest.fixture
-def copy_to_cpu(tmp_path: Path) -> Path:
+def copied(tmp_path: Path) -> Path:
     """A folder of 24 images, of which 3 look like others, one of them in the other split, and 2 captions twice."""
     root = make_folder(tmp_path / "images", 24)
     for i in range(24):

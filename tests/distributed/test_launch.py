@@ -9,14 +9,16 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 
 import amclr.training.step
+from amclr import cli
 from amclr.config.schema import Config, OptimConfig
 from amclr.distributed.team import Team
 from amclr.distributed.watchdog import BEAT
@@ -177,10 +179,9 @@ def steps_slowly(rank: int, config: Config, where: str) -> None:
     amclr.training.step.embed = embed
     if where == "noticed by one" and rank == 0:
         config = replace(config, watchdog_timeout=100.0)
-    from amclr import cli
-
-    cli._configure = lambda command, arguments: config  # type: ignore[assignment]
-    raise SystemExit(cli.main(["train"]))
+    file = Path(config.out).with_suffix(f".{rank}.yaml")
+    file.write_text(yaml.safe_dump(asdict(config)))
+    raise SystemExit(cli.main(["train", "--config", str(file)]))
 
 
 @pytest.mark.slow

@@ -17,6 +17,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
+Estimate = Callable[[Tensor], Tensor]
+"""log g (T, N) -> the updated estimate log u."""
+
 
 class Contrast:
     """How a directed term becomes a loss per anchor, from its similarity block, by autograd."""
@@ -45,12 +48,7 @@ class ClosedForm(Contrast):
     """A contrast of which loss and gradient follow from log g alone, so that similarity blocks need not be held."""
 
     def losses(
-        self,
-        log_g: Tensor,
-        log_n: float | Tensor,
-        tau: float | Tensor,
-        rho: float,
-        estimate: Callable[[Tensor], Tensor],
+        self, log_g: Tensor, log_n: float | Tensor, tau: float | Tensor, rho: float, estimate: Estimate
     ) -> tuple[Tensor, Tensor]:
         """The loss of each anchor and the log of its denominator, log u, both (T, N). log_n: log |N_i|."""
         raise NotImplementedError
@@ -78,12 +76,7 @@ class Global(ClosedForm):
     has_estimates = True
 
     def losses(
-        self,
-        log_g: Tensor,
-        log_n: float | Tensor,
-        tau: float | Tensor,
-        rho: float,
-        estimate: Callable[[Tensor], Tensor],
+        self, log_g: Tensor, log_n: float | Tensor, tau: float | Tensor, rho: float, estimate: Estimate
     ) -> tuple[Tensor, Tensor]:
         """Tau (log u + rho), and the updated estimate log u."""
         log_u = estimate(log_g)
@@ -109,12 +102,7 @@ class CrossEntropy(ClosedForm):
     """
 
     def losses(
-        self,
-        log_g: Tensor,
-        log_n: float | Tensor,
-        tau: float | Tensor,
-        rho: float,
-        estimate: Callable[[Tensor], Tensor],
+        self, log_g: Tensor, log_n: float | Tensor, tau: float | Tensor, rho: float, estimate: Estimate
     ) -> tuple[Tensor, Tensor]:
         """log(1 + |N| g), and this less log |N|: the denominator contains the positive."""
         values = softplus(log_g + log_n)

@@ -25,7 +25,7 @@ RBO_DEPTH = 100
 
 TEMPLATES = (
     "a photo of a {}.",
-    "an image of the {}.",
+    "a picture of the {}.",
     "a blurry photo of a {}.",
     "a close-up photo of a {}.",
     "a photo of one {}.",

@@ -53,29 +53,38 @@ def check_gradients(t: dict[str, torch.Tensor], expected: oracle.Views, toleranc
             assert rows.grad is None or not rows.grad.any(), name
 
 
-def check_tables(objective: Any, sums: oracle.Global, tolerance: float) -> None:
-    for column_of, attribute, values in (
-        ("log_u", "log_u", {k: math.log(v) for k, v in sums.u.items()}),
-        ("tau", "tau", sums.temperature),
-        ("velocity", "tau_velocity", sums.velocity),
-    ):
-        for (table, sample), value in values.items():
-            of = table if isinstance(table, str) else oracle.side(table[0])  # type: ignore[index]
-            column = 0
-            if not isinstance(table, str):
-                own = [(t.anchor, t.candidate) for t in objective.terms if oracle.side(t.anchor) == of]
-                column = own.index(table)
-            found = float(objective.get_submodule(f"{attribute}_{of}").values[sample, column])
-            assert found == pytest.approx(value, rel=tolerance, abs=tolerance), (column_of, table, sample)
+def check_tables(objective: Any, loops: oracle.GlobalContrastive, tolerance: float) -> None:
+    """The estimates, and individual temperatures with their velocities; the estimates of unseen samples are not set."""
+    expected: dict[str, dict[Any, float]] = {"log_u": {k: math.log(u) for k, u in loops.estimator.u.items()}}
+    if isinstance(loops.temperature, oracle.IndividualTemperatures):
+        expected |= {"tau": loops.temperature.tau, "tau_velocity": loops.temperature.velocity}
+    for name, values in expected.items():
+        for (key, sample), value in values.items():
+            of, column = table_and_column(objective, key)
+            actual = float(objective.get_submodule(f"{name}_{of}").values[sample, column])
+            assert actual == pytest.approx(value, rel=tolerance, abs=tolerance), (name, key, sample)
     for of in ("image", "text"):
-        seen = {s for (t, s) in sums.u if (t if isinstance(t, str) else oracle.side(t[0])) == of}  # type: ignore[index]
+        seen = {sample for (key, sample) in loops.estimator.u if table_and_column(objective, key)[0] == of}
         table = objective.get_submodule(f"log_u_{of}").values
         assert set(torch.nonzero(torch.isfinite(table).any(1)).flatten().tolist()) == seen
 
 
-def oracle_for(name: str, **kw: Any) -> oracle.Global:
-    individual = METHODS[name].temperature == "individual"
-    return oracle.Global(oracle.TERMS[GLOBAL[name]], individual=individual, **kw)
+def table_and_column(objective: Any, key: Any) -> tuple[str, int]:
+    """The modality and column of a term, or of the one estimate that a modality has in the reference code."""
+    if isinstance(key, str):
+        return key, 0
+    of = oracle.modality(key[0])
+    return of, [(t.anchor, t.candidate) for t in objective.terms if oracle.modality(t.anchor) == of].index(key)
+
+
+def oracle_for(
+    name: str, estimator: oracle.PerTermEstimator, tau: float, rho: float = 0.0, eta: float = 1e-3, queue: int = 0
+) -> oracle.GlobalContrastive:
+    """The loops of a method. rho, eta: of individual temperatures."""
+    terms = oracle.TERMS[GLOBAL[name]]
+    if METHODS[name].temperature == "individual":
+        return oracle.GlobalContrastive(terms, estimator, oracle.IndividualTemperatures(tau, eta), rho, queue)
+    return oracle.GlobalContrastive(terms, estimator, oracle.FixedTemperature(tau), queue=queue)
 
 
 def good() -> tuple[dict[str, torch.Tensor], torch.Tensor]:

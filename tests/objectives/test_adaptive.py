@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from amclr.objectives import METHODS, build
+from amclr.objectives import build
 from amclr.objectives.adaptive import log_noise
 from amclr.objectives.positives import Positives
+from tests.objectives import oracle
 from tests.objectives.helpers import (
     DTYPES,
     GLOBAL,
@@ -30,8 +31,8 @@ def test_adaptive_gamma_equals_the_loops(name: str, queue: int, dtype: torch.dty
     objective = build(
         name, 10, temperature=0.25, gamma=0.2, gamma_schedule="adaptive", rho=1.3, temperature_lr=0.01, queue=queue
     ).to(dtype)  # fmt: skip
-    rho = 1.3 if METHODS[name].temperature == "individual" else 0.0
-    sums = oracle_for(name, gamma=0.2, tau=0.25, rho=rho, eta=0.01, adaptive=True, queue=queue)
+    estimator = oracle.AdaptiveGamma(0.2)
+    loops = oracle_for(name, estimator, tau=0.25, rho=1.3, eta=0.01, queue=queue)
     draw = np.random.default_rng(0)
     gammas = []
     for step in range(8):
@@ -42,21 +43,17 @@ def test_adaptive_gamma_equals_the_loops(name: str, queue: int, dtype: torch.dty
         t = tensors(views, dtype)
         loss, metrics = objective(t, torch.from_numpy(ids), {v: torch.tensor(g) for v, g in groups.items()})
         loss.backward()
-        expected, gradient, _ = sums.step(views, ids.tolist(), ids.tolist(), groups)
+        expected, gradient, _ = loops.step(views, ids.tolist(), ids.tolist(), groups)
         assert float(loss.detach()) == pytest.approx(expected, rel=10 * tolerance, abs=tolerance)
         check_gradients(t, gradient, 10 * tolerance)
         gammas.append(float(metrics["gamma"]))
-    check_tables(objective, sums, 10 * tolerance)
+    check_tables(objective, loops, 10 * tolerance)
+    terms = [(t.anchor, t.candidate) for t in objective.terms]
+    assert {*estimator.statistics} == {*terms}
     for what in ("drift", "innovation", "noise", "steps"):
-        found = dict(
-            zip(
-                ((t.anchor, t.candidate) for t in objective.terms),
-                getattr(objective.adaptive, what).tolist(),
-                strict=True,
-            )
-        )
-        for term, own in sums.statistics.items():
-            assert found[term] == pytest.approx(own[what], rel=100 * tolerance, abs=100 * tolerance), (what, term)
+        for term, actual in zip(terms, getattr(objective.adaptive, what).tolist(), strict=True):
+            expected = getattr(estimator.statistics[term], what)
+            assert actual == pytest.approx(expected, rel=100 * tolerance, abs=100 * tolerance), (what, term)
     assert gammas[0] == 1, "nothing has been seen a second time"
     assert 0.2 <= min(gammas) < 1
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from amclr.objectives import METHODS, build
+from amclr.objectives import build
 from amclr.objectives.contrasts import cyclic_penalty
 from tests.objectives import oracle
 from tests.objectives.helpers import (
@@ -33,8 +33,7 @@ def test_global_objectives_equal_the_loops(
 ) -> None:
     """Value, gradients and estimators over five steps with samples seen again."""
     objective = build(name, 10, temperature=tau, gamma=gamma, rho=1.3, temperature_lr=0.01).to(dtype)
-    rho = 1.3 if METHODS[name].temperature == "individual" else 0.0
-    sums = oracle_for(name, gamma=gamma, tau=tau, rho=rho, eta=0.01)
+    loops = oracle_for(name, oracle.PerTermEstimator(gamma), tau=tau, rho=1.3, eta=0.01)
     draw = np.random.default_rng(0)
     for step in range(5):
         views = draw_views(step)
@@ -42,12 +41,12 @@ def test_global_objectives_equal_the_loops(
         t = tensors(views, dtype)
         loss, metrics = objective(t, torch.from_numpy(ids))
         loss.backward()
-        expected, gradient, _ = sums.step(views, ids.tolist(), ids.tolist())
+        expected, gradient, _ = loops.step(views, ids.tolist(), ids.tolist())
         assert float(loss.detach()) == pytest.approx(expected, rel=tolerance, abs=tolerance)
         assert float(metrics["loss"]) == pytest.approx(expected, rel=1e-5, abs=1e-5)
         assert not any(m.requires_grad for m in metrics.values())
         check_gradients(t, gradient, tolerance)
-    check_tables(objective, sums, tolerance)
+    check_tables(objective, loops, tolerance)
 
 
 def test_learnable_temperature_of_a_global_objective() -> None:
@@ -55,14 +54,13 @@ def test_learnable_temperature_of_a_global_objective() -> None:
     objective = build("amclr", 6, temperature=0.2, temperature_mode="learnable", rho=0.9).double()
     loss, _ = objective(tensors(views), torch.tensor(ids))
     loss.backward()
-    expected, _, slope = oracle.Global(oracle.TERMS["amclr"], 0.8, 0.2, rho=0.9).step(views, ids, ids)
+    loops = oracle.GlobalContrastive(
+        oracle.TERMS["amclr"], oracle.PerTermEstimator(0.8), oracle.FixedTemperature(0.2), rho=0.9
+    )
+    expected, _, slope = loops.step(views, ids, ids)
     assert float(loss.detach()) == pytest.approx(expected, rel=1e-7)
     # The parameter is log tau, so the chain rule gives a factor tau.
     assert float(objective.log_temperature.grad) == pytest.approx(0.2 * slope, rel=1e-6)
-
-
-def same(ids: list[int]) -> np.ndarray:
-    return np.equal.outer(ids, ids)
 
 
 @DTYPES
@@ -70,11 +68,11 @@ def same(ids: list[int]) -> np.ndarray:
 @pytest.mark.parametrize(
     ("name", "pairs", "function"),
     [
-        ("clip", None, lambda v, s: oracle.clip(v, 0.15, s, [("image", "text")])),
-        ("clip", "aligned", lambda v, s: oracle.clip(v, 0.15, s, [("image", "text"), ("image_aug", "text_aug")])),
-        ("clip", "all", lambda v, s: oracle.clip(v, 0.15, s, oracle.CROSS)),
-        ("cyclip", None, lambda v, s: oracle.cyclip(v, 0.15, s)),
-        ("siglip", None, lambda v, s: oracle.siglip(v, 0.15, -10.0, s)),
+        ("clip", None, lambda v, p: oracle.clip(v, 0.15, p, [("image", "text")])),
+        ("clip", "aligned", lambda v, p: oracle.clip(v, 0.15, p, [("image", "text"), ("image_aug", "text_aug")])),
+        ("clip", "all", lambda v, p: oracle.clip(v, 0.15, p, oracle.CROSS)),
+        ("cyclip", None, lambda v, p: oracle.cyclip(v, 0.15, p)),
+        ("siglip", None, lambda v, p: oracle.siglip(v, 0.15, -10.0, p)),
     ],
 )
 def test_minibatch_objectives_equal_the_loops(
@@ -84,9 +82,10 @@ def test_minibatch_objectives_equal_the_loops(
     t = tensors(views, dtype)
     loss, _ = build(name, 5, temperature=0.15, pairs=pairs).to(dtype)(t, torch.tensor(ids))
     loss.backward()
-    expected = function(views, same(ids))
+    positives = np.equal.outer(ids, ids)
+    expected = function(views, positives)
     assert float(loss.detach()) == pytest.approx(expected, rel=max(tolerance, 1e-7))
-    check_gradients(t, oracle.numeric_gradient(lambda v: function(v, same(ids)), views), max(tolerance, 1e-7))
+    check_gradients(t, oracle.numeric_gradient(lambda v: function(v, positives), views), max(tolerance, 1e-7))
 
 
 @DTYPES
@@ -95,8 +94,9 @@ def test_simclr_equals_nt_xent(dtype: torch.dtype, tolerance: float) -> None:
     t = tensors(views, dtype)
     loss, _ = build("simclr", 5, temperature=0.2).to(dtype)(t, torch.arange(5))
     loss.backward()
-    assert float(loss.detach()) == pytest.approx(oracle.simclr(views, 0.2), rel=tolerance)
-    check_gradients(t, oracle.numeric_gradient(lambda v: oracle.simclr(v, 0.2), views), max(tolerance, 1e-7))
+    function = lambda v: oracle.simclr(v, 0.2, np.eye(5, dtype=bool))  # noqa: E731
+    assert float(loss.detach()) == pytest.approx(function(views), rel=tolerance)
+    check_gradients(t, oracle.numeric_gradient(function, views), max(tolerance, 1e-7))
 
 
 def test_baselines_equal_open_clip() -> None:

@@ -28,7 +28,7 @@ def test_effective_negatives_and_shares(twice: bool) -> None:
     _, metrics = objective(views, ids)
     effective, shares = [], []
     for k, (a, c) in enumerate(oracle.TERMS["amclr"]):
-        old = before[oracle.side(a)][:, k % 4]
+        old = before[oracle.modality(a)][:, k % 4]
         for i in range(7):
             others = [j for j in range(7) if ids[j] != ids[i]]
             e = [math.exp(float(views[a][i] @ (views[c][j] - views[c][i])) / 0.2) for j in others]

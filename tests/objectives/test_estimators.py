@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from amclr.objectives import METHODS, build
+from amclr.objectives import build
+from tests.objectives import oracle
 from tests.objectives.helpers import (
     GLOBAL,
     check_gradients,
@@ -22,8 +23,7 @@ from tests.objectives.helpers import (
 @pytest.mark.parametrize("name", GLOBAL)
 def test_samples_that_stand_twice_are_positives_with_one_update(name: str) -> None:
     objective = build(name, {"image": 6, "text": 12}, temperature=0.25, rho=0.5, gamma=0.7).double()
-    rho = 0.5 if METHODS[name].temperature == "individual" else 0.0
-    sums = oracle_for(name, gamma=0.7, tau=0.25, rho=rho)
+    loops = oracle_for(name, oracle.PerTermEstimator(0.7), tau=0.25, rho=0.5)
     batches = [
         ([0, 1, 0, 2, 3, 1], [0, 2, 1, 4, 6, 2]),
         ([3, 3, 3, 1, 5, 4], [6, 7, 6, 3, 10, 3]),
@@ -35,10 +35,10 @@ def test_samples_that_stand_twice_are_positives_with_one_update(name: str) -> No
         t = tensors(views)
         loss, _ = objective(t, {"image": torch.tensor(images), "text": torch.tensor(texts)})
         loss.backward()
-        expected, gradient, _ = sums.step(views, images, texts)
+        expected, gradient, _ = loops.step(views, images, texts)
         assert float(loss.detach()) == pytest.approx(expected, rel=1e-11)
         check_gradients(t, gradient, 1e-11)
-    check_tables(objective, sums, 1e-11)
+    check_tables(objective, loops, 1e-11)
 
 
 def test_a_batch_of_one_sample_alone_teaches_nothing() -> None:
@@ -56,10 +56,11 @@ def test_a_batch_of_one_sample_alone_teaches_nothing() -> None:
 def test_reference_estimator(name: str) -> None:
     """One table per modality, overwritten term by term; u = g through the first epoch; eps."""
     objective = build(name, 8, temperature=0.2, gamma=0.6, estimator="reference").double()
-    sums = oracle_for(name, gamma=0.6, tau=0.2, reference=True)
+    estimator = oracle.ReferenceEstimator(0.6)
+    loops = oracle_for(name, estimator, tau=0.2)
     for epoch in range(3):
         objective.start_epoch(epoch, 3)
-        sums.first_epoch = epoch == 0
+        estimator.first_epoch = epoch == 0
         for step in range(2):
             views = draw_views(10 * epoch + step)
             ids = np.random.default_rng(step).permutation(8)[:6]
@@ -68,10 +69,10 @@ def test_reference_estimator(name: str) -> None:
             t = tensors(views)
             loss, _ = objective(t, torch.from_numpy(ids), {v: torch.tensor(g) for v, g in groups.items()})
             loss.backward()
-            expected, gradient, _ = sums.step(views, ids.tolist(), ids.tolist(), groups)
+            expected, gradient, _ = loops.step(views, ids.tolist(), ids.tolist(), groups)
             assert float(loss.detach()) == pytest.approx(expected, rel=1e-10)
             check_gradients(t, gradient, 1e-10)
-    check_tables(objective, sums, 1e-10)
+    check_tables(objective, loops, 1e-10)
 
 
 @pytest.mark.parametrize("name", ["isogclr", "iamclr", "ixamclr"])

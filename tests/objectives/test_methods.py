@@ -35,9 +35,13 @@ def test_terms_and_their_weights() -> None:
         assert len(build(name, 5).terms) == count
     views, ids = draw_views(1), [0, 1, 2, 3, 4, 5]
     objective = build("xamclr", 6, temperature=0.3, weights={"image": 0.25, "text": 2.0, "cross": 0.5}).double()
-    weights = {t: {"image": 0.25, "text": 2.0}.get(oracle.side(t[0]), 0.5) if oracle.side(t[0]) == oracle.side(t[1]) else 0.5
-               for t in oracle.TERMS["xamclr"]}  # fmt: skip
-    expected, gradient, _ = oracle.Global(oracle.TERMS["xamclr"], 0.8, 0.3, weights=weights).step(views, ids, ids)
+    weights = dict.fromkeys(oracle.TERMS["xamclr"], 0.5)
+    weights |= {("image", "image_aug"): 0.25, ("image_aug", "image"): 0.25}
+    weights |= {("text", "text_aug"): 2.0, ("text_aug", "text"): 2.0}
+    loops = oracle.GlobalContrastive(
+        oracle.TERMS["xamclr"], oracle.PerTermEstimator(0.8), oracle.FixedTemperature(0.3), weights=weights
+    )
+    expected, gradient, _ = loops.step(views, ids, ids)
     t = tensors(views)
     loss, _ = objective(t, torch.tensor(ids))
     loss.backward()

@@ -45,7 +45,7 @@ def test_groups_are_positives_and_keep_their_estimates(name: str, given_steps: A
     """Value, gradients and tables are those of the loops; no groups, or groups of unused views, change nothing."""
     batches_, tau = given_steps
     objective = build(name, 9, temperature=tau, gamma=0.6, rho=0.4, validate=False).double()
-    sums = oracle_for(name, gamma=0.6, tau=tau, rho=0.4 if METHODS[name].temperature == "individual" else 0.0)
+    loops = oracle_for(name, oracle.PerTermEstimator(0.6), tau=tau, rho=0.4)
     for views, images, texts, groups in batches_:
         t = tensors(views)
         used = {v: g for v, g in groups.items() if v in objective.required_views}
@@ -55,10 +55,10 @@ def test_groups_are_positives_and_keep_their_estimates(name: str, given_steps: A
             {v: torch.tensor(g) for v, g in groups.items()},
         )
         loss.backward()
-        expected, gradient, _ = sums.step(views, images, texts, used)
+        expected, gradient, _ = loops.step(views, images, texts, used)
         assert float(loss.detach()) == pytest.approx(expected, rel=1e-9, abs=1e-11)
         check_gradients(t, gradient, 1e-9)
-    check_tables(objective, sums, 1e-9)
+    check_tables(objective, loops, 1e-9)
 
 
 MIXED = {"image": [7, 1, -1, 7, -1, 2], "text": [3, -1, 4, -1, 5, 5], "text_aug": [-1, 3, -1, 4, -1, -1]}
@@ -68,21 +68,22 @@ MIXED = {"image": [7, 1, -1, 7, -1, 2], "text": [3, -1, 4, -1, 5, 5], "text_aug"
 @pytest.mark.parametrize(
     ("name", "pairs", "function"),
     [
-        ("clip", "all", lambda v, s: oracle.clip(v, 0.15, s, oracle.CROSS)),
-        ("cyclip", None, lambda v, s: oracle.cyclip(v, 0.15, s)),
-        ("siglip", None, lambda v, s: oracle.siglip(v, 0.15, -10.0, s)),
-        ("simclr", None, lambda v, s: oracle.simclr(v, 0.15, s)),
+        ("clip", "all", lambda v, p: oracle.clip(v, 0.15, p, oracle.CROSS)),
+        ("cyclip", None, lambda v, p: oracle.cyclip(v, 0.15, p)),
+        ("siglip", None, lambda v, p: oracle.siglip(v, 0.15, -10.0, p)),
+        ("simclr", None, lambda v, p: oracle.simclr(v, 0.15, p)),
     ],
 )
 def test_groups_in_minibatch_objectives(name: str, pairs: Any, function: Any) -> None:
     views, ids = draw_views(4, dim=3), [0, 1, 2, 3, 4, 5]
     objective = build(name, 6, temperature=0.15, pairs=pairs).double()
-    same = oracle.same(ids, ids, {v: g for v, g in MIXED.items() if v in objective.required_views})
+    used = {v: g for v, g in MIXED.items() if v in objective.required_views}
+    matches = oracle.positive_pairs(ids, ids, used)
     t = tensors(views)
     loss, _ = objective(t, torch.tensor(ids), {v: torch.tensor(g) for v, g in MIXED.items()})
     loss.backward()
-    assert float(loss.detach()) == pytest.approx(function(views, same), rel=1e-7)
-    check_gradients(t, oracle.numeric_gradient(lambda v: function(v, same), views), 1e-6)
+    assert float(loss.detach()) == pytest.approx(function(views, matches), rel=1e-7)
+    check_gradients(t, oracle.numeric_gradient(lambda v: function(v, matches), views), 1e-6)
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from amclr.objectives import METHODS, VIEWS, build
+from amclr.objectives import VIEWS, build
 from amclr.objectives import queue as queue_module
 from tests.objectives import oracle
 from tests.objectives.helpers import (
@@ -32,8 +32,7 @@ def test_a_queue_equals_the_loops(
     """Value, gradients and tables over six steps; samples meet themselves and their groups in the queue."""
     monkeypatch.setattr(queue_module, "TILE", tile)
     objective = build(name, 10, temperature=0.25, gamma=gamma, rho=1.3, temperature_lr=0.01, queue=size).to(dtype)
-    rho = 1.3 if METHODS[name].temperature == "individual" else 0.0
-    sums = oracle_for(name, gamma=gamma, tau=0.25, rho=rho, eta=0.01, queue=size)
+    loops = oracle_for(name, oracle.PerTermEstimator(gamma), tau=0.25, rho=1.3, eta=0.01, queue=size)
     draw = np.random.default_rng(0)
     for step in range(6):
         views = draw_views(step)
@@ -45,13 +44,13 @@ def test_a_queue_equals_the_loops(
         ids = {"image": torch.from_numpy(images), "text": torch.from_numpy(texts)}
         loss, metrics = objective(t, ids, {v: torch.from_numpy(g) for v, g in groups.items()})
         loss.backward()
-        expected, gradient, _ = sums.step(
+        expected, gradient, _ = loops.step(
             views, images.tolist(), texts.tolist(), {v: g.tolist() for v, g in groups.items()}
         )
         assert float(loss.detach()) == pytest.approx(expected, rel=tolerance, abs=tolerance)
         assert not any(m.requires_grad for m in metrics.values())
         check_gradients(t, gradient, tolerance)
-    check_tables(objective, sums, tolerance)
+    check_tables(objective, loops, tolerance)
     assert len(objective.queue) == min(size, 36)  # type: ignore[arg-type]
 
 
@@ -59,14 +58,16 @@ def test_a_queue_equals_the_loops(
 def test_a_queue_with_a_learned_temperature(tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(queue_module, "TILE", tile)
     objective = build("amclr", 30, temperature=0.2, temperature_mode="learnable", rho=0.9, queue=12).double()
-    sums = oracle.Global(oracle.TERMS["amclr"], 0.8, 0.2, rho=0.9, queue=12)
+    loops = oracle.GlobalContrastive(
+        oracle.TERMS["amclr"], oracle.PerTermEstimator(0.8), oracle.FixedTemperature(0.2), rho=0.9, queue=12
+    )
     for step in range(4):
         views, ids = draw_views(step), list(range(6 * step, 6 * step + 6))
         t = tensors(views)
         objective.zero_grad()
         loss, _ = objective(t, torch.tensor(ids))
         loss.backward()
-        expected, gradient, slope = sums.step(views, ids, ids)
+        expected, gradient, slope = loops.step(views, ids, ids)
         assert float(loss.detach()) == pytest.approx(expected, rel=1e-7)
         check_gradients(t, gradient, 1e-6)
         assert float(objective.log_temperature.grad) == pytest.approx(0.2 * slope, rel=1e-6)

@@ -246,7 +246,7 @@ def test_the_line_needs_the_weights_it_began_with(folder: Path, published: Model
         evaluate_run(run.folder, wise=[0.5], progress=False)
     assert amclr.load(run.folder).encode_text(["a patch"]).shape == (1, 16), "trained weights are there all the same"
     scratch = train(config_for(folder, "scratch"), progress=False)
-    with pytest.raises(UserError, match="trained nothing but what began at random"):
+    with pytest.raises(UserError, match="trained only weights that started at random"):
         evaluate_run(scratch.folder, wise=[0.5], progress=False)
 
 

@@ -314,3 +314,11 @@ def test_a_collapsed_model_agrees_by_chance() -> None:
     assert results["overlap"].max() < 0.3 and results["rbo"].max() < 0.3
     with pytest.raises(ValueError, match="do not match"):
         evaluate.agreement(ones[:5], ones[:4], ones)
+
+
+def test_the_default_prompts_stay_as_published() -> None:
+    """Zero-shot figures in the documentation were measured with these."""
+    assert evaluate.TEMPLATES == (
+        "a photo of a {}.", "a picture of the {}.", "a blurry photo of a {}.", "a close-up photo of a {}.",
+        "a photo of one {}.", "a photo of a small {}.", "a photo of a big {}.",
+    )  # fmt: skip

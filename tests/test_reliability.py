@@ -158,7 +158,7 @@ def test_twenty_thousand_steps_take_no_more_memory(tmp_path: Path) -> None:
     )  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(_as_dict(config)))
     code = (
-        "import amclr, json, sys; from amclr.config.schema import from_dict; "
+        "import amclr, json, sys; from amclr.config.checks import from_dict; "
         "amclr.train(from_dict(json.load(open(sys.argv[1]))), progress=False)"
     )
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}

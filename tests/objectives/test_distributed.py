@@ -202,6 +202,14 @@ def work_with_a_fault(rank: int, folder: str) -> None:
         objective({**views, "text": None} if rank else views, ids)
     except ValueError as error:
         Path(folder, f"{rank}-none.txt").write_text(str(error))
+    # Or its views have other dimensions than the queue.
+    queued = build("sogclr", SAMPLES, queue=4)
+    views, ids = batch(0)
+    queued(views, ids)
+    try:
+        queued({v: F.normalize(torch.ones(BATCH, 7), dim=-1) for v in views} if rank else views, ids)
+    except ValueError as error:
+        Path(folder, f"{rank}-queue.txt").write_text(str(error))
     # On a process alone it still works, and can be told to stay alone.
     alone = build("sogclr", SAMPLES, distributed=False)
     alone(batch(0)[0], batch(0)[1])
@@ -218,3 +226,5 @@ def test_if_one_process_refuses_its_batch_all_do(tmp_path: Path) -> None:
             assert "processes 0 and 1 do not do the same" in (tmp_path / f"{rank}-{slip}.txt").read_text()
     assert "view 'text' must be a floating-point" in (tmp_path / "1-none.txt").read_text()
     assert "process 1 refused" in (tmp_path / "0-none.txt").read_text()
+    assert "views have 7 dimensions" in (tmp_path / "1-queue.txt").read_text()
+    assert "process 1 refused" in (tmp_path / "0-queue.txt").read_text()

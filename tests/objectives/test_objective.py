@@ -67,10 +67,18 @@ def test_autocast_changes_nothing(name: str) -> None:
     assert plain.item() == inside.item() and inside.dtype == torch.float32
 
 
-def test_validation_in_inference_mode_comes_before_training() -> None:
-    objective, ids = build("amclr", 40, temperature=0.1), torch.arange(40)
-    objective.eval()
+def test_training_after_validation_in_inference_mode() -> None:
+    """A workspace made in inference mode neither breaks a training step nor changes it."""
+    validated, fresh = (build("amclr", 40, temperature=0.1) for _ in range(2))
+    ids = torch.arange(40)
+    validated.eval()
     with torch.inference_mode():
-        objective({k: v.detach() for k, v in tensors(draw_views(0, batch=40), torch.float32).items()}, ids)
-    objective.train()
-    objective(tensors(draw_views(1, batch=40), torch.float32), ids)[0].backward()
+        validated({k: v.detach() for k, v in tensors(draw_views(0, batch=40), torch.float32).items()}, ids)
+    validated.train()
+    results = []
+    for objective in (validated, fresh):
+        views = tensors(draw_views(1, batch=40), torch.float32)
+        loss, _ = objective(views, ids)
+        loss.backward()
+        results.append((loss.detach(), {v: x.grad for v, x in views.items()}, objective.state_dict()))
+    torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)

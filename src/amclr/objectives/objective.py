@@ -136,16 +136,17 @@ class Objective(nn.Module):
         device = next((v.device for v in views.values() if isinstance(v, Tensor)), torch.device("cpu"))
         try:
             labels = self.parts.checks(views, ids, groups)
+            used = [views[v] for v in self.parts.views]
+            queued = 0 if self.queue is None else self.queue.check(used[0].shape[1])
         except Exception:
             if together:
                 refuse(device)
             raise
-        used = [views[v] for v in self.parts.views]
         dtype = reduce(torch.promote_types, (v.dtype for v in used))
         gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (*used, *self.parameters()))
         world = agree(
             len(used[0]), device, together, used[0].shape[1], dtype, self.training, gradient, self.diagnose, labels,
-            0 if self.queue is None else self.queue.check(used[0].shape[1]),
+            queued,
         )  # fmt: skip
         if self.training and self.settings.temperature_mode == "learnable":
             with torch.no_grad():

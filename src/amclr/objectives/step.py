@@ -345,7 +345,7 @@ class _Step:
 
     def _tau_gradient(
         self, views: Sequence[Tensor], gradient: Tensor, tau: float | Tensor, loss: Tensor
-    ) -> Tensor | None:  # fmt: skip
+    ) -> Tensor | None:
         """The derivative of the loss by a learned temperature, from the views' gradient.
 
         With G of the blocks, sum_ij G_ij s_ij is the sum over anchors of c sum_j w_ij d_ij: the part of the derivative
